@@ -1,0 +1,134 @@
+"""Messages of the config actor: what the configuration says, and the tunnels that should exist because of it."""
+
+from __future__ import annotations
+
+from protocol.messages.codec import Message, Request, message, record
+from protocol.messages.system import Ok
+from protocol.multiaddr import Multiaddr
+from protocol.peer_id import PeerId
+
+
+@record
+class ServiceEntry:
+    """A local TCP service offered to peers. `allowed_peers` None means every authorised peer."""
+
+    name: str
+    address: str
+    enabled: bool
+    allowed_peers: tuple[PeerId, ...] | None
+
+
+@record
+class NameEntry:
+    """A friendly name of a peer."""
+
+    name: str
+    peer: PeerId
+
+
+@record
+class AddressEntry:
+    """Where a peer may be reached, as the person told us."""
+
+    peer: PeerId
+    addresses: tuple[Multiaddr, ...]
+
+
+@message("config.snapshot")
+class ConfigSnapshot(Message):
+    """What the running node needs of its configuration; told to each subscriber when it changes."""
+
+    version: int
+    gating: bool
+    services: tuple[ServiceEntry, ...]
+    names: tuple[NameEntry, ...]
+    addresses: tuple[AddressEntry, ...]
+
+
+@message("config.subscribe")
+class SubscribeConfig(Request[ConfigSnapshot]):
+    """Give me the configuration now and whenever it changes. Subscribe again when the config actor was restarted."""
+
+
+@message("config.reloaded")
+class ConfigReloaded(Message):
+    """What a reload found; with `problems` the last good configuration stays in force."""
+
+    version: int
+    changes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@message("config.reload")
+class ReloadConfig(Request[ConfigReloaded]):
+    """Read the configuration file again now."""
+
+
+@message("config.resolved")
+class Resolved(Message):
+    """The peer behind a name, and where that was learned: `config` or `peer-id`."""
+
+    peer: PeerId
+    source: str
+
+
+@message("config.resolve")
+class Resolve(Request[Resolved]):
+    """Find the peer that a person means by a name or a peer id. Refused with `unknown-peer`."""
+
+    name: str
+
+
+@record
+class ProxyEntry:
+    """A local listener that leads to a peer's service.
+
+    `actor` is the name of its actor, `proxy/<peer as given>/<service>`; `listen` is `host:port`, empty while it starts.
+    """
+
+    actor: str
+    peer: PeerId
+    peer_name: str
+    service: str
+    listen: str
+    state: str
+
+
+@message("config.proxy-added")
+class ProxyAdded(Message):
+    """The proxy listens. `created` is False if it already did."""
+
+    proxy: ProxyEntry
+    created: bool
+
+
+@message("config.add-proxy")
+class AddProxy(Request[ProxyAdded]):
+    """Have a local listener to this peer's service, now and after restarts. Port 0 picks a free one and keeps it.
+
+    Refused with `unknown-peer`, `bad-name`, `port-in-use`, `already-exists` (with another port).
+    `listen` None makes a proxy without a listener, for `--stdio` alone; it is not kept.
+    """
+
+    peer: str
+    service: str
+    listen: str | None
+
+
+@message("config.remove-proxy")
+class RemoveProxy(Request[Ok]):
+    """Stop the proxy with this actor name and forget it."""
+
+    actor: str
+
+
+@message("config.proxies")
+class Proxies(Message):
+    """All proxies."""
+
+    proxies: tuple[ProxyEntry, ...]
+
+
+@message("config.read-proxies")
+class ReadProxies(Request[Proxies]):
+    """Ask for all proxies."""

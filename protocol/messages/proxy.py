@@ -1,0 +1,16 @@
+"""Messages of the proxy actors: `proxy/<peer>/<service>` (client side) and `service/<name>` (serving side)."""
+
+from __future__ import annotations
+
+from protocol.messages.codec import Descriptor, Request, message
+from protocol.messages.system import Ok
+
+
+@message("proxy.attach")
+class Attach(Request[Ok]):
+    """Tunnel this already connected stream socket as if it had come in at the listener (`peerup proxy --stdio`).
+
+    Answered once the stream to the peer is open, so that failure can still be told in words.
+    """
+
+    socket: Descriptor
