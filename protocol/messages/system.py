@@ -104,6 +104,23 @@ class Ping(Request[Pong]):
     """Heartbeat: answered by the actor's runtime from its event loop, ahead of the mailbox."""
 
 
+@message("system.ready")
+class Ready(Message):
+    """From a child to its supervisor: `start` has returned this."""
+
+    incarnation: int
+    state: dict[str, Data]
+
+
+@message("system.last-words")
+class LastWords(Message):
+    """From a child to its supervisor: why it is about to end by a failure. The exit status alone does not tell."""
+
+    incarnation: int
+    code: str
+    reason: str
+
+
 @message("system.stop")
 class Stop(Message):
     """Finish: leave nothing half done, then end. Sent by the supervisor; SIGKILL follows at the deadline."""
