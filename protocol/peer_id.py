@@ -2,26 +2,83 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+import hashlib
+from typing import Any, ClassVar, Final, Self
 
 from protocol.errors import InvalidValueError
+from protocol.multibase import MultibaseError, decode_base58, decode_multibase, encode_base58, encode_multibase_base32
+from protocol.varint import VarintError, decode_varint, encode_varint
+
+MAX_INLINE_KEY: Final = 42
+"""Public keys (protobuf form) up to this many bytes stand in the peer id itself; longer ones are hashed."""
+
+_IDENTITY: Final = 0x00
+_SHA2_256: Final = 0x12
+_CID_VERSION_1: Final = 0x01
+_LIBP2P_KEY: Final = 0x72
+_SHORT_HEAD: Final = 8
+_SHORT_TAIL: Final = 6
+
+
+class PeerIdError(InvalidValueError):
+    """Bytes or a text are not a peer id."""
+
+    code: ClassVar[str] = "bad-peer-id"
 
 
 class PeerId:
-    """A peer's identity. Immutable, hashable, ordered by its bytes.
+    """A peer's identity. Immutable, hashable, ordered by its bytes; its text is base58btc (`12D3Koo…`, `Qm…`).
 
     Attributes:
         multihash: the raw multihash, 34 to 44 bytes for the keys in use.
     """
 
-    __slots__ = ("multihash",)
+    __slots__ = ("_hash", "_text", "multihash")
     multihash: bytes
+    _hash: int
+    _text: str | None
 
     def __init__(self, multihash: bytes) -> None:
+        """Check and keep a multihash.
+
+        Raises:
+            PeerIdError: not a well-formed multihash, or neither `identity` of at most 42 bytes nor `sha2-256`.
+        """
+        _check_multihash(multihash)
+        multihash = bytes(multihash)
         object.__setattr__(self, "multihash", multihash)
+        object.__setattr__(self, "_hash", hash(multihash))
+        object.__setattr__(self, "_text", None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"PeerId is immutable; cannot set {name}")
+
+    @classmethod
+    def from_public_key(cls, public_key: bytes) -> Self:
+        """The peer id of a public key in its libp2p protobuf form (see `protocol.keys.PublicKey.to_protobuf`).
+
+        The bytes are hashed as they are; whether they are a key is for `protocol.keys` to say.
+        """
+        if len(public_key) <= MAX_INLINE_KEY:
+            return cls(bytes((_IDENTITY, len(public_key))) + public_key)
+        digest = hashlib.sha256(public_key).digest()
+        return cls(bytes((_SHA2_256, len(digest))) + digest)
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Parse either text form: bare base58btc (`12D3Koo…`, `Qm…`) or a CIDv1 in multibase (`bafz…`, `k51…`).
+
+        Raises:
+            PeerIdError: neither of these.
+        """
+        try:
+            if text.startswith(("1", "Qm")):
+                return cls(decode_base58(text))
+            return cls(_multihash_of_cid(decode_multibase(text)))
+        except (MultibaseError, VarintError) as error:
+            raise PeerIdError(f"{_excerpt(text)} is not a peer id: {error}") from None
+        except PeerIdError as error:
+            raise PeerIdError(f"{_excerpt(text)} is not a peer id: {error}") from None
 
     @classmethod
     def from_wire(cls, value: Any) -> Self:
@@ -31,12 +88,37 @@ class PeerId:
             InvalidValueError: not the bytes of a multihash.
         """
         if not isinstance(value, bytes):
-            raise InvalidValueError("a peer id is bytes")
+            raise PeerIdError("a peer id is bytes")
         return cls(value)
 
     def to_wire(self) -> bytes:
         """The multihash."""
         return self.multihash
+
+    def to_cid(self) -> str:
+        """The second text form: a CIDv1 with the codec `libp2p-key` in base32 (`bafz…`)."""
+        return encode_multibase_base32(bytes((_CID_VERSION_1, _LIBP2P_KEY)) + self.multihash)
+
+    @property
+    def short(self) -> str:
+        """A text for people and tables, such as `12D3KooW…J5xKbX`: not unique, never to be parsed."""
+        text = str(self)
+        return f"{text[:_SHORT_HEAD]}…{text[-_SHORT_TAIL:]}"
+
+    @property
+    def public_key(self) -> bytes | None:
+        """The public key (libp2p protobuf form) where the id holds it, as for Ed25519; None where it is hashed."""
+        return self.multihash[2:] if self.multihash[0] == _IDENTITY else None
+
+    def __str__(self) -> str:
+        text = self._text
+        if text is None:
+            text = encode_base58(self.multihash)
+            object.__setattr__(self, "_text", text)
+        return text
+
+    def __repr__(self) -> str:
+        return f"PeerId({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PeerId) and other.multihash == self.multihash
@@ -45,4 +127,38 @@ class PeerId:
         return self.multihash < other.multihash
 
     def __hash__(self) -> int:
-        return hash(self.multihash)
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[PeerId], tuple[bytes]]:
+        return type(self), (self.multihash,)
+
+
+def _check_multihash(multihash: bytes) -> None:
+    # Both codes and both lengths are below 128, hence single-byte varints; anything else is refused with them.
+    if len(multihash) < 2:
+        raise PeerIdError("a multihash has at least two bytes")
+    code, length = multihash[0], multihash[1]
+    if length != len(multihash) - 2:
+        raise PeerIdError("the multihash's length does not match its digest")
+    if code == _SHA2_256:
+        if length != hashlib.sha256().digest_size:
+            raise PeerIdError("a sha2-256 digest has 32 bytes")
+    elif code == _IDENTITY:
+        if not 1 <= length <= MAX_INLINE_KEY:
+            raise PeerIdError(f"a key that stands in its peer id has 1 to {MAX_INLINE_KEY} bytes")
+    else:
+        raise PeerIdError(f"peer ids use the multihashes identity and sha2-256, not 0x{code:02x}")
+
+
+def _multihash_of_cid(cid: bytes) -> bytes:
+    version, offset = decode_varint(cid)
+    if version != _CID_VERSION_1:
+        raise PeerIdError(f"a CID of version {version}")
+    codec, offset = decode_varint(cid, offset)
+    if codec != _LIBP2P_KEY:
+        raise PeerIdError(f"a CID with the codec {encode_varint(codec).hex()} instead of libp2p-key")
+    return cid[offset:]
+
+
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:80] + "…")
