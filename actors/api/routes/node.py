@@ -1,0 +1,105 @@
+"""Routes about the node as a whole: its state, its files, its end.
+
+GET  /v1/status          who and how the node is
+POST /v1/config/reload   read the configuration again
+POST /v1/auth/reload     read authorized_keys again
+POST /v1/resolve         {name} -> the peer behind it
+POST /v1/shutdown        end the node
+"""
+
+from __future__ import annotations
+
+from actors.api.node import ANSWER_DEADLINE, ROOT, Node
+from actors.api.present import plain
+from actors.api.routing import Answer, Call, Routes, data_response, data_then
+from protocol.messages import Data
+from protocol.messages.config import ReadProxies, ReloadConfig
+from protocol.messages.gate import Reload
+from protocol.messages.keyring import ReadIdentity
+from protocol.messages.switchboard import ReadStatus, SwitchboardStatus
+from protocol.messages.system import Describe, Description
+from supervisor.errors import AskError
+
+RELOAD_DEADLINE = 10.0
+"""Seconds for reading a file again; a slow disk is not a failure."""
+
+routes = Routes()
+
+
+@routes.on("GET", "/v1/status")
+async def status(node: Node, call: Call) -> Answer:
+    """Who and how the node is. Parts that do not answer are named in `problems`; the rest is told all the same."""
+    problems: list[str] = []
+    result: dict[str, Data] = {
+        "version": node.launch.version,
+        "home": node.launch.home,
+        "pid": node.launch.service_pid,
+        "uptime": max(0.0, node.context.wall() - node.launch.started_at),
+        "allow_faults": node.launch.allow_faults,
+        "faults": len(node.watchers.faults()),
+    }
+    try:
+        tree = await node.tree()
+        result["actors"] = len(tree)
+        result["actors_not_running"] = [child.name for child in tree if child.state != "running"]
+        result["restarts"] = sum(child.restarts for child in tree if child.name != ROOT)
+    except AskError as error:
+        problems.append(f"{ROOT}: {error}")
+    await _identity(node, result, problems)
+    await _connections(node, result, problems)
+    gate, _ = await node.ask_each(["gate"], Describe())
+    result["gate"] = plain(gate.get("gate", Description({})).state)
+    try:
+        proxies = (await node.context.ask("config", ReadProxies(), timeout=ANSWER_DEADLINE)).proxies
+        result["proxies"] = plain(proxies)
+    except AskError as error:
+        problems.append(f"config: {error}")
+    result["services"] = plain(node.config.services) if node.config is not None else []
+    result["problems"] = problems
+    return data_response(result)
+
+
+async def _identity(node: Node, result: dict[str, Data], problems: list[str]) -> None:
+    result["peer_id"] = None
+    try:
+        identity = await node.context.ask("keyring", ReadIdentity(), timeout=ANSWER_DEADLINE)
+        result["peer_id"] = str(identity.peer_id)
+    except AskError as error:
+        problems.append(f"keyring: {error}")
+
+
+async def _connections(node: Node, result: dict[str, Data], problems: list[str]) -> None:
+    try:
+        board: SwitchboardStatus = await node.context.ask("switchboard", ReadStatus(), timeout=ANSWER_DEADLINE)
+    except AskError as error:
+        problems.append(f"switchboard: {error}")
+        return
+    result["listen_addresses"] = plain(board.listen_addresses)
+    result["connected_peers"] = sum(1 for peer in board.peers if peer.connections)
+    result["protocols"] = plain(board.protocols)
+
+
+@routes.on("POST", "/v1/config/reload")
+async def reload_config(node: Node, call: Call) -> Answer:
+    """Read the configuration again; problems are told and leave the last good one in force."""
+    return data_response(plain(await node.context.ask("config", ReloadConfig(), timeout=RELOAD_DEADLINE)))
+
+
+@routes.on("POST", "/v1/auth/reload")
+async def reload_authorized_keys(node: Node, call: Call) -> Answer:
+    """Read authorized_keys again; problems are told and leave the last good policy in force."""
+    return data_response(plain(await node.context.ask("gate", Reload(), timeout=RELOAD_DEADLINE)))
+
+
+@routes.on("POST", "/v1/resolve")
+async def resolve(node: Node, call: Call) -> Answer:
+    """The peer that a person means by a name."""
+    name = call.text("name")
+    found = await node.resolve(name)
+    return data_response({"name": name, "peer_id": str(found.peer), "source": found.source})
+
+
+@routes.on("POST", "/v1/shutdown")
+async def shutdown(node: Node, call: Call) -> Answer:
+    """End the node, once the client has been told so."""
+    return data_then({"stopping": True, "pid": node.launch.service_pid}, node.end)

@@ -1,0 +1,93 @@
+"""Routes about local listeners that lead to a peer's service.
+
+    GET    /v1/proxies          all of them
+    POST   /v1/proxies          {peer, service, listen} -> the address it listens on
+    DELETE /v1/proxies/{actor}  stop and forget one
+    GET    /v1/stdio?peer=&service=   one tunnelled connection, handed over as a descriptor (below)
+
+The stdio route wants `Upgrade: peerup-descriptor`. When the stream to the service is open, the answer is
+`101 Switching Protocols`, followed by one byte that carries (`SCM_RIGHTS`) one end of a socket pair: the other
+end is with the proxy actor. So the tunnelled bytes pass through no process of the API, and nothing that
+either side says early can be taken for a part of the HTTP exchange. If the stream cannot be opened, the answer is an
+ordinary error.
+"""
+
+from __future__ import annotations
+
+import socket
+from array import array
+
+import trio
+
+from actors.api.node import ANSWER_DEADLINE, Node
+from actors.api.routing import Answer, Call, Routes, data_response
+from actors.http import Upgrade
+from protocol.messages import Data, Descriptor
+from protocol.messages.config import AddProxy, ProxyEntry, ReadProxies, RemoveProxy
+from protocol.messages.proxy import Attach
+
+START_DEADLINE = 20.0
+"""Seconds for a proxy actor to start and listen."""
+
+ATTACH_DEADLINE = 50.0
+"""Seconds for the stream to the service, the connection to the peer that it may need first included."""
+
+UPGRADE = "peerup-descriptor"
+
+routes = Routes()
+
+
+def present_proxy(proxy: ProxyEntry) -> dict[str, Data]:
+    """A proxy as JSON: `peer` is the name that was asked for."""
+    return {
+        "name": proxy.actor,
+        "peer": proxy.peer_name,
+        "peer_id": str(proxy.peer),
+        "service": proxy.service,
+        "listen": proxy.listen,
+        "state": proxy.state,
+    }
+
+
+@routes.on("GET", "/v1/proxies")
+async def list_proxies(node: Node, call: Call) -> Answer:
+    """All proxies."""
+    answer = await node.context.ask("config", ReadProxies(), timeout=ANSWER_DEADLINE)
+    return data_response([present_proxy(proxy) for proxy in answer.proxies])
+
+
+@routes.on("POST", "/v1/proxies")
+async def add_proxy(node: Node, call: Call) -> Answer:
+    """Have a proxy, now and after restarts."""
+    request = AddProxy(call.text("peer"), call.text("service"), call.text("listen"))
+    added = await node.context.ask("config", request, timeout=START_DEADLINE)
+    return data_response(present_proxy(added.proxy) | {"created": added.created})
+
+
+@routes.on("DELETE", "/v1/proxies/{actor}")
+async def remove_proxy(node: Node, call: Call) -> Answer:
+    """Stop and forget a proxy."""
+    actor = call.text("actor")
+    await node.context.ask("config", RemoveProxy(actor), timeout=START_DEADLINE)
+    return data_response({"name": actor, "removed": True})
+
+
+@routes.on("GET", "/v1/stdio")
+async def stdio(node: Node, call: Call) -> Answer:
+    """One tunnelled connection to a peer's service, handed to the client as a descriptor."""
+    request = AddProxy(call.text("peer"), call.text("service"), None)
+    proxy = (await node.context.ask("config", request, timeout=START_DEADLINE)).proxy
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with near:
+        await node.context.ask(proxy.actor, Attach(Descriptor(far.detach())), timeout=ATTACH_DEADLINE)
+        kept = Descriptor(near.detach())
+
+    async def hand_over(stream: trio.abc.Stream, early: bytes) -> None:
+        try:
+            assert isinstance(stream, trio.SocketStream)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [kept.fileno()]))]
+            await stream.socket.sendmsg([b"\0"], rights)
+        finally:
+            kept.close()
+
+    return Upgrade(UPGRADE, hand_over)
