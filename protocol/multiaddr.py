@@ -17,10 +17,11 @@ from collections.abc import Iterable
 from typing import Any, Final, Self
 
 from protocol.errors import InvalidValueError
-from protocol.multiaddr_values import PROTOCOLS_BY_CODE, PROTOCOLS_BY_NAME, Protocol
-from protocol.multiaddr_values import MultiaddrError as MultiaddrError  # part of this module's face
+from protocol.multiaddr_values import PROTOCOLS_BY_CODE, PROTOCOLS_BY_NAME, MultiaddrError, Protocol
 from protocol.peer_id import PeerId
 from protocol.varint import VarintError, decode_varint, encode_varint
+
+__all__ = ["MAX_BYTES", "MAX_COMPONENTS", "MAX_TEXT", "Component", "Endpoint", "Multiaddr", "MultiaddrError"]
 
 MAX_BYTES: Final = 1024
 """The longest byte form. A relayed QUIC address with two peer ids takes about 120 bytes."""
