@@ -1,0 +1,241 @@
+"""Who is connected: one connection for each peer, shared by all; limits; life and death.
+
+Theory of operation. All streams to a peer use its `best` connection. A second connection to the same peer can come up,
+most of all when both sides dial at the same moment; then both sides must keep the same one without asking each other:
+
+- connections that came up within `SIMULTANEOUS` seconds of each other and were dialled from different sides: the one
+  dialled by the smaller peer id stays;
+- otherwise the newer one stays: nobody dials a peer that they are connected to, so the older one is
+  dead on the other side and we just have not noticed.
+
+The one that goes is *drained*: it takes no new streams of ours, still accepts the peer's (which may not know yet), and
+is closed when it has had no stream for `LINGER` seconds. So nothing that runs is cut by the decision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
+
+import trio
+
+from actors.switchboard.errors import TooManyError
+from actors.switchboard.link import Channel, LinkEnd
+from protocol.messages.switchboard import ConnectionInfo
+from protocol.multiaddr import Multiaddr
+from protocol.peer_id import PeerId
+
+SIMULTANEOUS = 5.0
+"""Seconds within which two connections count as one accident. Longer than any dial takes to notice the other's."""
+LINGER = 1.0
+"""Seconds without a stream before a drained connection is closed: more than a round trip, for streams on their way."""
+MAX_CONNECTIONS = 1024
+MAX_CONNECTIONS_PER_PEER = 8
+
+
+class Muxed(Protocol):
+    """What a connection needs of :class:`actors.switchboard.link.Link`."""
+
+    sent: int
+    received: int
+    rtt: float | None
+
+    @property
+    def streams(self) -> int:
+        """Open streams, both directions."""
+        ...
+
+    def open_stream(self) -> Channel:
+        """Open a stream."""
+        ...
+
+    def close(self, reason: str = ..., /) -> None:
+        """Close in good order."""
+        ...
+
+    def abort(self) -> None:
+        """Close at once."""
+        ...
+
+
+@dataclasses.dataclass(eq=False)
+class Connection:
+    """One live, authenticated connection to a peer.
+
+    Attributes:
+        opened: on the monotonic clock; `opened_at` is the same moment on the wall clock.
+        was_allowed: the policy has at some time allowed the peer; when it no longer does, the connection goes.
+        heard: the peer has said something after the handshake, so it accepted us.
+        agent, protocols, observed: from identify; `observed` is our address as the peer sees it.
+        inbound_streams: streams of the peer that were handed out or are used here, with their protocol.
+        drained_since: since when it has been without a stream while draining; None when it is not draining.
+    """
+
+    id: str
+    peer: PeerId
+    outbound: bool
+    local_address: Multiaddr
+    remote_address: Multiaddr
+    opened: float
+    opened_at: float
+    was_allowed: bool = False
+    heard: bool = False
+    agent: str = ""
+    protocols: tuple[str, ...] = ()
+    observed: Multiaddr | None = None
+    transport: str = "tcp"
+    path: str = "direct"
+    draining: bool = False
+    drained_since: float | None = None
+    end: LinkEnd | None = None
+    inbound_streams: dict[Channel, str] = dataclasses.field(default_factory=dict)
+    identified: trio.Event = dataclasses.field(default_factory=trio.Event)
+    ended: trio.Event = dataclasses.field(default_factory=trio.Event)
+    link: Muxed = dataclasses.field(init=False)
+
+    @property
+    def way(self) -> str:
+        """How the peer is connected, in words for the audit log."""
+        return f"{self.path} {self.transport} {self.remote_address}"
+
+    def info(self) -> ConnectionInfo:
+        """What other actors are told."""
+        return ConnectionInfo(
+            id=self.id,
+            peer=self.peer,
+            direction="outbound" if self.outbound else "inbound",
+            path=self.path,
+            transport=self.transport,
+            local_address=self.local_address,
+            remote_address=self.remote_address,
+            streams=self.link.streams,
+            rtt=self.link.rtt,
+            sent=self.link.sent,
+            received=self.link.received,
+            opened_at=self.opened_at,
+            agent=self.agent,
+            protocols=self.protocols,
+        )
+
+
+class ConnectionTable:
+    """All live connections.
+
+    Args:
+        own: our own peer id, which decides about simultaneous connections.
+        limit, limit_per_peer: how many there may be.
+    """
+
+    def __init__(
+        self, own: PeerId, *, limit: int = MAX_CONNECTIONS, limit_per_peer: int = MAX_CONNECTIONS_PER_PEER
+    ) -> None:
+        self._own = own
+        self._limit = limit
+        self._limit_per_peer = limit_per_peer
+        self._by_peer: dict[PeerId, list[Connection]] = {}
+        self._count = 0
+        self._lost: dict[PeerId, trio.Event] = {}
+        self._found: dict[PeerId, trio.Event] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Connection]:
+        for connections in list(self._by_peer.values()):
+            yield from list(connections)
+
+    def peers(self) -> tuple[PeerId, ...]:
+        """All connected peers."""
+        return tuple(self._by_peer)
+
+    def of(self, peer: PeerId) -> tuple[Connection, ...]:
+        """All connections to a peer, the best one first."""
+        known = self._by_peer.get(peer, ())
+        return tuple(sorted(known, key=lambda connection: connection.draining))
+
+    def best(self, peer: PeerId) -> Connection | None:
+        """The connection that new streams use."""
+        for connection in self._by_peer.get(peer, ()):
+            if not connection.draining:
+                return connection
+        return None
+
+    def check_room(self, peer: PeerId) -> None:
+        """Raise if one more connection to this peer would be too many.
+
+        Raises:
+            TooManyError: it would.
+        """
+        if self._count >= self._limit:
+            raise TooManyError(f"{self._limit} connections are open, the limit")
+        if len(self._by_peer.get(peer, ())) >= self._limit_per_peer:
+            raise TooManyError(f"{self._limit_per_peer} connections to this peer are open, the limit")
+
+    def add(self, connection: Connection, now: float) -> None:
+        """Count a connection in, and drain the one that goes if the peer now has two."""
+        current = self.best(connection.peer)
+        self._by_peer.setdefault(connection.peer, []).append(connection)
+        self._count += 1
+        if current is not None:
+            loser = connection if self._stays(current, connection) else current
+            loser.draining = True
+            loser.drained_since = now
+        if (found := self._found.pop(connection.peer, None)) is not None:
+            found.set()
+
+    def remove(self, connection: Connection, end: LinkEnd) -> None:
+        """Count a connection out; a drained one that is left takes over."""
+        known = self._by_peer.get(connection.peer, [])
+        if connection not in known:
+            return
+        known.remove(connection)
+        self._count -= 1
+        connection.end = end
+        connection.ended.set()
+        if not known:
+            del self._by_peer[connection.peer]
+            if (lost := self._lost.pop(connection.peer, None)) is not None:
+                lost.set()
+        elif not any(not other.draining for other in known):
+            heir = max(known, key=lambda other: other.opened)
+            heir.draining = False
+            heir.drained_since = None
+
+    def drained(self, now: float) -> list[Connection]:
+        """Draining connections that nobody has used for `LINGER` seconds: close these."""
+        over = []
+        for connection in self:
+            if not connection.draining or connection.drained_since is None:
+                continue
+            if connection.link.streams:
+                connection.drained_since = now
+            elif now - connection.drained_since >= LINGER:
+                over.append(connection)
+        return over
+
+    async def until_lost(self, peer: PeerId) -> None:
+        """Return when there is no connection to this peer."""
+        if peer in self._by_peer:
+            await self._lost.setdefault(peer, trio.Event()).wait()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def until_found(self, peer: PeerId) -> None:
+        """Return when there is a connection to this peer."""
+        if peer in self._by_peer:
+            await trio.lowlevel.checkpoint()
+            return
+        found = self._found.setdefault(peer, trio.Event())
+        try:
+            await found.wait()
+        finally:
+            if not found.is_set() and not found.statistics().tasks_waiting:
+                self._found.pop(peer, None)
+
+    def _stays(self, current: Connection, newcomer: Connection) -> bool:
+        """Whether the current connection is kept. Both sides come to the same answer."""
+        if newcomer.opened - current.opened > SIMULTANEOUS or newcomer.outbound == current.outbound:
+            return False
+        smaller_is_ours = self._own < current.peer
+        return current.outbound == smaller_is_ours

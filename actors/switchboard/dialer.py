@@ -1,0 +1,170 @@
+"""From a peer's addresses to one connection.
+
+Theory of operation (in the manner of RFC 8305, "happy eyeballs"). The addresses are ranked; an attempt starts for the
+first, and for each further one when the one before has failed or after a head start of `HEAD_START` seconds. The first
+attempt that ends with a proven connection wins and the others are cancelled. All who ask for the same peer meanwhile
+share one dial; it is bounded by its own deadline, and an asker who goes away does not end it for the others. What
+happened at each address is told in words, in success and in failure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+import trio
+
+from actors.switchboard.errors import NoAddressesError, SwitchboardError, UnreachableError, WrongPeerError
+from protocol.errors import PeerupError
+from protocol.multiaddr import Multiaddr
+from protocol.peer_id import PeerId
+
+HEAD_START = 0.25
+"""Seconds before the next address is tried beside the one that has not answered (RFC 8305, section 8)."""
+DIAL_DEADLINE = 15.0
+"""Seconds for one dial of all addresses."""
+MAX_ATTEMPTS = 8
+"""Attempts of one dial that run at once."""
+MAX_ADDRESSES = 32
+"""Addresses of one dial; what is ranked lower is not tried."""
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialed(Generic[C]):
+    """A successful dial: the connection, the seconds it took, and each attempt in words."""
+
+    connection: C
+    elapsed: float
+    tried: tuple[str, ...]
+
+
+class _Dial(Generic[C]):
+    """One dial under way and where its result goes."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.result: Dialed[C] | SwitchboardError | None = None
+
+
+def rank(address: Multiaddr) -> int:
+    """The place of an address in the order of attempts: same machine, LAN, IPv6, IPv4, names."""
+    host = address.ip
+    if host is None:
+        return 4
+    if host.is_loopback:
+        return 0
+    if host.is_private or host.is_link_local:
+        return 1
+    return 2 if host.version == 6 else 3
+
+
+class Dialer(Generic[C]):
+    """Dials peers.
+
+    Args:
+        nursery: where dials run; it outlives the askers.
+        attempt: makes a connection to exactly this peer at this address, or raises a :class:`PeerupError`.
+        discard: disposes of a connection that came too late.
+        now: the clock.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        attempt: Callable[[PeerId, Multiaddr], Awaitable[C]],
+        discard: Callable[[C], None],
+        now: Callable[[], float],
+        *,
+        head_start: float = HEAD_START,
+        deadline: float = DIAL_DEADLINE,
+    ) -> None:
+        self._nursery = nursery
+        self._attempt = attempt
+        self._discard = discard
+        self._now = now
+        self._head_start = head_start
+        self._deadline = deadline
+        self._dials: dict[PeerId, _Dial[C]] = {}
+
+    @property
+    def dialing(self) -> frozenset[PeerId]:
+        """Peers with a dial under way."""
+        return frozenset(self._dials)
+
+    async def dial(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> Dialed[C]:
+        """A connection to the peer at one of these addresses; joins a dial that is already under way.
+
+        Raises:
+            NoAddressesError: there is nothing to dial.
+            WrongPeerError: everything that answered was somebody else.
+            UnreachableError: nothing led to a connection.
+        """
+        dial = self._dials.get(peer)
+        if dial is None:
+            if not addresses:
+                raise NoAddressesError("no address of the peer is known")
+            dial = self._dials[peer] = _Dial()
+            ranked = sorted(dict.fromkeys(addresses), key=rank)[:MAX_ADDRESSES]
+            self._nursery.start_soon(self._run, peer, ranked, dial)
+        await dial.done.wait()
+        if isinstance(dial.result, Dialed):
+            return dial.result
+        assert dial.result is not None
+        raise dial.result
+
+    async def _run(self, peer: PeerId, addresses: Sequence[Multiaddr], dial: _Dial[C]) -> None:
+        try:
+            dial.result = UnreachableError("the dial was cancelled")
+            dial.result = await self._race(peer, addresses)
+        except SwitchboardError as error:
+            dial.result = error
+        finally:
+            del self._dials[peer]
+            dial.done.set()
+
+    async def _race(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> Dialed[C]:
+        began = self._now()
+        tried: dict[Multiaddr, str] = {}
+        failures: list[PeerupError] = []
+        winner: list[C] = []
+        room = trio.CapacityLimiter(MAX_ATTEMPTS)
+
+        async def attempt(address: Multiaddr, ended: trio.Event, scope: trio.CancelScope) -> None:
+            async with room:
+                at = self._now()
+                tried[address] = f"{address}: no answer"
+                try:
+                    connection = await self._attempt(peer, address)
+                except PeerupError as error:
+                    tried[address] = f"{address}: {error}"
+                    failures.append(error)
+                else:
+                    if winner:
+                        self._discard(connection)
+                        tried[address] = f"{address}: came second"
+                    else:
+                        winner.append(connection)
+                        tried[address] = f"{address}: connected in {(self._now() - at) * 1000:.0f} ms"
+                        scope.cancel()
+                finally:
+                    ended.set()
+
+        with trio.move_on_after(self._deadline) as deadline:
+            async with trio.open_nursery() as nursery:
+                for address in addresses:
+                    ended = trio.Event()
+                    nursery.start_soon(attempt, address, ended, nursery.cancel_scope)
+                    with trio.move_on_after(self._head_start):
+                        await ended.wait()
+        story = tuple(tried.values())
+        if winner:
+            return Dialed(winner[0], self._now() - began, story)
+        if failures and len(failures) == len(tried) and all(isinstance(error, WrongPeerError) for error in failures):
+            raise failures[0]
+        if len(failures) == 1 and len(addresses) == 1 and isinstance(failures[0], SwitchboardError):
+            raise failures[0]
+        reason = f"no answer within {self._deadline:g} s" if deadline.cancelled_caught else "no address answered"
+        raise UnreachableError(reason, story)

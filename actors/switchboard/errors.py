@@ -1,0 +1,82 @@
+"""What can go wrong between this node and a peer, each with the reason code that askers are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from protocol.errors import PeerupError
+
+
+class SwitchboardError(PeerupError):
+    """A connection or stream could not be had."""
+
+    code: ClassVar[str] = "switchboard-error"
+
+
+class NoAddressesError(SwitchboardError):
+    """Nobody has told where the peer may be reached."""
+
+    code: ClassVar[str] = "no-addresses"
+
+
+class AddressError(SwitchboardError):
+    """An address cannot be dialled or listened on: unknown transport, unresolvable name, port in use."""
+
+    code: ClassVar[str] = "bad-address"
+
+
+class UnreachableError(SwitchboardError):
+    """No address of the peer led to a connection. `tried` tells each attempt in words."""
+
+    code: ClassVar[str] = "unreachable"
+
+    def __init__(self, reason: str, tried: Sequence[str] = ()) -> None:
+        super().__init__(f"{reason}: {'; '.join(tried)}" if tried else reason)
+        self.tried = tuple(tried)
+
+
+class HandshakeError(SwitchboardError):
+    """The other side did not complete negotiation or the security handshake. `stage` says how far it came."""
+
+    code: ClassVar[str] = "handshake-failed"
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(f"{stage}: {reason}")
+        self.stage = stage
+
+
+class WrongPeerError(HandshakeError):
+    """Somebody else answers at the peer's address; nothing was said to them beyond the handshake."""
+
+    code: ClassVar[str] = "wrong-peer"
+
+
+class NotAuthorisedError(HandshakeError):
+    """The peer closed the connection as soon as it knew who we are: it does not authorise this node."""
+
+    code: ClassVar[str] = "not-authorised"
+
+
+class ConnectionLostError(SwitchboardError):
+    """The connection ended before the work on it was done."""
+
+    code: ClassVar[str] = "connection-lost"
+
+
+class ProtocolNotSupportedError(SwitchboardError):
+    """The peer speaks none of the protocols asked for."""
+
+    code: ClassVar[str] = "protocol-not-supported"
+
+
+class StreamRefusedError(SwitchboardError):
+    """The peer reset the stream before it said anything: by its policy, or because it is overloaded."""
+
+    code: ClassVar[str] = "stream-refused"
+
+
+class TooManyError(SwitchboardError):
+    """A limit of this node is reached."""
+
+    code: ClassVar[str] = "limit-exceeded"

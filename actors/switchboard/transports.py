@@ -1,0 +1,222 @@
+"""TCP for the switchboard: multiaddrs to sockets and back.
+
+Everything here works on plain non-blocking sockets; waiting is trio's. A link takes such a socket over as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from typing import Any
+
+import trio
+
+from actors.switchboard.errors import AddressError
+from protocol.multiaddr import Endpoint, Multiaddr
+
+BACKLOG = 1024
+"""Connections that the kernel completes while the switchboard is busy, or is being restarted."""
+CONNECT_DEADLINE = 10.0
+"""Seconds for one TCP connection attempt: the kernel alone would go on for two minutes."""
+RESOLVE_DEADLINE = 5.0
+"""Seconds for one name resolution."""
+
+_FAMILIES = {
+    "ip4": (socket.AF_INET,),
+    "ip6": (socket.AF_INET6,),
+    "dns4": (socket.AF_INET,),
+    "dns6": (socket.AF_INET6,),
+    "dns": (socket.AF_INET, socket.AF_INET6),
+}
+
+
+def parse_tcp(address: Multiaddr) -> Endpoint:
+    """Where to connect to for this multiaddr; a `/p2p/…` at its end is for others to judge.
+
+    Raises:
+        AddressError: this transport cannot reach such an address.
+    """
+    endpoint = address.endpoint
+    plain = len(address.without_peer_id().components) == (3 if address.components[0].name == "ip6zone" else 2)
+    if endpoint is None or not plain or endpoint.transport != "tcp" or endpoint.kind not in _FAMILIES:
+        raise AddressError(f"{address} is not a TCP address that can be dialled")
+    return endpoint
+
+
+def is_dialable(address: Multiaddr) -> bool:
+    """Whether this transport can try the address."""
+    try:
+        parse_tcp(address)
+    except AddressError:
+        return False
+    return True
+
+
+def _is_name(endpoint: Endpoint) -> bool:
+    return endpoint.kind.startswith("dns")
+
+
+def local_multiaddr(sock: socket.socket) -> Multiaddr:
+    """The address of this end of a TCP socket."""
+    return _multiaddr_of(sock.getsockname())
+
+
+def remote_multiaddr(sock: socket.socket) -> Multiaddr:
+    """The address of the other end of a TCP socket."""
+    return _multiaddr_of(sock.getpeername())
+
+
+def _multiaddr_of(sockaddr: tuple[Any, ...]) -> Multiaddr:
+    return Multiaddr.from_endpoint(sockaddr[0], sockaddr[1])
+
+
+def listen_tcp(address: Multiaddr) -> socket.socket:
+    """A listening socket for this address; port 0 picks a free one.
+
+    Raises:
+        AddressError: the address is not ours, not TCP, or in use; the reason says which.
+    """
+    wanted = parse_tcp(address)
+    if _is_name(wanted):
+        raise AddressError(f"cannot listen on {address}: give an IP address")
+    family = _FAMILIES[wanted.kind][0]
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(_sockaddr(family, wanted.host, wanted.port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AddressError(f"cannot listen on {address}: the port is in use by another program") from error
+        raise AddressError(f"cannot listen on {address}: {_words(error)}") from error
+    return sock
+
+
+def inherit_listener(fd: int) -> socket.socket | None:
+    """The listening TCP socket behind an inherited descriptor, which is taken over; None (and closed) if it is none."""
+    sock = socket.socket(fileno=fd)
+    try:
+        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:
+        listening = 0
+    if not listening or sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        sock.close()
+        return None
+    sock.setblocking(False)
+    return sock
+
+
+def accept_tcp(listener: socket.socket) -> tuple[socket.socket, str] | None:
+    """The next waiting connection and its source IP address, or None when nothing waits.
+
+    A caller that hung up meanwhile is skipped. When the process is out of descriptors OSError says so.
+    """
+    while True:
+        try:
+            sock, sockaddr = listener.accept()
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EBADF, errno.EINVAL):
+                raise
+            continue  # accept(2): errors of the new connection itself are reported here too
+        sock.setblocking(False)
+        tune(sock)
+        return sock, str(sockaddr[0])
+
+
+def tune(sock: socket.socket) -> None:
+    """Options of every connected TCP socket: no delay, and the kernel notices a peer that vanished."""
+    with contextlib.suppress(OSError):  # the peer may have reset it already; reading will say so
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+async def resolve(address: Multiaddr) -> list[Multiaddr]:
+    """The concrete addresses behind a multiaddr with a DNS name; any other comes back as it is.
+
+    Raises:
+        AddressError: unknown name, or no answer in time.
+    """
+    wanted = parse_tcp(address)
+    if not _is_name(wanted):
+        return [address]
+    found: list[Multiaddr] = []
+    families = _FAMILIES[wanted.kind]
+    try:
+        with trio.fail_after(RESOLVE_DEADLINE):
+            answers = await trio.socket.getaddrinfo(
+                wanted.host, wanted.port, families[0] if len(families) == 1 else 0, socket.SOCK_STREAM
+            )
+    except (OSError, UnicodeError) as error:
+        raise AddressError(f"the name {wanted.host} cannot be resolved: {error}") from error
+    except trio.TooSlowError as error:
+        raise AddressError(f"the name {wanted.host} was not resolved within {RESOLVE_DEADLINE:g} s") from error
+    for family, _, _, _, sockaddr in answers:
+        if family in (socket.AF_INET, socket.AF_INET6):
+            made = Multiaddr.from_endpoint(str(sockaddr[0]), int(sockaddr[1]))
+            if made not in found:
+                found.append(made)
+    if not found:
+        raise AddressError(f"the name {wanted.host} has no address")
+    return found
+
+
+async def connect_tcp(address: Multiaddr) -> socket.socket:
+    """A connected, non-blocking socket to this address (an IP address, see :func:`resolve`).
+
+    Raises:
+        AddressError: refused, unreachable, or no answer in time.
+    """
+    wanted = parse_tcp(address)
+    if _is_name(wanted):
+        raise AddressError(f"{address} must be resolved first")
+    family = _FAMILIES[wanted.kind][0]
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        error_number = sock.connect_ex(_sockaddr(family, wanted.host, wanted.port))
+        if error_number == errno.EINPROGRESS:
+            with trio.fail_after(CONNECT_DEADLINE):
+                await trio.lowlevel.wait_writable(sock)
+            error_number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        else:
+            await trio.lowlevel.checkpoint()
+        if not error_number and sock.getsockname() == sock.getpeername():
+            error_number = errno.ECONNREFUSED  # a dial to its own ephemeral port connects to itself
+        _raise_errno(error_number)
+    except trio.TooSlowError as error:
+        sock.close()
+        raise AddressError(f"no answer within {CONNECT_DEADLINE:g} s") from error
+    except OSError as error:
+        sock.close()
+        raise AddressError(_words(error)) from error
+    except BaseException:
+        sock.close()
+        raise
+    tune(sock)
+    return sock
+
+
+def _sockaddr(family: int, host: str, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
+    if family == socket.AF_INET:
+        return host, port
+    bare, _, zone = host.partition("%")
+    try:
+        scope = socket.if_nametoindex(zone) if zone else 0
+    except OSError as error:
+        raise AddressError(f"there is no network interface {zone}") from error
+    return bare, port, 0, scope
+
+
+def _raise_errno(number: int) -> None:
+    if number:
+        raise OSError(number, os.strerror(number))
+
+
+def _words(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

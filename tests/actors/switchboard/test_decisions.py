@@ -1,0 +1,54 @@
+from actors.switchboard.decisions import SINGLES, DecisionLog
+from protocol.peer_id import PeerId
+from protocol.policy import Decision
+
+DENIED = Decision(allowed=False, rule="not-listed")
+
+
+def peer(number):
+    return PeerId(b"\x12\x20" + number.to_bytes(32, "big"))
+
+
+def test_few_decisions_are_told_at_once_and_name_their_peer():
+    told = []
+    log = DecisionLog(told.append)
+    log.note(peer(1), "connection", DENIED, "direct tcp /ip4/192.0.2.1/tcp/1", 0.0)
+    log.note(peer(1), "/x", Decision(allowed=True, rule="service:x"), "direct", 0.1)
+    assert [(one.peer, one.subject, one.allowed, one.rule, one.count) for one in told] == [
+        (peer(1), "connection", False, "not-listed", 1),
+        (peer(1), "/x", True, "service:x", 1),
+    ]
+    assert not log.pending
+
+
+def test_a_flood_of_strangers_becomes_a_count():
+    told = []
+    log = DecisionLog(told.append)
+    for number in range(10_000):
+        log.note(peer(number), "connection", DENIED, f"direct tcp /ip4/192.0.2.1/tcp/{number % 60000}", 0.5)
+    log.flush()
+    assert len(told) <= 2 * SINGLES + 1
+    assert sum(one.count for one in told) == 10_000
+    assert told[-1].peer is None
+
+
+def test_strange_protocol_names_do_not_multiply_messages():
+    told = []
+    log = DecisionLog(told.append)
+    for number in range(1000):
+        log.note(peer(1), f"/made-up/{number}", DENIED, "direct", 0.5)
+    log.flush()
+    assert len(told) <= 2 * SINGLES + 1
+    assert sum(one.count for one in told) == 1000
+
+
+def test_the_next_window_starts_afresh():
+    told = []
+    log = DecisionLog(told.append)
+    for _ in range(SINGLES + 5):
+        log.note(peer(1), "connection", DENIED, "direct", 0.0)
+    assert len(told) == SINGLES
+    assert log.pending
+    log.note(peer(1), "connection", DENIED, "direct", 1.0)
+    assert told[SINGLES].count == 5
+    assert told[SINGLES + 1].count == 1

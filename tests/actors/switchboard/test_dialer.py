@@ -1,0 +1,130 @@
+"""Dials under a virtual clock; the transport is pretended, the racing is real."""
+
+import pytest
+import trio
+
+from actors.switchboard.dialer import HEAD_START, Dialer, rank
+from actors.switchboard.errors import AddressError, NoAddressesError, UnreachableError, WrongPeerError
+from protocol.multiaddr import Multiaddr
+from protocol.peer_id import PeerId
+
+PEER = PeerId(b"\x12\x20" + b"\x01" * 32)
+FAST, SLOW, DEAD = (Multiaddr(f"/ip4/192.0.2.{n}/tcp/4001") for n in (1, 2, 3))
+
+
+class Transport:
+    """Answers after so many seconds, or fails."""
+
+    def __init__(self, answers):
+        self.answers = answers
+        self.attempts = []
+        self.discarded = []
+
+    async def attempt(self, peer, address):
+        self.attempts.append((trio.current_time(), address))
+        delay, error = self.answers[address]
+        await trio.sleep(delay)
+        if error is not None:
+            raise error
+        return address
+
+
+def dialer(nursery, transport, **options):
+    return Dialer(nursery, transport.attempt, transport.discarded.append, trio.current_time, **options)
+
+
+async def test_the_first_answer_wins_and_the_rest_is_cancelled(autojump_clock):
+    transport = Transport({SLOW: (60, None), FAST: (0.1, None)})
+    async with trio.open_nursery() as nursery:
+        result = await dialer(nursery, transport).dial(PEER, [SLOW, FAST])
+    assert result.connection == FAST
+    assert result.elapsed == pytest.approx(HEAD_START + 0.1)
+    assert result.tried == (f"{SLOW}: no answer", f"{FAST}: connected in 100 ms")
+    assert trio.current_time() < 2, "nobody waited for the slow one"
+
+
+async def test_a_success_costs_no_head_start(autojump_clock):
+    transport = Transport({FAST: (0.01, None), SLOW: (1, None)})
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        await dialer(nursery, transport).dial(PEER, [FAST, SLOW])
+        assert trio.current_time() - began == pytest.approx(0.01)
+    assert [address for _, address in transport.attempts] == [FAST]
+
+
+async def test_a_failure_starts_the_next_attempt_at_once(autojump_clock):
+    transport = Transport({DEAD: (0.02, AddressError("connection refused")), FAST: (0.01, None)})
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        result = await dialer(nursery, transport).dial(PEER, [DEAD, FAST])
+    assert trio.current_time() - began == pytest.approx(0.03)
+    assert result.tried == (f"{DEAD}: connection refused", f"{FAST}: connected in 10 ms")
+
+
+async def test_all_failures_are_told_in_words(autojump_clock):
+    transport = Transport({DEAD: (0.1, AddressError("connection refused")), SLOW: (60, None)})
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(UnreachableError) as caught:
+            await dialer(nursery, transport, deadline=5).dial(PEER, [DEAD, SLOW])
+    assert caught.value.code == "unreachable"
+    assert caught.value.tried == (f"{DEAD}: connection refused", f"{SLOW}: no answer")
+    assert "no answer within 5 s" in str(caught.value)
+
+
+async def test_somebody_else_at_every_address_is_wrong_peer(autojump_clock):
+    transport = Transport({FAST: (0.1, WrongPeerError("noise", "somebody else"))})
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(WrongPeerError):
+            await dialer(nursery, transport).dial(PEER, [FAST])
+
+
+async def test_no_address_is_said_at_once():
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(NoAddressesError):
+            await dialer(nursery, Transport({})).dial(PEER, [])
+
+
+async def test_askers_share_a_dial_and_one_that_leaves_does_not_end_it(autojump_clock):
+    transport = Transport({FAST: (1, None)})
+    results = []
+
+    async def ask(shared):
+        results.append(await shared.dial(PEER, [FAST]))
+
+    async with trio.open_nursery() as nursery:
+        shared = dialer(nursery, transport)
+        async with trio.open_nursery() as askers:
+            askers.start_soon(ask, shared)
+            askers.start_soon(ask, shared)
+            with trio.move_on_after(0.1) as gone:
+                await shared.dial(PEER, [FAST])
+    assert gone.cancelled_caught
+    assert len(transport.attempts) == 1
+    assert [result.connection for result in results] == [FAST, FAST]
+    assert not shared.dialing
+
+
+async def test_a_defect_in_the_transport_is_not_swallowed(autojump_clock):
+    async def broken(peer, address):
+        raise RuntimeError("defect")
+
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(RuntimeError, match="defect"), flatten_subgroups=True, allow_unwrapped=True
+    ):
+        async with trio.open_nursery() as nursery:
+            broken_dialer = Dialer(nursery, broken, lambda _: None, trio.current_time)
+            with pytest.raises(UnreachableError):
+                await broken_dialer.dial(PEER, [FAST])
+            await trio.sleep_forever()
+
+
+def test_the_order_of_attempts():
+    addresses = [
+        "/dns4/example.org/tcp/1",
+        "/ip4/203.0.113.1/tcp/1".replace("203.0.113.1", "8.8.8.8"),
+        "/ip6/2001:4860:4860::8888/tcp/1",
+        "/ip4/192.168.1.5/tcp/1",
+        "/ip4/127.0.0.1/tcp/1",
+    ]
+    ranked = sorted((Multiaddr(text) for text in addresses), key=rank)
+    assert [str(address) for address in ranked] == list(reversed(addresses))
