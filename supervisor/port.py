@@ -36,6 +36,8 @@ class Port(Protocol):
         """Hand the envelope over, or queue it within the bound for this target.
 
         The descriptors are duplicated; the caller still owns its own.
+        A process that is still starting can already ask others: answers (`reply_to` is set) and what its own
+        supervisor says reach it; everything else is refused until its name is READY.
 
         Raises:
             NotDeliveredError: unknown or restarting target, or its queue is full.

@@ -36,6 +36,9 @@ from protocol.errors import PeerupError
 Data = Any
 """Plain data: None, bool, int, float, str, bytes, and lists and string-keyed dicts of these."""
 
+MAX_DEPTH = 32
+"""How deep plain data may be nested."""
+
 MAX_BODY = 16 * 1024 * 1024
 """The largest body in bytes. Messages should stay far below (guide: 16 KiB); state dumps may be large."""
 
@@ -70,6 +73,10 @@ class Descriptor:
         if fd < 0:
             raise MessageError("the descriptor was already taken or closed")
         return fd
+
+    def duplicate(self) -> Descriptor:
+        """Another descriptor of the same open file, which lives on its own."""
+        return Descriptor(os.dup(self._fd))
 
     def close(self) -> None:
         """Close the descriptor; harmless when it is already gone."""
@@ -146,7 +153,10 @@ def encode_body(body: Message) -> tuple[bytes, list[Descriptor]]:
     """
     descriptors: list[Descriptor] = []
     converter = _converter_for(type(body))
-    packed: bytes = msgpack.packb(converter.encode(body, descriptors), use_bin_type=True)
+    try:
+        packed: bytes = msgpack.packb(converter.encode(body, descriptors), use_bin_type=True)
+    except (ValueError, TypeError, OverflowError) as error:  # an integer over 64 bits, a lone surrogate in a string
+        raise MessageError(f"a {body.KIND} cannot be packed: {error}") from error
     if len(packed) > MAX_BODY:
         raise MessageError(f"a {body.KIND} of {len(packed)} bytes is over the limit of {MAX_BODY}")
     return packed, descriptors
@@ -161,6 +171,8 @@ def decode_body(kind: str, packed: bytes | memoryview, descriptors: typing.Seque
     cls = _KINDS.get(kind)
     if cls is None:
         raise MessageError(f"there is no message of kind {kind!r}")
+    if len(packed) > MAX_BODY:
+        raise MessageError(f"a {kind} of {len(packed)} bytes is over the limit of {MAX_BODY}")
     try:
         value = msgpack.unpackb(packed, raw=False, strict_map_key=True, use_list=True)
     except (ValueError, msgpack.exceptions.UnpackException, UnicodeDecodeError, RecursionError) as error:
@@ -189,7 +201,7 @@ def _converter_for(annotation: Any) -> _Converter:
 
 def _make_converter(annotation: Any) -> _Converter:
     if annotation is Any:
-        return _Converter(lambda value, _: value, lambda value, _: value)
+        return _Converter(_plain, _plain)
     if annotation is None or annotation is types.NoneType:
         return _exactly(types.NoneType)
     if isinstance(annotation, NewType):
@@ -213,6 +225,32 @@ def _make_converter(annotation: Any) -> _Converter:
         if annotation in _RECORDS or (issubclass(annotation, Message) and dataclasses.is_dataclass(annotation)):
             return _dataclass(annotation)
     raise MessageError(f"values of type {annotation!r} cannot cross between actors")
+
+
+_SCALARS = frozenset((types.NoneType, bool, int, float, str, bytes))
+
+
+def _plain(value: Any, _: list[Descriptor]) -> Any:
+    _check_plain(value, 0)
+    return value
+
+
+def _check_plain(value: Any, depth: int) -> None:
+    kind = type(value)
+    if kind in _SCALARS:
+        return
+    if depth >= MAX_DEPTH:
+        raise MessageError(f"plain data is nested at most {MAX_DEPTH} deep")
+    if kind is list or kind is tuple:
+        for item in value:
+            _check_plain(item, depth + 1)
+    elif kind is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise MessageError(f"a key in plain data is a string, not {type(key).__name__}")
+            _check_plain(item, depth + 1)
+    else:
+        raise MessageError(f"{kind.__name__} is not plain data")
 
 
 def _exactly(expected: type) -> _Converter:
@@ -336,38 +374,42 @@ def _wire_class(cls: Any) -> _Converter:
 
 def _dataclass(cls: Any) -> _Converter:
     hints = typing.get_type_hints(cls)
-    fields = [(field.name, _converter_for(hints[field.name])) for field in dataclasses.fields(cls)]
+    converters = {field.name: _converter_for(hints[field.name]) for field in dataclasses.fields(cls)}
+    encoders = [(name, converter.encode) for name, converter in converters.items()]
+    decoders = {name: converter.decode for name, converter in converters.items()}
     required = {
         field.name
         for field in dataclasses.fields(cls)
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
-    converters = dict(fields)
 
     def encode(value: Any, descriptors: list[Descriptor]) -> Any:
         if type(value) is not cls:
             raise MessageError(f"expected {cls.__name__}, got {type(value).__name__}")
         packed = {}
-        for name, converter in fields:
-            try:
-                packed[name] = converter.encode(getattr(value, name), descriptors)
-            except MessageError as error:
-                raise MessageError(f"{cls.__name__}.{name}: {error}") from None
+        name = ""
+        try:
+            for name, convert in encoders:
+                packed[name] = convert(getattr(value, name), descriptors)
+        except MessageError as error:
+            raise MessageError(f"{cls.__name__}.{name}: {error}") from None
         return packed
 
     def decode(value: Any, descriptors: list[Descriptor]) -> Any:
-        if not isinstance(value, dict):
+        if type(value) is not dict:
             raise MessageError(f"{cls.__name__}: expected a map, got {type(value).__name__}")
-        missing = required - value.keys()
-        unknown = value.keys() - converters.keys()
-        if missing or unknown:
-            raise MessageError(f"{cls.__name__}: missing {sorted(missing)}, unknown {sorted(map(str, unknown))}")
+        if value.keys() != decoders.keys():
+            missing = required - value.keys()
+            unknown = value.keys() - decoders.keys()
+            if missing or unknown:
+                raise MessageError(f"{cls.__name__}: missing {sorted(missing)}, unknown {sorted(map(str, unknown))}")
         unpacked = {}
-        for name, item in value.items():
-            try:
-                unpacked[name] = converters[name].decode(item, descriptors)
-            except MessageError as error:
-                raise MessageError(f"{cls.__name__}.{name}: {error}") from None
+        name = ""
+        try:
+            for name, item in value.items():
+                unpacked[name] = decoders[name](item, descriptors)
+        except MessageError as error:
+            raise MessageError(f"{cls.__name__}.{name}: {error}") from None
         try:
             return cls(**unpacked)
         except ValueError as error:  # raised by __post_init__ checks
