@@ -1,0 +1,59 @@
+"""What every process of one running node shares: handed down by the forks, never sent."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from protocol.messages.system import ChildSpec, SupervisorSpec
+from supervisor.actor import Checkpoint
+from supervisor.registry import RunDirectory
+
+SERVICE = "main"
+"""The name of the long-running process that starts and watches the rest; it is the root supervisor's supervisor."""
+
+ROOT = "root"
+"""The name of the root supervisor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+    """How each process logs, see :class:`supervisor.logging.LogControl`. `levels` overrides `level` by actor name."""
+
+    level: str = "info"
+    json: bool = False
+    colour: bool | None = None
+    levels: tuple[tuple[str, str], ...] = ()
+
+    def level_of(self, name: str) -> str:
+        """The level that this actor starts with."""
+        return dict(self.levels).get(name, self.level)
+
+
+@dataclasses.dataclass(frozen=True)
+class Boot:
+    """The settings of one node's runtime.
+
+    Attributes:
+        directory: the run directory, open.
+        root: the tree.
+        allow_faults: whether faults may be injected.
+        log: how to log.
+        factories: prefixes of the modules whose classes may be children.
+    """
+
+    directory: RunDirectory
+    root: SupervisorSpec
+    allow_faults: bool = False
+    log: LogSettings = dataclasses.field(default_factory=LogSettings)
+    factories: tuple[str, ...] = ("actors.", "supervisor.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Birth:
+    """What one child is born with; its parent's memory at the fork is how it gets there."""
+
+    spec: ChildSpec
+    incarnation: int
+    supervisor: str
+    checkpoint: Checkpoint | None
+    boot: Boot

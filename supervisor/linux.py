@@ -1,0 +1,147 @@
+"""The few Linux calls that the runtime needs and Python does not offer, each with the reason why it is used."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Collection
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+
+IN_MOVED_TO = 0x80
+IN_DELETE = 0x200
+IN_Q_OVERFLOW = 0x4000
+_IN_NONBLOCK = os.O_NONBLOCK
+_IN_CLOEXEC = os.O_CLOEXEC
+_INOTIFY_HEADER = struct.Struct("iIII")
+
+_F_ADD_SEALS = 1033
+_F_GET_SEALS = 1034
+_ALL_SEALS = 0x1 | 0x2 | 0x4 | 0x8  # seal, shrink, grow, write
+
+_PEER_CREDENTIALS = struct.Struct("3i")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, call: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{call}: {os.strerror(number)}")
+    return result
+
+
+def _prctl(option: int, argument: int | bytes) -> None:
+    _check(_libc.prctl(option, argument, 0, 0, 0), "prctl")
+
+
+def die_with_parent(parent: int, signal_number: int) -> None:
+    """Have the kernel send this signal to the calling process when its parent ends, however it ends.
+
+    The parent may have ended between the fork and this call; then the process ends here.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal_number)
+    if os.getppid() != parent:
+        os._exit(os.EX_UNAVAILABLE)
+
+
+def forbid_inspection() -> None:
+    """No core dumps of this process, and no ptrace or /proc/PID/mem by processes of the same user."""
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def forbid_new_privileges() -> None:
+    """No set-user-id program that this process might run gives it anything."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ended, so that none is left as a zombie of init's."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def set_process_name(name: str) -> None:
+    """What `ps` and `top` show: the first 15 bytes of the name."""
+    _prctl(_PR_SET_NAME, name.encode()[:15])
+
+
+def close_all_descriptors(keep: Collection[int] = ()) -> None:
+    """Close every descriptor above standard error but these."""
+    low = 3
+    for fd in sorted(fd for fd in keep if fd > 2):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int]:
+    """(pid, uid) of the process that connected this Unix socket, or that listens on it."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    pid, uid, _ = _PEER_CREDENTIALS.unpack(raw)
+    return pid, uid
+
+
+def watch_directory(path: str, mask: int) -> int:
+    """A new, non-blocking inotify descriptor for the changes of one directory."""
+    fd = _check(_libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC), "inotify_init1")
+    try:
+        _check(_libc.inotify_add_watch(fd, os.fsencode(path), mask), "inotify_add_watch")
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_changes(fd: int) -> list[tuple[int, str]]:
+    """What an inotify descriptor reports: (mask, file name) pairs; empty if there is nothing."""
+    changes: list[tuple[int, str]] = []
+    while True:
+        try:
+            block = os.read(fd, 65536)
+        except BlockingIOError:
+            return changes
+        at = 0
+        while at < len(block):
+            _, mask, _, length = _INOTIFY_HEADER.unpack_from(block, at)
+            at += _INOTIFY_HEADER.size
+            changes.append((mask, os.fsdecode(block[at : at + length].rstrip(b"\0"))))
+            at += length
+
+
+def sealed_memory(content: bytes) -> int:
+    """A descriptor of memory with this content that nobody can change any more."""
+    fd = os.memfd_create("peerup-message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(fd, view) :]
+        fcntl.fcntl(fd, _F_ADD_SEALS, _ALL_SEALS)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_sealed_memory(fd: int, limit: int) -> bytes:
+    """The content of a descriptor made by :func:`sealed_memory`, at most `limit` bytes.
+
+    Raises:
+        OSError: it is not sealed memory, or is larger.
+    """
+    if fcntl.fcntl(fd, _F_GET_SEALS) & _ALL_SEALS != _ALL_SEALS:
+        raise OSError(errno.EPERM, "the memory is not sealed")
+    size = os.fstat(fd).st_size
+    if size > limit:
+        raise OSError(errno.EMSGSIZE, f"{size} bytes are over the limit of {limit}")
+    content = os.pread(fd, size, 0)
+    if len(content) != size:
+        raise OSError(errno.EIO, "the memory could not be read whole")
+    return content

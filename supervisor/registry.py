@@ -1,0 +1,195 @@
+"""The registry: which process stands behind a name. A directory of links, so there is no process of it that could die.
+
+Theory of operation. The run directory (0700, on a file system of this machine) holds::
+
+    sockets/<pid>     the SOCK_SEQPACKET socket that the process listens on
+    names/<escaped>   a symbolic link whose text is `<state>:<incarnation>:<pid>:<owner>`
+
+A link is read and replaced atomically (`readlink`, `rename`), so a reader never sees half an entry and needs no
+lock. `state` is `starting` or `ready`; `owner` is the escaped name of the supervisor that runs the actor, by which a
+supervisor's successor finds what its predecessor left. The process behind a starting entry is 0 until it exists.
+
+Who writes: the supervisor of a name, and between its fork and its first own line of code the child itself (that
+is how a child is known before anybody can hear of it). A child that died is set back by its supervisor after it has
+been waited for, so for each name the writes are in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import stat
+import urllib.parse
+
+from protocol.errors import InvalidValueError, PeerupError
+from supervisor.port import NameState
+
+LONGEST_ESCAPED = 240
+"""Bytes of an escaped name: NAME_MAX is 255, and there must be room for a temporary suffix."""
+
+
+class RunDirectoryError(PeerupError):
+    """The run directory cannot be used."""
+
+    code = "run-directory"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """What the registry knows of one name. `pid` is 0 while no process exists."""
+
+    state: NameState
+    incarnation: int
+    pid: int
+    owner: str
+
+
+def escape(name: str) -> str:
+    """The file name that stands for an actor's name.
+
+    Raises:
+        InvalidValueError: the name is empty or too long.
+    """
+    escaped = urllib.parse.quote(name, safe="")
+    if escaped.startswith("."):
+        escaped = "%2E" + escaped[1:]
+    if not name or len(escaped) > LONGEST_ESCAPED:
+        raise InvalidValueError(f"{name[:60]!r} cannot be the name of an actor: it is empty or too long")
+    return escaped
+
+
+def unescape(escaped: str) -> str:
+    """The inverse of :func:`escape`."""
+    return urllib.parse.unquote(escaped)
+
+
+class RunDirectory:
+    """An open run directory. Everything is done relative to its descriptors, so paths of any length work."""
+
+    def __init__(self, path: str) -> None:
+        """Open the directory at `path`; `sockets` and `names` are made if they are missing.
+
+        Raises:
+            RunDirectoryError: it does not exist, belongs to somebody else, or is open to others.
+        """
+        self.path = str(pathlib.Path(path).absolute())
+        try:
+            self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise RunDirectoryError(f"the run directory {self.path} cannot be opened: {error.strerror}") from error
+        self.sockets_fd = self.names_fd = -1
+        try:
+            self._check_permissions()
+            self.sockets_fd = self._open_below("sockets")
+            self.names_fd = self._open_below("names")
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_permissions(self) -> None:
+        status = os.fstat(self.fd)
+        if status.st_uid != os.geteuid():
+            raise RunDirectoryError(f"the run directory {self.path} belongs to user {status.st_uid}, not to you")
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            raise RunDirectoryError(f"the run directory {self.path} is open to other users; run: chmod 700 {self.path}")
+
+    def _open_below(self, name: str) -> int:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=self.fd)
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.fd)
+
+    def close(self) -> None:
+        """Close the descriptors; the directory stays."""
+        for fd in self.descriptors():
+            os.close(fd)
+        self.fd = self.sockets_fd = self.names_fd = -1
+
+    def descriptors(self) -> list[int]:
+        """What must stay open over a fork."""
+        return [fd for fd in (self.fd, self.sockets_fd, self.names_fd) if fd >= 0]
+
+    def socket_path(self, pid: int) -> str:
+        """Where the socket of a process is. Short however long the directory's path is (sun_path has 108 bytes)."""
+        return f"/proc/self/fd/{self.sockets_fd}/{pid}"
+
+    def names_path(self) -> str:
+        """The directory of names, for inotify."""
+        return f"/proc/self/fd/{self.names_fd}"
+
+    def remove_socket(self, pid: int) -> None:
+        """Remove what a process that ended has left."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(str(pid), dir_fd=self.sockets_fd)
+
+    def read(self, name: str) -> Entry | None:
+        """The entry of a name, or None."""
+        return self._read(escape(name))
+
+    def _read(self, escaped: str) -> Entry | None:
+        try:
+            text = os.readlink(escaped, dir_fd=self.names_fd)
+        except OSError:
+            return None
+        parts = text.split(":")
+        try:
+            state, incarnation, pid, owner = NameState(parts[0]), int(parts[1]), int(parts[2]), unescape(parts[3])
+        except (ValueError, IndexError):
+            return None
+        return Entry(state, incarnation, pid, owner)
+
+    def write(self, name: str, entry: Entry) -> None:
+        """Make this the entry of the name, atomically."""
+        escaped = escape(name)
+        temporary = f".{os.getpid()}"
+        text = f"{entry.state.value}:{entry.incarnation}:{entry.pid}:{escape(entry.owner)}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=self.names_fd)
+        os.symlink(text, temporary, dir_fd=self.names_fd)
+        os.rename(temporary, escaped, src_dir_fd=self.names_fd, dst_dir_fd=self.names_fd)
+
+    def remove(self, name: str) -> None:
+        """Free a name."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(escape(name), dir_fd=self.names_fd)
+
+    def names(self) -> dict[str, Entry]:
+        """All entries. A name that changes meanwhile is there in its old or its new form."""
+        found = {}
+        for escaped in os.listdir(self.names_fd):  # noqa: PTH208 - pathlib cannot list a descriptor
+            entry = None if escaped.startswith(".") else self._read(escaped)
+            if entry is not None:
+                found[unescape(escaped)] = entry
+        return found
+
+    def orphan(self, owner: str) -> list[str]:
+        """A supervisor's process has ended, and all below it: those names are starting, with no process. Returns them."""
+        entries = self.names()
+        below: list[str] = []
+        parents = [owner]
+        while parents:
+            parent = parents.pop()
+            for name, entry in entries.items():
+                if entry.owner == parent and name not in below and name != owner:
+                    below.append(name)
+                    parents.append(name)
+        for name in below:
+            entry = entries[name]
+            self.write(name, Entry(NameState.STARTING, entry.incarnation, 0, entry.owner))
+            self.remove_socket(entry.pid)
+        return below
+
+    def clear(self) -> None:
+        """Remove every name and socket: only for whoever holds the run directory's lock, when nothing runs in it."""
+        for directory in (self.sockets_fd, self.names_fd):
+            for left in os.listdir(directory):  # noqa: PTH208 - pathlib cannot list a descriptor
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(left, dir_fd=directory)
+
+    def remove_tree(self) -> None:
+        """Clear it and remove `sockets` and `names` too; the run directory itself stays for its owner."""
+        self.clear()
+        for name in ("sockets", "names"):
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(name, dir_fd=self.fd)

@@ -1,0 +1,538 @@
+"""Envelopes between processes over Unix `SOCK_SEQPACKET` sockets. Implements :class:`supervisor.port.Port`.
+
+Theory of operation. Each process listens on `sockets/<pid>` of the run directory. The first message to a process opens
+a link, which both sides then use for both directions, so there is one link for each pair of processes that talk. A
+frame is one packet: a type byte and a body.
+
+====  ==================================================================
+`E`   an envelope; descriptors ride along by `SCM_RIGHTS`
+`M`   an envelope in sealed memory, which is the first descriptor
+`T`   a control frame of the actor system (:mod:`supervisor.control`)
+====  ==================================================================
+
+Nobody can speak for another: the kernel tells the pid and uid behind a link (`SO_PEERCRED`), the uid must be ours, and
+the sender named in an envelope must be the name whose registry entry has that pid. The first envelope binds the
+name to the link. A connecting side checks the listener in the same way. Frames that break a rule are counted in
+`refusals` and dropped; they never end a process.
+
+Sending never blocks. What the kernel does not take is queued for its link, within bounds, and sent when the socket
+is writable again, so one stuck process delays only messages to itself. A link breaks when the process behind it
+ends: what it had sent is read first, then queued messages are reported undelivered and the receiver is told that
+the name is down.
+
+All descriptors are in one epoll descriptor that lives as long as the process; :meth:`Transport.pump` does what is
+due. Single-threaded: every call is made from the thread that owns the transport.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import contextlib
+import dataclasses
+import errno
+import os
+import select
+import socket
+from collections.abc import Callable, Sequence
+
+from protocol.messages import Descriptor, Envelope, MessageError
+from protocol.messages.codec import MAX_BODY
+from supervisor import linux
+from supervisor.port import NameState, NotDeliveredError, Receiver
+from supervisor.registry import RunDirectory, unescape
+
+INLINE_LIMIT = 96 * 1024
+"""The largest frame in bytes that goes through the socket: half of the usual send buffer. Larger ones go by memory."""
+
+MEMORY_LIMIT = MAX_BODY + 4096
+"""The largest envelope in bytes that is accepted in sealed memory."""
+
+MAX_DESCRIPTORS = 16
+"""Descriptors in one message, the memory of a large one not counted."""
+
+QUEUE_LIMIT = 2000
+"""Frames that may wait for one link beyond what the kernel has taken."""
+
+QUEUE_BYTES = 8 * 1024 * 1024
+"""Bytes that may wait for one link."""
+
+BACKLOG = 1024
+"""Connections that may wait to be accepted: more than the processes of a node."""
+
+READ_BURST = 64
+"""Frames read from one link before the others get their turn."""
+
+_ANCILLARY = socket.CMSG_SPACE((MAX_DESCRIPTORS + 2) * array.array("i").itemsize)
+_ENVELOPE, _MEMORY, _CONTROL = b"E", b"M", b"T"
+_READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
+_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED)
+
+
+@dataclasses.dataclass(slots=True)
+class _Queued:
+    frame: bytes
+    descriptors: list[Descriptor]
+    envelope: Envelope | None
+
+
+class _Link:
+    """One connection. `name` is None until an envelope has been sent or a verified one has come."""
+
+    __slots__ = ("broken", "fd", "incarnation", "name", "pid", "queue", "queued_bytes", "sock")
+
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.pid = pid
+        self.name: str | None = None
+        self.incarnation = 0
+        self.queue: collections.deque[_Queued] = collections.deque()
+        self.queued_bytes = 0
+        self.broken = False
+
+
+class Transport:
+    """See the module.
+
+    Attributes:
+        receiver: gets envelopes and notices; set it before the first :meth:`pump`.
+        control: gets the control frames: (pid of the sender, body).
+        name: if set, envelopes for anybody else are refused.
+        refusals: how many frames and connections were refused, by reason.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+        self.receiver: Receiver | None = None
+        self.control: Callable[[int, bytes], None] | None = None
+        self.name: str | None = None
+        self.refusals: collections.Counter[str] = collections.Counter()
+        self._uid = os.geteuid()
+        self._pid = os.getpid()
+        self._epoll = select.epoll()
+        self._buffer = bytearray(INLINE_LIMIT + 1)
+        self._view = memoryview(self._buffer)
+        self._links: dict[int, _Link] = {}
+        self._by_name: dict[str, _Link] = {}
+        self._by_pid: dict[int, _Link] = {}
+        self._readers: dict[int, Callable[[], None]] = {}
+        self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._inotify = -1
+        self._watched: dict[str, tuple[int, int] | None] = {}
+        self._gone: collections.deque[tuple[str, int, int]] = collections.deque(maxlen=256)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        directory.remove_socket(self._pid)
+        self._listener.bind(directory.socket_path(self._pid))
+        self._listener.listen(BACKLOG)
+        self.add_reader(self._listener.fileno(), self._accept)
+
+    # The owner's loop
+
+    def fileno(self) -> int:
+        """The epoll descriptor: readable when :meth:`pump` has something to do. The same one for life."""
+        return self._epoll.fileno()
+
+    def pump(self) -> None:
+        """Do what is due, without waiting, and return soon even if more arrives meanwhile."""
+        self._handle(self._epoll.poll(0))
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait at most `timeout` seconds (None: for ever) until something is due, and do it."""
+        self._handle(self._epoll.poll(timeout))
+
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call back whenever this descriptor is readable."""
+        self._readers[fd] = callback
+        self._epoll.register(fd, _READ)
+
+    def remove_reader(self, fd: int) -> None:
+        """Stop calling back for this descriptor; do it before the descriptor is closed."""
+        if self._readers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def _handle(self, events: list[tuple[int, int]]) -> None:
+        for fd, mask in events:
+            link = self._links.get(fd)
+            if link is not None:
+                if mask & _WRITE:
+                    self._flush(link)
+                if mask & ~_WRITE:
+                    self._read(link)
+                continue
+            reader = self._readers.get(fd)
+            if reader is not None:
+                reader()
+
+    def drain(self, pid: int) -> None:
+        """Deliver everything that a process which has ended had still sent, and drop its links."""
+        for link in [link for link in self._links.values() if link.pid == pid]:
+            while self._links.get(link.fd) is link and self._read(link):
+                pass
+            self._drop(link, "the process ended")
+
+    def close(self) -> None:
+        """Close everything. What is queued is lost, what the kernel has taken is still delivered."""
+        for link in list(self._links.values()):
+            for queued in link.queue:
+                _close_all(queued.descriptors)
+            link.sock.close()
+        self._links.clear()
+        self._by_name.clear()
+        self._by_pid.clear()
+        self._listener.close()
+        for fd in (self._spare_fd, self._inotify):
+            if fd >= 0:
+                os.close(fd)
+        self._spare_fd = self._inotify = -1
+        self._epoll.close()
+        self.directory.remove_socket(self._pid)
+
+    # Port
+
+    def send(self, envelope: Envelope, descriptors: Sequence[Descriptor]) -> None:
+        """See :meth:`supervisor.port.Port.send`."""
+        link = self._by_name.get(envelope.target) or self._open(envelope.target)
+        if len(descriptors) > MAX_DESCRIPTORS:
+            raise NotDeliveredError(f"{len(descriptors)} descriptors in one message are over {MAX_DESCRIPTORS}")
+        frame = _ENVELOPE + envelope.to_bytes()
+        if len(frame) <= INLINE_LIMIT:
+            self._put(link, frame, descriptors, envelope)
+            return
+        try:
+            memory = Descriptor(linux.sealed_memory(frame[1:]))
+        except OSError as error:
+            raise NotDeliveredError(f"no memory for a message of {len(frame)} bytes: {error}") from error
+        try:
+            self._put(link, _MEMORY, [memory, *descriptors], envelope)
+        finally:
+            memory.close()
+
+    def state(self, name: str) -> NameState:
+        """See :meth:`supervisor.port.Port.state`."""
+        entry = self.directory.read(name)
+        if entry is None:
+            return NameState.UNKNOWN
+        if entry.state is NameState.READY and (name, entry.incarnation, entry.pid) in self._gone:
+            return NameState.STARTING
+        return entry.state
+
+    def watch(self, name: str) -> None:
+        """See :meth:`supervisor.port.Port.watch`. A name that is ready now is not reported until it has been down."""
+        if self._inotify < 0:
+            self._inotify = linux.watch_directory(self.directory.names_path(), linux.IN_MOVED_TO | linux.IN_DELETE)
+            self.add_reader(self._inotify, self._names_changed)
+        if name not in self._watched:
+            self._watched[name] = self._present(name)
+
+    # Control frames
+
+    def send_control(self, pid: int, body: bytes) -> None:
+        """Send a control frame to the process.
+
+        Raises:
+            NotDeliveredError: there is no such process, or its queue is full.
+        """
+        link = self._by_pid.get(pid) or self._connect(pid)
+        self._put(link, _CONTROL + body, (), None)
+
+    # Links
+
+    def _open(self, name: str) -> _Link:
+        entry = self.directory.read(name)
+        if entry is None:
+            raise NotDeliveredError(f"there is no actor called {name}")
+        link = self._by_pid.get(entry.pid)
+        if link is None:
+            if entry.state is not NameState.READY or (name, entry.incarnation, entry.pid) in self._gone:
+                raise NotDeliveredError(f"{name} is being started")
+            link = self._connect(entry.pid)
+        elif link.broken:
+            raise NotDeliveredError(f"{name} has just ended")
+        link.name, link.incarnation = name, entry.incarnation
+        self._by_name[name] = link
+        return link
+
+    def _connect(self, pid: int) -> _Link:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(self.directory.socket_path(pid))
+            peer, uid = linux.peer_credentials(sock)
+        except OSError as error:
+            sock.close()
+            reason = "has ended" if error.errno in (errno.ECONNREFUSED, errno.ENOENT) else f"no link: {error.strerror}"
+            raise NotDeliveredError(f"process {pid}: {reason}") from error
+        if peer != pid or uid != self._uid:
+            sock.close()
+            self.refusals["foreign-listener"] += 1
+            raise NotDeliveredError(f"the socket of process {pid} belongs to process {peer} of user {uid}")
+        return self._add(sock, pid)
+
+    def _add(self, sock: socket.socket, pid: int) -> _Link:
+        link = _Link(sock, pid)
+        self._links[link.fd] = link
+        self._by_pid.setdefault(pid, link)
+        self._epoll.register(link.fd, _READ)
+        return link
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    self.refusals["accept"] += 1
+                    return
+                self._refuse_for_want_of_descriptors()
+                return
+            pid, uid = linux.peer_credentials(sock)
+            if uid != self._uid or pid <= 0:
+                self.refusals["foreign-user"] += 1
+                sock.close()
+                continue
+            sock.setblocking(False)
+            self._add(sock, pid)
+
+    def _refuse_for_want_of_descriptors(self) -> None:
+        # Without this the connection would stay in the backlog and the listener readable for ever.
+        self.refusals["no-descriptors"] += 1
+        os.close(self._spare_fd)
+        with contextlib.suppress(OSError):
+            self._listener.accept()[0].close()
+        self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def _drop(self, link: _Link, reason: str) -> None:
+        if self._links.get(link.fd) is not link:
+            return
+        del self._links[link.fd]
+        self._epoll.unregister(link.fd)
+        link.sock.close()
+        if self._by_pid.get(link.pid) is link:
+            del self._by_pid[link.pid]
+            others = [other for other in self._links.values() if other.pid == link.pid]
+            if others:
+                self._by_pid[link.pid] = others[0]
+        queue, link.queue = link.queue, collections.deque()
+        receiver = self.receiver
+        for queued in queue:
+            _close_all(queued.descriptors)
+            if queued.envelope is not None and receiver is not None:
+                receiver.undelivered(queued.envelope, f"{queued.envelope.target}: {reason}")
+        name = link.name
+        if name is None or self._by_name.get(name) is not link:
+            return
+        for other in [other for other in self._links.values() if other.pid == link.pid]:
+            while self._links.get(other.fd) is other and self._read(other):
+                pass
+        if self._by_name.get(name) is link:
+            del self._by_name[name]
+        self._down(name, link.incarnation, link.pid, reason)
+
+    def _down(self, name: str, incarnation: int, pid: int, reason: str) -> None:
+        if (name, incarnation, pid) in self._gone:
+            return
+        self._gone.append((name, incarnation, pid))
+        if self._watched.get(name) == (incarnation, pid):
+            self._watched[name] = None
+        if self.receiver is not None:
+            self.receiver.name_down(name, reason)
+
+    # Frames out
+
+    def _put(self, link: _Link, frame: bytes, descriptors: Sequence[Descriptor], envelope: Envelope | None) -> None:
+        if not link.queue and not link.broken:
+            try:
+                _transmit(link.sock, frame, descriptors)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise NotDeliveredError(f"not sent: {error.strerror}") from error
+                # What it had still sent is read at its turn in the loop; until then nobody else may have its name.
+                link.broken = True
+            else:
+                return
+        if link.broken:
+            raise NotDeliveredError(f"{link.name or link.pid} has just ended")
+        if len(link.queue) >= QUEUE_LIMIT or link.queued_bytes + len(frame) > QUEUE_BYTES:
+            raise NotDeliveredError(f"{link.name or link.pid} does not read: {len(link.queue)} messages wait for it")
+        link.queue.append(_Queued(frame, _duplicate(descriptors), envelope))
+        link.queued_bytes += len(frame)
+        if len(link.queue) == 1:
+            self._epoll.modify(link.fd, _READ | _WRITE)
+
+    def _flush(self, link: _Link) -> None:
+        while link.queue:
+            queued = link.queue[0]
+            try:
+                _transmit(link.sock, queued.frame, queued.descriptors)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _GONE:
+                    link.broken = True
+                    self._epoll.modify(link.fd, _READ)
+                    return
+                if queued.envelope is not None and self.receiver is not None:
+                    self.receiver.undelivered(queued.envelope, f"not sent: {error.strerror}")
+            if link.queue and link.queue[0] is queued:
+                link.queue.popleft()
+                link.queued_bytes -= len(queued.frame)
+            _close_all(queued.descriptors)
+        self._epoll.modify(link.fd, _READ)
+
+    # Frames in
+
+    def _read(self, link: _Link) -> bool:
+        """Handle a burst of frames; False when nothing is left for now (the link may be gone)."""
+        for _ in range(READ_BURST):
+            try:
+                length, ancillary, flags, _ = link.sock.recvmsg_into(
+                    [self._buffer], _ANCILLARY, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+                )
+            except BlockingIOError:
+                return False
+            except ConnectionResetError:
+                continue  # reported once, when the peer left something of ours unread; what it sent is still there
+            except OSError as error:
+                self._drop(link, f"the link broke: {error.strerror}")
+                return False
+            descriptors = _received(ancillary) if ancillary else []
+            if length == 0:
+                _close_all(descriptors)
+                self._drop(link, "the process ended")
+                return False
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                self._refuse("truncated", descriptors)
+                continue
+            self._receive(link, self._view[:length], descriptors)
+            if self._links.get(link.fd) is not link:
+                return False
+        return True
+
+    def _receive(self, link: _Link, frame: memoryview, descriptors: list[Descriptor]) -> None:
+        kind = frame[:1]
+        if kind == _CONTROL:
+            _close_all(descriptors)
+            if self.control is not None:
+                self.control(link.pid, bytes(frame[1:]))
+            return
+        try:
+            if kind == _ENVELOPE:
+                envelope = Envelope.from_bytes(frame[1:])
+            elif kind == _MEMORY and descriptors and len(frame) == 1:
+                memory = descriptors.pop(0)
+                try:
+                    envelope = Envelope.from_bytes(linux.read_sealed_memory(memory.fileno(), MEMORY_LIMIT))
+                finally:
+                    memory.close()
+            else:
+                self._refuse("malformed", descriptors)
+                return
+        except (MessageError, OSError):
+            self._refuse("malformed", descriptors)
+            return
+        if envelope.sender != link.name and not self._verified(link, envelope.sender):
+            self._refuse("forged-sender", descriptors)
+            return
+        if envelope.target != self.name and self.name is not None:
+            self._refuse("misaddressed", descriptors)
+            return
+        if self.receiver is None:
+            self._refuse("no-receiver", descriptors)
+            return
+        self.receiver.deliver(envelope, descriptors)
+
+    def _verified(self, link: _Link, claimed: str) -> bool:
+        if link.name is not None or not claimed or len(claimed) > MAX_CLAIM:
+            return False
+        entry = self.directory.read(claimed)
+        if entry is None or entry.pid != link.pid:
+            return False
+        old = self._by_name.get(claimed)
+        if old is not None and old.pid != link.pid:
+            # A successor speaks before the end of its predecessor was noticed: notice it now.
+            while self._links.get(old.fd) is old and self._read(old):
+                pass
+            self._drop(old, "the process ended")
+            old = None
+        link.name, link.incarnation = claimed, entry.incarnation
+        if old is None:
+            self._by_name[claimed] = link
+        return True
+
+    def _refuse(self, reason: str, descriptors: list[Descriptor]) -> None:
+        self.refusals[reason] += 1
+        _close_all(descriptors)
+
+    # Watched names
+
+    def _present(self, name: str) -> tuple[int, int] | None:
+        entry = self.directory.read(name)
+        if entry is None or entry.state is not NameState.READY or (name, entry.incarnation, entry.pid) in self._gone:
+            return None
+        return entry.incarnation, entry.pid
+
+    def _names_changed(self) -> None:
+        changes = linux.read_changes(self._inotify)
+        if any(mask & linux.IN_Q_OVERFLOW for mask, _ in changes):
+            names = list(self._watched)
+        else:
+            names = [name for name in dict.fromkeys(unescape(file) for _, file in changes) if name in self._watched]
+        for name in names:
+            seen, present = self._watched[name], self._present(name)
+            if seen == present:
+                continue
+            if seen is not None:
+                self._end_of(name, *seen)
+            self._watched[name] = present
+            if present is not None and self.receiver is not None:
+                self.receiver.name_up(name, present[0])
+
+    def _end_of(self, name: str, incarnation: int, pid: int) -> None:
+        link = self._by_name.get(name)
+        if link is not None and link.pid == pid:
+            while self._links.get(link.fd) is link and self._read(link):
+                pass
+            self._drop(link, "the process ended")
+        self._down(name, incarnation, pid, "the process ended")
+
+
+MAX_CLAIM = 200
+"""Characters of a sender's name that are looked up at all."""
+
+
+def _transmit(sock: socket.socket, frame: bytes, descriptors: Sequence[Descriptor]) -> None:
+    if descriptors:
+        rights = array.array("i", [descriptor.fileno() for descriptor in descriptors])
+        sock.sendmsg([frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_NOSIGNAL)
+    else:
+        sock.send(frame, socket.MSG_NOSIGNAL)
+
+
+def _duplicate(descriptors: Sequence[Descriptor]) -> list[Descriptor]:
+    copies: list[Descriptor] = []
+    try:
+        for descriptor in descriptors:
+            copies.append(Descriptor(os.dup(descriptor.fileno())))  # noqa: PERF401 - what was made is closed on failure
+    except OSError as error:
+        _close_all(copies)
+        raise NotDeliveredError(f"the message's descriptors cannot be kept: {error.strerror}") from error
+    return copies
+
+
+def _received(ancillary: list[tuple[int, int, bytes]]) -> list[Descriptor]:
+    descriptors = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers = array.array("i")
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+            descriptors += [Descriptor(number) for number in numbers]
+    return descriptors
+
+
+def _close_all(descriptors: Sequence[Descriptor]) -> None:
+    for descriptor in descriptors:
+        descriptor.close()
