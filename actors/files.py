@@ -81,8 +81,8 @@ def file_error(doing: str, path: Path, error: OSError) -> FileError:
     return FileError(what)
 
 
-def read_limited(path: Path, limit: int) -> bytes:
-    """The whole of a regular file that must not be longer than `limit` bytes.
+def read_limited(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
+    """The whole of a regular file that must not be longer than `limit` bytes, and its status when it was read.
 
     Raises:
         FileError: it cannot be read, is not a regular file, or is too long.
@@ -91,14 +91,28 @@ def read_limited(path: Path, limit: int) -> bytes:
         # O_NONBLOCK so that a named pipe in the file's place cannot hang the reader.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:  # noqa: PTH123  # Path.open cannot take a descriptor
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise FileError(f"{path} is not a regular file")
             content = file.read(limit + 1)
     except OSError as error:
         raise file_error("read", path, error) from error
     if len(content) > limit:
         raise FileError(f"{path} is longer than {limit} bytes, which no such file should be")
-    return content
+    return content, status
+
+
+def check_not_writable_by_others(path: Path, status: os.stat_result) -> None:
+    """Refuse a file whose content somebody other than this user (and root) may decide.
+
+    Raises:
+        PermissionsError: with the command that repairs it.
+    """
+    us = os.geteuid()
+    if us != 0 and status.st_uid not in (us, 0):
+        raise PermissionsError(f"{path} belongs to another user ({status.st_uid}), who decides what it says")
+    if status.st_mode & 0o022:
+        raise PermissionsError(f"others may write to {path}, so they decide what it says; repair it: chmod 600 {path}")
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int | None = None) -> None:

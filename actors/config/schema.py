@@ -1,0 +1,456 @@
+"""The node's configuration as types: peer-up's keys, which load as they are, and a few of our own.
+
+:func:`read_config` takes the parsed YAML and gives a :class:`NodeConfig`, or raises :class:`ConfigError` with
+every mistake found, each with its line, its key and what to do. Keys that nobody knows are no mistake; they are
+listed in `NodeConfig.unknown`. Values of keys that have no effect yet (such as those of discovery) are checked like
+all others, so that a configuration does not become invalid by an update of peerup.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from actors.config.reader import Problem, SectionReader
+from protocol.errors import InvalidValueError, PeerupError
+from protocol.messages.config import AddressEntry, NameEntry, ServiceEntry
+from protocol.multiaddr import Multiaddr
+from protocol.peer_id import PeerId
+
+LATEST_VERSION = 1
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+LOG_LEVELS = ("trace", "debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+
+
+class ConfigError(PeerupError):
+    """A configuration cannot be used.
+
+    Attributes:
+        file: which one.
+        problems: everything that is wrong with it.
+    """
+
+    code = "bad-config"
+
+    def __init__(self, file: Path, problems: tuple[Problem, ...]) -> None:
+        super().__init__("\n".join(f"{file}: {problem}" for problem in problems))
+        self.file = file
+        self.problems = problems
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """Where the node listens. `listen_addresses` may hold transports that this version does not serve."""
+
+    listen_addresses: tuple[Multiaddr, ...] = ()
+    force_private_reachability: bool = False
+    resource_limits_enabled: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RelayConfig:
+    """Relays to reserve a place at. `reservation_interval` in seconds."""
+
+    addresses: tuple[Multiaddr, ...] = ()
+    reservation_interval: float = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscoveryConfig:
+    """The private DHT. `network` None is the common one."""
+
+    rendezvous: str = "peerup-default-network"
+    network: str | None = None
+    bootstrap_peers: tuple[Multiaddr, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SecurityConfig:
+    """Who may connect. The path is as written; see :meth:`NodeConfig.path`."""
+
+    authorized_keys_file: str = "authorized_keys"
+    enable_connection_gating: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class PingConfig:
+    """peer-up's own ping protocol."""
+
+    enabled: bool = True
+    id: str = "/pingpong/1.0.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class TelemetryConfig:
+    """What the node tells about itself."""
+
+    metrics_enabled: bool = False
+    metrics_listen_address: str = "127.0.0.1:9091"
+    audit_enabled: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """The node's log: the least level that is written, and its form."""
+
+    level: str = "info"
+    format: str = "text"
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitsConfig:
+    """What strangers and peers together may take.
+
+    Attributes:
+        connections: live connections.
+        handshakes: connections that are not authenticated yet.
+        streams_per_connection: streams that a peer may have open on one connection.
+        connections_per_service: tunnelled connections through one service or proxy.
+    """
+
+    connections: int = 1024
+    handshakes: int = 64
+    streams_per_connection: int = 1024
+    connections_per_service: int = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeConfig:
+    """Everything that `config.yaml` says. See `actors/config/template.py` for what each key means.
+
+    Attributes:
+        file: where it was read from; relative paths in it start there.
+        unknown: keys that peerup does not know.
+    """
+
+    file: Path
+    version: int
+    key_file: str
+    network: NetworkConfig
+    relay: RelayConfig
+    discovery: DiscoveryConfig
+    security: SecurityConfig
+    ping: PingConfig
+    services: tuple[ServiceEntry, ...]
+    names: tuple[NameEntry, ...]
+    addresses: tuple[AddressEntry, ...]
+    telemetry: TelemetryConfig
+    log: LogConfig
+    limits: LimitsConfig
+    unknown: tuple[Problem, ...]
+
+    def path(self, written: str) -> Path:
+        """A path of this configuration: absolute, or starting from the directory of its file."""
+        return self.file.parent / Path(written).expanduser()
+
+    @property
+    def key_path(self) -> Path:
+        """Where the identity key is."""
+        return self.path(self.key_file)
+
+    @property
+    def authorized_keys_path(self) -> Path:
+        """Where authorized_keys is."""
+        return self.path(self.security.authorized_keys_file)
+
+
+def read_config(values: Any, file: Path) -> NodeConfig:
+    """The configuration in these parsed values.
+
+    Raises:
+        ConfigError: with all that is wrong.
+    """
+    problems: list[Problem] = []
+    unknown: list[Problem] = []
+    root = SectionReader(values, "", problems, unknown)
+    version = root.integer("version", 1, least=0, most=2**31)
+    if version > LATEST_VERSION:
+        root.problem("version", f"is {version}, but this peerup knows versions up to {LATEST_VERSION}; update peerup")
+    identity = root.section("identity")
+    key_file = identity.parsed("key_file", "identity.key", _path)
+    network = _network(root.section("network"))
+    relay = _relay(root.section("relay"))
+    discovery = _discovery(root.section("discovery"))
+    security = _security(root.section("security"))
+    ping = _ping(root.section("protocols"))
+    services = _services(root.section("services"))
+    names = _names(root.section("names"))
+    addresses = _addresses(root.section("addresses"))
+    telemetry = _telemetry(root.section("telemetry"))
+    log = _log(root.section("log"))
+    limits = _limits(root.section("limits"))
+    identity.finish()
+    root.finish()
+    if problems:
+        raise ConfigError(file, tuple(sorted(problems, key=lambda problem: problem.line or 0)))
+    return NodeConfig(
+        file=file,
+        version=version,
+        key_file=key_file,
+        network=network,
+        relay=relay,
+        discovery=discovery,
+        security=security,
+        ping=ping,
+        services=services,
+        names=names,
+        addresses=addresses,
+        telemetry=telemetry,
+        log=log,
+        limits=limits,
+        unknown=tuple(unknown),
+    )
+
+
+def parse_host_port(text: str) -> tuple[str, int]:
+    """Host and port of `localhost:22`, `192.168.1.2:80` or `[::1]:8080`. The port is 1 to 65535.
+
+    Raises:
+        InvalidValueError: not of this form.
+    """
+    return _host_port(text, least=1)
+
+
+def parse_listen_address(text: str) -> tuple[str, int]:
+    """As :func:`parse_host_port`, with 0 for any free port.
+
+    Raises:
+        InvalidValueError: not of this form.
+    """
+    return _host_port(text, least=0)
+
+
+def _host_port(text: str, *, least: int) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if bracketed:
+        host = host[1:-1]
+    well_formed = colon and host and not any(character.isspace() or character in "[]/@" for character in host)
+    if not well_formed or (":" in host) != bracketed:
+        raise InvalidValueError(f"{text!r} is not HOST:PORT, such as localhost:22 or [::1]:8080")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and least <= int(port) <= 65535):
+        raise InvalidValueError(f"the port in {text!r} is not a number from {least} to 65535")
+    return host, int(port)
+
+
+def _network(reader: SectionReader) -> NetworkConfig:
+    listen = reader.items("listen_addresses", Multiaddr)
+    if not listen and listen is not None:
+        reader.problem("listen_addresses", "names no address; give at least one, such as /ip4/0.0.0.0/tcp/0")
+    made = NetworkConfig(
+        listen or (Multiaddr("/ip4/0.0.0.0/tcp/0"), Multiaddr("/ip6/::/tcp/0")),
+        reader.boolean("force_private_reachability", default=False),
+        reader.boolean("resource_limits_enabled", default=False),
+    )
+    reader.finish()
+    return made
+
+
+def _relay(reader: SectionReader) -> RelayConfig:
+    made = RelayConfig(
+        reader.items("addresses", _address_with_peer) or (), reader.duration("reservation_interval", 120.0)
+    )
+    reader.finish()
+    return made
+
+
+def _discovery(reader: SectionReader) -> DiscoveryConfig:
+    network = reader.parsed("network", "", lambda text: check_name(text) if text else text)
+    made = DiscoveryConfig(
+        reader.text("rendezvous", "peerup-default-network"),
+        network or None,
+        reader.items("bootstrap_peers", _address_with_peer) or (),
+    )
+    reader.finish()
+    return made
+
+
+def _security(reader: SectionReader) -> SecurityConfig:
+    made = SecurityConfig(
+        reader.parsed("authorized_keys_file", "authorized_keys", _path),
+        # peer-up takes a missing key for "let everybody in". We do not: who wants that must say so.
+        reader.boolean("enable_connection_gating", default=True),
+    )
+    reader.finish()
+    return made
+
+
+def _ping(protocols: SectionReader) -> PingConfig:
+    reader = protocols.section("ping_pong")
+    made = PingConfig(reader.boolean("enabled", default=True), reader.parsed("id", "/pingpong/1.0.0", _protocol_id))
+    reader.finish()
+    protocols.finish()
+    return made
+
+
+def _services(reader: SectionReader) -> tuple[ServiceEntry, ...]:
+    found: list[ServiceEntry] = []
+    for key in reader.keys():  # noqa: SIM118  # not a dict
+        name = _key_text(reader, key, check_service_name)
+        if name is None:
+            continue
+        entry = reader.section(key)
+        address = entry.parsed("local_address", "", _checked(parse_host_port))
+        if not address and "local_address" not in entry.keys():  # noqa: SIM118  # not a dict
+            reader.problem(key, "has no local_address; add one, such as local_address: localhost:22")
+        enabled = entry.boolean("enabled", default=False)
+        allowed = entry.items("allowed_peers", PeerId.from_text)
+        entry.ignore("protocol")  # peer-up stores it and never uses it; the protocol id follows from the name
+        entry.finish()
+        found.append(ServiceEntry(name, address, enabled, allowed))
+    reader.ignore(*reader.keys())
+    return tuple(found)
+
+
+def _names(reader: SectionReader) -> tuple[NameEntry, ...]:
+    found = []
+    for key in reader.keys():  # noqa: SIM118  # not a dict
+        name = _key_text(reader, key, check_peer_name)
+        peer = reader.parsed(key, None, PeerId.from_text)
+        if name is not None and peer is not None:
+            found.append(NameEntry(name, peer))
+    return tuple(found)
+
+
+def _addresses(reader: SectionReader) -> tuple[AddressEntry, ...]:
+    found = []
+    for key in reader.keys():  # noqa: SIM118  # not a dict
+        peer = _key_text(reader, key, PeerId.from_text)
+        if peer is None:
+            reader.ignore(key)
+            continue
+        addresses = reader.items(key, _dialable_by(peer)) or ()
+        if addresses:
+            found.append(AddressEntry(peer, addresses))
+    return tuple(found)
+
+
+def _telemetry(reader: SectionReader) -> TelemetryConfig:
+    metrics, audit = reader.section("metrics"), reader.section("audit")
+    made = TelemetryConfig(
+        metrics.boolean("enabled", default=False),
+        metrics.parsed("listen_address", "127.0.0.1:9091", _checked(parse_listen_address)),
+        audit.boolean("enabled", default=False),
+    )
+    for section in (metrics, audit, reader):
+        section.finish()
+    return made
+
+
+def _log(reader: SectionReader) -> LogConfig:
+    made = LogConfig(
+        reader.parsed("level", "info", _one_of(LOG_LEVELS)), reader.parsed("format", "text", _one_of(LOG_FORMATS))
+    )
+    reader.finish()
+    return made
+
+
+def _limits(reader: SectionReader) -> LimitsConfig:
+    defaults = LimitsConfig()
+    made = LimitsConfig(
+        reader.integer("connections", defaults.connections, least=1, most=100_000),
+        reader.integer("handshakes", defaults.handshakes, least=1, most=10_000),
+        reader.integer("streams_per_connection", defaults.streams_per_connection, least=1, most=100_000),
+        reader.integer("connections_per_service", defaults.connections_per_service, least=1, most=100_000),
+    )
+    reader.finish()
+    return made
+
+
+def check_name(text: str) -> str:
+    """A network name: lower-case letters, digits and inner hyphens, at most 63.
+
+    Raises:
+        InvalidValueError: anything else.
+    """
+    if not _NAME.fullmatch(text):
+        raise InvalidValueError(
+            f"{text!r} cannot be used here: 1 to 63 lower-case letters, digits and hyphens, no hyphen at either end"
+        )
+    return text
+
+
+def check_service_name(text: str) -> str:
+    """A service name that is not reserved."""
+    return check_name(text)
+
+
+def check_peer_name(text: str) -> str:
+    """A friendly name of a peer, as peer-up writes them: letters, digits, dot, underscore, hyphen; at most 64.
+
+    Raises:
+        InvalidValueError: anything else, or what could be taken for a peer id.
+    """
+    allowed = len(text) <= 64 and all(c.isascii() and (c.isalnum() or c in "._-") for c in text)
+    if not allowed or not text or text[0] in ".-":
+        raise InvalidValueError(
+            f"{text!r} cannot be a name: use 1 to 64 letters, digits, dots, underscores and hyphens, "
+            "not beginning with a dot or hyphen"
+        )
+    try:
+        PeerId.from_text(text)
+    except InvalidValueError:
+        return text
+    raise InvalidValueError(f"{text!r} is a peer id and cannot be a name")
+
+
+def _key_text(reader: SectionReader, key: Any, parse: Callable[[str], Any]) -> Any:
+    """What `parse` makes of a key; None after noting the problem."""
+    if not isinstance(key, str):
+        reader.problem(key, "must be text; put the key in quotes")
+        return None
+    try:
+        return parse(str(key))
+    except ValueError as error:
+        reader.problem(key, str(error))
+        return None
+
+
+def _checked(parse: Callable[[str], Any]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        parse(text)
+        return text
+
+    return check
+
+
+def _one_of(allowed: tuple[str, ...]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text.lower() not in allowed:
+            raise InvalidValueError(f"must be one of {', '.join(allowed)}, not {text!r}")
+        return text.lower()
+
+    return check
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise InvalidValueError("must be the path of a file")
+    return text
+
+
+def _protocol_id(text: str) -> str:
+    if not text.startswith("/") or not text.isprintable() or " " in text or len(text) > 200:
+        raise InvalidValueError(f"{text!r} is not a protocol id such as /pingpong/1.0.0")
+    return text
+
+
+def _address_with_peer(text: str) -> Multiaddr:
+    address = Multiaddr(text)
+    if address.peer_id is None:
+        raise InvalidValueError(f"{text} does not end with the peer's id; append /p2p/<peer id>")
+    return address
+
+
+def _dialable_by(peer: PeerId) -> Callable[[str], Multiaddr]:
+    def parse(text: str) -> Multiaddr:
+        address = Multiaddr(text)
+        if address.peer_id not in (None, peer):
+            raise InvalidValueError(f"{text} leads to another peer, {address.peer_id}")
+        return address
+
+    return parse
