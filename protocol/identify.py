@@ -24,12 +24,6 @@ from protocol.pb import identify_pb2
 from protocol.peer_id import PeerId
 from protocol.peer_record import PeerRecord, open_peer_record, parse_addresses
 
-IDENTIFY: Final = "/ipfs/id/1.0.0"
-"""Ask a peer to describe itself."""
-
-IDENTIFY_PUSH: Final = "/ipfs/id/push/1.0.0"
-"""Tell a peer what has changed."""
-
 MAX_MESSAGE: Final = 8 * 1024
 """The longest single message in bytes; go-libp2p and js-libp2p take no longer one either."""
 

@@ -13,17 +13,11 @@ from typing import ClassVar, Final
 
 from protocol.errors import InvalidValueError, LimitExceededError, ProtocolError
 
-PING: Final = "/ipfs/ping/1.0.0"
-"""libp2p's ping."""
-
 PING_SIZE: Final = 32
 """Bytes of each libp2p ping."""
 
 MAX_STREAMS_PER_PEER: Final = 2
 """A responder serves at most so many libp2p ping streams of one peer (the spec's SHOULD)."""
-
-PINGPONG: Final = "/pingpong/1.0.0"
-"""peer-up's ping."""
 
 MAX_LINE: Final = 64
 """The longest line of peer-up's ping in bytes, with its newline."""
