@@ -16,8 +16,6 @@ from actors.config.schema import (
     ConfigError,
     NodeConfig,
     check_peer_name,
-    check_service_name,
-    parse_host_port,
     read_config,
 )
 from actors.config.yaml_text import YamlSyntaxError, delete_value, parse_yaml, set_value
@@ -32,6 +30,7 @@ from actors.files import (
 from protocol.errors import InvalidValueError, PeerupError
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
+from protocol.service import ServiceAddress, ServiceName
 
 MAX_CONFIG_BYTES = 1024 * 1024
 """Far more than thousands of names and services take."""
@@ -81,8 +80,8 @@ class ConfigEditor:
             InvalidValueError: a bad or reserved name, or not HOST:PORT.
             ConfigEditError: `already-exists`.
         """
-        check_service_name(name)
-        parse_host_port(address)
+        ServiceName(name)
+        ServiceAddress.parse(address)
         if any(service.name == name for service in self.config.services):
             raise ConfigEditError("already-exists", f"the service {name!r} exists already in {self._path}")
         entry: dict[str, object] = {"enabled": enabled, "local_address": address}

@@ -70,13 +70,13 @@ class SectionReader:
         values: the mapping, or what stands in its place.
         path: the dotted path of the mapping; empty for the file as a whole.
         problems: where mistakes are noted; shared by all readers of a file.
-        unknown: where keys that nobody asked for are noted by :meth:`finish`.
+        warnings: where keys that nobody asked for are noted by :meth:`finish`, and what else is no mistake.
     """
 
-    def __init__(self, values: Any, path: str, problems: list[Problem], unknown: list[Problem]) -> None:
+    def __init__(self, values: Any, path: str, problems: list[Problem], warnings: list[Problem]) -> None:
         self.path = path
         self._problems = problems
-        self._unknown = unknown
+        self._warnings = warnings
         self._seen: set[Any] = set()
         self._values: Mapping[Any, Any] = {}
         if isinstance(values, Mapping):
@@ -102,6 +102,10 @@ class SectionReader:
         """Note that the value of this key is wrong."""
         self._problems.append(Problem(self.key_path(key), reason, self.line(key)))
 
+    def warn(self, key: Any, reason: str) -> None:
+        """Note something about this key that is no mistake but should be known."""
+        self._warnings.append(Problem(self.key_path(key), reason, self.line(key)))
+
     def key_path(self, key: Any) -> str:
         """The dotted path of a key of this mapping."""
         return f"{self.path}.{key}" if self.path else str(key)
@@ -109,13 +113,13 @@ class SectionReader:
     def section(self, key: str) -> SectionReader:
         """The mapping below this key; an empty one if it is absent."""
         value = self._take(key)
-        reader = SectionReader(None, self.key_path(key), self._problems, self._unknown)
+        reader = SectionReader(None, self.key_path(key), self._problems, self._warnings)
         if value is _MISSING or value is None:
             return reader
         if not isinstance(value, Mapping):
             self.problem(key, f"must be a mapping of keys to values, not {describe(value)}")
             return reader
-        return SectionReader(value, self.key_path(key), self._problems, self._unknown)
+        return SectionReader(value, self.key_path(key), self._problems, self._warnings)
 
     def text(self, key: str, default: str) -> str:
         """A string."""
@@ -202,8 +206,7 @@ class SectionReader:
         """Note every key that nobody asked for."""
         for key in self._values:
             if key not in self._seen:
-                text = "is not a key that peerup knows; it is ignored"
-                self._unknown.append(Problem(self.key_path(key), text, self.line(key)))
+                self.warn(key, "is not a key that peerup knows; it is ignored")
 
     def _take(self, key: str) -> Any:
         self._seen.add(key)

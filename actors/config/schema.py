@@ -2,7 +2,7 @@
 
 :func:`read_config` takes the parsed YAML and gives a :class:`NodeConfig`, or raises :class:`ConfigError` with
 every mistake found, each with its line, its key and what to do. Keys that nobody knows are no mistake; they are
-listed in `NodeConfig.unknown`. Values of keys that have no effect yet (such as those of discovery) are checked like
+listed in `NodeConfig.warnings`. Values of keys that have no effect yet (such as those of discovery) are checked like
 all others, so that a configuration does not become invalid by an update of peerup.
 """
 
@@ -19,6 +19,7 @@ from protocol.errors import InvalidValueError, PeerupError
 from protocol.messages.config import AddressEntry, NameEntry, ServiceEntry
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
+from protocol.service import RESERVED_NAMES, ServiceAddress, ServiceName
 
 LATEST_VERSION = 1
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
@@ -124,7 +125,7 @@ class NodeConfig:
 
     Attributes:
         file: where it was read from; relative paths in it start there.
-        unknown: keys that peerup does not know.
+        warnings: keys that peerup does not know, and what it leaves out.
     """
 
     file: Path
@@ -141,7 +142,7 @@ class NodeConfig:
     telemetry: TelemetryConfig
     log: LogConfig
     limits: LimitsConfig
-    unknown: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
 
     def path(self, written: str) -> Path:
         """A path of this configuration: absolute, or starting from the directory of its file."""
@@ -165,8 +166,8 @@ def read_config(values: Any, file: Path) -> NodeConfig:
         ConfigError: with all that is wrong.
     """
     problems: list[Problem] = []
-    unknown: list[Problem] = []
-    root = SectionReader(values, "", problems, unknown)
+    warnings: list[Problem] = []
+    root = SectionReader(values, "", problems, warnings)
     version = root.integer("version", 1, least=0, most=2**31)
     if version > LATEST_VERSION:
         root.problem("version", f"is {version}, but this peerup knows versions up to {LATEST_VERSION}; update peerup")
@@ -202,39 +203,21 @@ def read_config(values: Any, file: Path) -> NodeConfig:
         telemetry=telemetry,
         log=log,
         limits=limits,
-        unknown=tuple(unknown),
+        warnings=tuple(warnings),
     )
 
 
-def parse_host_port(text: str) -> tuple[str, int]:
-    """Host and port of `localhost:22`, `192.168.1.2:80` or `[::1]:8080`. The port is 1 to 65535.
-
-    Raises:
-        InvalidValueError: not of this form.
-    """
-    return _host_port(text, least=1)
-
-
 def parse_listen_address(text: str) -> tuple[str, int]:
-    """As :func:`parse_host_port`, with 0 for any free port.
+    """Host and port of an address to listen at: `127.0.0.1:8080`, `[::1]:8080`; port 0 is any free one.
 
     Raises:
         InvalidValueError: not of this form.
     """
-    return _host_port(text, least=0)
-
-
-def _host_port(text: str, *, least: int) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if bracketed:
-        host = host[1:-1]
-    well_formed = colon and host and not any(character.isspace() or character in "[]/@" for character in host)
-    if not well_formed or (":" in host) != bracketed:
-        raise InvalidValueError(f"{text!r} is not HOST:PORT, such as localhost:22 or [::1]:8080")
-    if not (port.isascii() and port.isdigit() and len(port) <= 5 and least <= int(port) <= 65535):
-        raise InvalidValueError(f"the port in {text!r} is not a number from {least} to 65535")
-    return host, int(port)
+    if colon and port == "0":
+        return ServiceAddress.parse(f"{host}:1").host, 0
+    address = ServiceAddress.parse(text)
+    return address.host, address.port
 
 
 def _network(reader: SectionReader) -> NetworkConfig:
@@ -259,7 +242,7 @@ def _relay(reader: SectionReader) -> RelayConfig:
 
 
 def _discovery(reader: SectionReader) -> DiscoveryConfig:
-    network = reader.parsed("network", "", lambda text: check_name(text) if text else text)
+    network = reader.parsed("network", "", lambda text: check_network_name(text) if text else text)
     made = DiscoveryConfig(
         reader.text("rendezvous", "peerup-default-network"),
         network or None,
@@ -290,18 +273,21 @@ def _ping(protocols: SectionReader) -> PingConfig:
 def _services(reader: SectionReader) -> tuple[ServiceEntry, ...]:
     found: list[ServiceEntry] = []
     for key in reader.keys():  # noqa: SIM118  # not a dict
-        name = _key_text(reader, key, check_service_name)
+        if key in RESERVED_NAMES:  # peer-up has no such rule, and its configurations shall load
+            reader.warn(key, "is the name of a protocol of peerup's own; this service is not offered, rename it")
+            continue
+        name = _key_text(reader, key, ServiceName)
         if name is None:
             continue
         entry = reader.section(key)
-        address = entry.parsed("local_address", "", _checked(parse_host_port))
+        address = entry.parsed("local_address", "", _checked(ServiceAddress.parse))
         if not address and "local_address" not in entry.keys():  # noqa: SIM118  # not a dict
             reader.problem(key, "has no local_address; add one, such as local_address: localhost:22")
         enabled = entry.boolean("enabled", default=False)
         allowed = entry.items("allowed_peers", PeerId.from_text)
         entry.ignore("protocol")  # peer-up stores it and never uses it; the protocol id follows from the name
         entry.finish()
-        found.append(ServiceEntry(name, address, enabled, allowed))
+        found.append(ServiceEntry(str(name), address, enabled, allowed))
     reader.ignore(*reader.keys())
     return tuple(found)
 
@@ -361,7 +347,7 @@ def _limits(reader: SectionReader) -> LimitsConfig:
     return made
 
 
-def check_name(text: str) -> str:
+def check_network_name(text: str) -> str:
     """A network name: lower-case letters, digits and inner hyphens, at most 63.
 
     Raises:
@@ -372,11 +358,6 @@ def check_name(text: str) -> str:
             f"{text!r} cannot be used here: 1 to 63 lower-case letters, digits and hyphens, no hyphen at either end"
         )
     return text
-
-
-def check_service_name(text: str) -> str:
-    """A service name that is not reserved."""
-    return check_name(text)
 
 
 def check_peer_name(text: str) -> str:
