@@ -1,0 +1,73 @@
+"""`peerup status` and `peerup stop`: the node as a whole."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from peerup.cli.framework import Failure, Session, command
+from peerup.cli.output import good, span
+
+STOP_SECONDS = 20.0
+"""How long `stop` waits for the node to end: every actor's stop deadline in turn, with room to spare."""
+
+
+@command("status", json_output=True)
+def status(session: Session) -> None:
+    """Show who this node is, whom it is connected to, and whether all of it runs.
+
+    Exit status 1 if a part of the node does not run, 3 if the node does not.
+    """
+    data = session.client.get("/v1/status")
+    session.show(data, lambda: _print(data))
+    if data["problems"] or data.get("actors_not_running"):
+        raise click.exceptions.Exit(1)
+
+
+def _print(data: dict[str, Any]) -> None:
+    services = [service for service in data["services"] if service["enabled"]]
+    lines = [
+        ("peer id", data["peer_id"] or "unknown"),
+        ("home", data["home"]),
+        ("running", f"{span(data['uptime'])}, pid {data['pid']}, version {data['version']}"),
+        ("actors", f"{data.get('actors', '?')}, {data.get('restarts', '?')} restarts lately"),
+        ("peers", f"{data.get('connected_peers', '?')} connected"),
+        *(("listening", address) for address in data.get("listen_addresses", [])),
+        *(("service", f"{service['name']} -> {service['address']}") for service in services),
+        *(("proxy", f"{entry['listen']} -> {_goal(entry)}") for entry in data.get("proxies", []) if entry["listen"]),
+    ]
+    if data["allow_faults"]:
+        lines.append(("faults", f"allowed, {data['faults']} in force"))
+    lines.extend(("not running", name) for name in data.get("actors_not_running", []))
+    lines.extend(("problem", problem) for problem in data["problems"])
+    for title, text in lines:
+        click.echo(f"{title:<12} {text}")
+
+
+def _goal(proxy: dict[str, Any]) -> str:
+    return f"{proxy.get('peer_name') or proxy['peer']}/{proxy['service']}"
+
+
+@command("stop", json_output=True)
+def stop(session: Session) -> None:
+    """Stop the running node, and wait until it has ended."""
+    answer = session.client.post("/v1/shutdown")
+    pid = int(answer["pid"])
+    session.wait_message("stopping...")
+    deadline = time.monotonic() + STOP_SECONDS
+    while _lives(pid):
+        if time.monotonic() > deadline:
+            raise Failure(f"process {pid} still runs after {STOP_SECONDS:g} seconds", "see the node's log")
+        time.sleep(0.02)
+    session.show({"stopped": True, "pid": pid}, lambda: good("stopped"))
+
+
+def _lives(pid: int) -> bool:
+    """Whether the process runs; one that has ended and waits to be collected by its parent does not."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:  # noqa: PTH123  # quick start
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False

@@ -1,0 +1,97 @@
+"""`peerup proxy`: local listeners, or standard input and output, that lead to a peer's service."""
+
+from __future__ import annotations
+
+import click
+
+from peerup.cli.framework import DefaultGroup, Session, command, examples
+from peerup.cli.output import Column, good, table
+
+DEFAULT_HOST = "127.0.0.1"
+
+
+@click.group(
+    "proxy",
+    cls=DefaultGroup,
+    default="add",
+    epilog=examples(
+        "peerup proxy home ssh 2222             listen on 127.0.0.1:2222",
+        "peerup proxy home web 0                listen on a free port",
+        "peerup proxy home web 0.0.0.0:8080     let others use it, too",
+        "peerup proxy home ssh --stdio          one connection on stdin/stdout",
+        "ssh -o ProxyCommand='peerup proxy home ssh --stdio' me@home",
+        "peerup proxy list",
+        "peerup proxy stop home ssh",
+        "A peer that is called like a subcommand: peerup proxy add list ssh 2222",
+    ),
+)
+def proxy() -> None:
+    """Reach a service of a peer through a local port.
+
+    The node keeps the listener, also after a restart, until `peerup proxy stop`.
+    """
+
+
+@command("add", json_output=True)
+@click.argument("peer")
+@click.argument("service")
+@click.argument("local_port", required=False)
+@click.option("--stdio", is_flag=True, help="Connect standard input and output instead of listening.")
+def add(session: Session, peer: str, service: str, local_port: str | None, *, stdio: bool) -> None:
+    """Reach SERVICE of PEER through LOCAL_PORT (PORT, HOST:PORT, or 0 for a free port).
+
+    Prints the address it listens on. With --stdio, connects standard input and output, for one connection.
+    """
+    if stdio:
+        if local_port is not None:
+            raise click.UsageError("--stdio listens on no port; leave LOCAL_PORT out")
+        from peerup.stdio import pump
+
+        raise click.exceptions.Exit(pump(session.client.open_stdio(peer, service)))
+    if local_port is None:
+        raise click.UsageError("give the LOCAL_PORT to listen on (0 for a free one), or --stdio")
+    listen = parse_listen(local_port)
+    session.wait_message(f"opening {peer}/{service}...")
+    data = session.client.post("/v1/proxies", {"peer": peer, "service": service, "listen": listen})
+    session.show(data, lambda: click.echo(data["listen"]))
+
+
+def parse_listen(text: str) -> str:
+    """`port` or `host:port` as `host:port`; IPv6 addresses in brackets.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) <= 65535):
+        raise click.UsageError(f"{text!r} is not a local port; write PORT, HOST:PORT or 0")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise click.UsageError(f"write the IPv6 address in brackets, such as [::1]:{port}")
+    return f"{host or DEFAULT_HOST}:{int(port)}"
+
+
+@command("list", json_output=True)
+def list_proxies(session: Session) -> None:
+    """Show all proxies."""
+    data = session.client.get("/v1/proxies")
+    columns = (Column("PEER", fold=True), Column("SERVICE", fold=True), Column("LISTEN"), Column("STATE"))
+    rows = [(item["peer"], item["service"], item["listen"] or "(stdio)", item["state"]) for item in data]
+    session.show(data, lambda: table(columns, rows, empty="no proxies; see `peerup proxy --help`"))
+
+
+@command("stop", json_output=True)
+@click.argument("peer")
+@click.argument("service", required=False)
+def stop(session: Session, peer: str, service: str | None) -> None:
+    """Stop a proxy and forget it: PEER SERVICE, or the actor's name proxy/PEER/SERVICE."""
+    from peerup.client import segment
+
+    if service is None and not peer.startswith("proxy/"):
+        raise click.UsageError("name the peer and the service, as in `peerup proxy stop home ssh`")
+    name = peer if service is None else f"proxy/{peer}/{service}"
+    data = session.client.delete(f"/v1/proxies/{segment(name)}")
+    session.show(data, lambda: good(f"stopped {name}"))
+
+
+for _command in (add, list_proxies, stop):
+    proxy.add_command(_command)

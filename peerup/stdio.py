@@ -1,0 +1,67 @@
+"""Standard input and output ⇄ a socket, with half-close: `peerup proxy PEER SERVICE --stdio`.
+
+Theory of operation. Two directions, each a plain blocking loop with a buffer of 256 KiB; the one that reads standard
+input has a thread of its own. The end of standard input shuts down the socket's sending side and nothing else, so a
+client that sends its question and closes still gets the answer. When the far side has finished, standard output is
+closed, and what is left is to send on until standard input ends, too, or the far side is entirely gone, which the
+socket tells by a hang-up: then nobody is left to read, and we are done without waiting for input that may never come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import sys
+import threading
+
+CHUNK = 256 * 1024
+"""Bytes per read: more than a pipe or a Unix socket holds by default, so each call takes all there is."""
+
+
+def pump(sock: socket.socket, source: int = 0, sink: int = 1) -> int:
+    """Move bytes until both directions have ended; 0, or 1 if the far side broke off. Closes the socket and `sink`."""
+    ended, telling = os.pipe()
+    sock.setblocking(True)
+    sender = threading.Thread(target=_send, args=(sock, source, telling), daemon=True)
+    sender.start()
+    try:
+        try:
+            _receive(sock, sink)
+        except ConnectionResetError:
+            sys.stderr.write("error: the connection to the service broke off\n")
+            return 1
+        except BrokenPipeError:
+            return 0  # whoever read our output has left; that ends it for both
+        with contextlib.suppress(OSError):
+            os.close(sink)
+        poll = select.poll()
+        poll.register(ended, select.POLLIN)
+        poll.register(sock.fileno(), 0)  # POLLHUP and POLLERR alone
+        poll.poll()
+        return 0
+    finally:
+        os.close(ended)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+
+
+def _receive(sock: socket.socket, sink: int) -> None:
+    buffer = bytearray(CHUNK)
+    view = memoryview(buffer)
+    while count := sock.recv_into(buffer):
+        done = 0
+        while done < count:
+            done += os.write(sink, view[done:count])
+
+
+def _send(sock: socket.socket, source: int, telling: int) -> None:
+    """Everything from `source`, then the end of it. The far side's refusal to take more ends it as well."""
+    with contextlib.suppress(OSError):
+        while data := os.read(source, CHUNK):
+            sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+    with contextlib.suppress(OSError):
+        os.close(telling)
