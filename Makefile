@@ -8,7 +8,7 @@ JOBS ?= auto
 .PHONY: demo test test-fast check format bench clean lock setup
 
 demo: $(STAMP)  ## set everything up and run the main job on two nodes
-	$(BIN)/python -m peerup.demo
+	$(BIN)/python -m demo
 
 test: $(STAMP)  ## set everything up and run the whole test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
