@@ -1,0 +1,159 @@
+"""`peerup auth`: who may connect."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peerup.cli.files import AUTHORIZED_KEYS, authorized_keys_path, find_peer, report, tell_node
+from peerup.cli.framework import DURATION, Failure, Session, command, examples
+from peerup.cli.output import Column, good, note, table
+
+if TYPE_CHECKING:
+    from protocol.authorized_keys import Entry
+
+FILE = click.option("--file", "path", type=click.Path(path_type=Path), help="Another authorized_keys file.")
+
+
+@click.group(
+    "auth",
+    epilog=examples(
+        "peerup auth add 12D3KooW... --comment laptop",
+        "peerup auth add 12D3KooW... --comment guest --expires 7d",
+        "peerup auth list",
+        "peerup auth remove 12D3KooW...",
+    ),
+)
+def auth() -> None:
+    """Say which peers may connect. A running node takes changes over at once."""
+
+
+def _expiry(text: str | None) -> str | None:
+    """The moment that `7d` from now or an ISO date means, as RFC 3339."""
+    if text is None:
+        return None
+    try:
+        moment = dt.datetime.fromisoformat(text)
+    except ValueError:
+        try:
+            seconds = DURATION.convert(text, None, None)
+        except click.BadParameter:
+            reason = f"{text!r} is neither a date such as 2030-12-31T18:00 nor a span of time such as 7d"
+            raise click.BadParameter(reason, param_hint="--expires") from None
+        moment = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)
+    return moment.astimezone(dt.UTC).replace(microsecond=0).isoformat().replace("+00:00", "Z")
+
+
+@command("add", json_output=True)
+@click.argument("peer_id")
+@click.option("--comment", default="", help="Whose device this is.")
+@click.option("--expires", metavar="WHEN", help="Until when: 7d from now, or a date such as 2030-12-31T18:00.")
+@FILE
+def add(session: Session, peer_id: str, comment: str, expires: str | None, path: Path | None) -> None:
+    """Let the peer with this id connect."""
+    from actors.gate.authorized_keys_file import add_peer
+    from protocol.peer_id import PeerId
+
+    until = _expiry(expires)
+    attributes = {} if until is None else {"expires": until}
+    entry = add_peer(authorized_keys_path(session, path), PeerId.from_text(peer_id), comment, attributes)
+    report(session, f"{entry.peer} may connect", _present(entry), _tell(session, path))
+
+
+@command("remove", json_output=True)
+@click.argument("peer")
+@FILE
+def remove(session: Session, peer: str, path: Path | None) -> None:
+    """Let a peer (its id, or a name of this node) connect no longer, and cut its connections."""
+    from actors.gate.authorized_keys_file import remove_peer
+
+    found = find_peer(session, peer)
+    remove_peer(authorized_keys_path(session, path), found)
+    report(session, f"{found} may connect no longer", {"peer_id": str(found), "removed": True}, _tell(session, path))
+
+
+@command("list", json_output=True)
+@FILE
+def list_peers(session: Session, path: Path | None) -> None:
+    """Show who may connect."""
+    from actors.gate.authorized_keys_file import load_authorized_keys
+
+    keys = load_authorized_keys(authorized_keys_path(session, path))
+    data = [_present(entry) for entry in keys.entries]
+    columns = (
+        Column("LINE", right=True),
+        Column("PEER ID", fold=True),
+        Column("EXPIRES"),
+        Column("COMMENT", fold=True),
+    )
+    rows = [(item["line"], item["peer_id"], _when(item), item["comment"]) for item in data]
+    session.show(data, lambda: table(columns, rows, empty="nobody may connect; see `peerup auth add --help`"))
+    for problem in keys.problems:
+        note(f"warning: line {problem.line}: {problem.reason}")
+
+
+@command("validate", json_output=True)
+@click.argument("path", metavar="[FILE]", type=click.Path(path_type=Path), required=False)
+def validate(session: Session, path: Path | None) -> None:
+    """Check an authorized_keys file line by line. Exit status 1 if the node would refuse it."""
+    from actors.gate.authorized_keys_file import load_authorized_keys
+
+    file = authorized_keys_path(session, path)
+    keys = load_authorized_keys(file)
+    problems = [
+        {"line": problem.line, "code": problem.code, "reason": problem.reason, "fatal": problem.fatal}
+        for problem in keys.problems
+    ]
+    fatal = sum(1 for problem in keys.problems if problem.fatal)
+    data = {"file": str(file), "valid": not fatal, "peers": len(keys.entries), "problems": problems}
+
+    def human() -> None:
+        for problem in problems:
+            click.echo(f"line {problem['line']}: {problem['reason']}{'' if problem['fatal'] else ' (harmless)'}")
+        if not fatal:
+            good(f"{file}: {len(keys.entries)} peers, valid")
+
+    session.show(data, human)
+    if fatal:
+        raise Failure(
+            f"{file} has {fatal} broken line{'s' if fatal > 1 else ''}",
+            "repair or remove them; until then a running node keeps the last good policy",
+            code="bad-authorized-keys",
+            as_json=session.as_json,
+        )
+
+
+def _tell(session: Session, given: Path | None) -> dict[str, Any]:
+    """Tell the running node, if it is its file that was changed."""
+    if given is not None and given.absolute() != authorized_keys_path(session):
+        return {"running": False, "reloaded": False, "problems": []}
+    return tell_node(session, AUTHORIZED_KEYS)
+
+
+def _present(entry: Entry) -> dict[str, Any]:
+    return {
+        "line": entry.line,
+        "peer_id": str(entry.peer),
+        "comment": entry.comment,
+        "expires": entry.expires,
+        "verified": entry.verified,
+        "attributes": dict(entry.attributes),
+    }
+
+
+def _when(item: dict[str, Any]) -> str:
+    if item["expires"] is None:
+        return "never"
+    try:
+        moment = dt.datetime.fromtimestamp(item["expires"], dt.UTC)
+    except (OverflowError, ValueError, OSError):
+        return str(item["attributes"].get("expires"))
+    passed = " (passed)" if moment < dt.datetime.now(dt.UTC) else ""
+    return f"{moment:%Y-%m-%d %H:%M}Z{passed}"
+
+
+for _command in (add, list_peers, remove, validate):
+    auth.add_command(_command)

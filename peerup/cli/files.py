@@ -1,0 +1,89 @@
+"""What commands that edit the node's files share: finding the files, and telling a running node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peerup.cli.framework import Session
+from peerup.cli.output import good, note
+from protocol.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from actors.config.schema import NodeConfig
+    from protocol.peer_id import PeerId
+
+CONFIG = "/v1/config/reload"
+AUTHORIZED_KEYS = "/v1/auth/reload"
+
+
+def read_config(session: Session) -> NodeConfig:
+    """The configuration of this home."""
+    from actors.config.file import load_config
+
+    return load_config(session.home.config_file)
+
+
+def authorized_keys_path(session: Session, given: Path | None = None) -> Path:
+    """The authorized_keys file: as given, else where the configuration says, else beside it."""
+    if given is not None:
+        return given
+    if session.home.config_file.exists():
+        return read_config(session).authorized_keys_path
+    return session.home.authorized_keys_file
+
+
+def find_peer(session: Session, text: str) -> PeerId:
+    """The peer that a peer id or a name of the configuration means.
+
+    Raises:
+        InvalidValueError: it is neither.
+    """
+    from protocol.peer_id import PeerId
+
+    try:
+        return PeerId.from_text(text)
+    except InvalidValueError as error:
+        if session.home.config_file.exists():
+            for entry in read_config(session).names:
+                if entry.name == text:
+                    return entry.peer
+        raise InvalidValueError(f"{text!r} is neither a peer id nor a name of this node") from error
+
+
+def tell_node(session: Session, route: str) -> dict[str, Any]:
+    """Have the running node read the file again.
+
+    `running` says whether there is a node, `reloaded` whether the change is in force in it, `problems` why not.
+    """
+    from peerup.client import ClientError, NotRunningError
+
+    try:
+        answer = session.client.post(route)
+    except NotRunningError:
+        return {"running": False, "reloaded": False, "problems": []}
+    except ClientError as error:
+        return {"running": True, "reloaded": False, "problems": [error.reason]}
+    problems = [
+        f"line {problem['line']}: {problem['reason']}" if isinstance(problem, dict) else str(problem)
+        for problem in answer["problems"]
+    ]
+    return {"running": True, "reloaded": not problems, "problems": problems}
+
+
+def report(session: Session, text: str, data: dict[str, Any], node: dict[str, Any]) -> None:
+    """Say what was changed, and whether the running node has it."""
+
+    def human() -> None:
+        good(text)
+        if node["reloaded"]:
+            click.echo("the running node has taken it over")
+        elif not node["running"]:
+            click.echo("the node is not running; this counts from its next start on")
+
+    session.show(data | {"node": node}, human)
+    if node["running"] and not node["reloaded"]:
+        note(f"warning: the running node has not taken it over: {'; '.join(node['problems'])}")
+        raise click.exceptions.Exit(1)
