@@ -39,6 +39,7 @@ class Boot:
         allow_faults: whether faults may be injected.
         log: how to log.
         factories: prefixes of the modules whose classes may be children.
+        generation: 1 for the first tree of a service, one more for each that is built after the loss of one.
     """
 
     directory: RunDirectory
@@ -46,6 +47,7 @@ class Boot:
     allow_faults: bool = False
     log: LogSettings = dataclasses.field(default_factory=LogSettings)
     factories: tuple[str, ...] = ("actors.", "supervisor.")
+    generation: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,9 +144,11 @@ class RunDirectory:
         escaped = escape(name)
         temporary = f".{os.getpid()}"
         text = f"{entry.state.value}:{entry.incarnation}:{entry.pid}:{escape(entry.owner)}"
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            os.symlink(text, temporary, dir_fd=self.names_fd)
+        except FileExistsError:  # left by an earlier process of this number that was killed between two lines
             os.unlink(temporary, dir_fd=self.names_fd)
-        os.symlink(text, temporary, dir_fd=self.names_fd)
+            os.symlink(text, temporary, dir_fd=self.names_fd)
         os.rename(temporary, escaped, src_dir_fd=self.names_fd, dst_dir_fd=self.names_fd)
 
     def remove(self, name: str) -> None:
@@ -164,7 +166,7 @@ class RunDirectory:
         return found
 
     def orphan(self, owner: str) -> list[str]:
-        """A supervisor's process has ended, and all below it: those names are starting, with no process. Returns them."""
+        """A supervisor's process has ended, and so has all below it: those names are starting. Returns them."""
         entries = self.names()
         below: list[str] = []
         parents = [owner]

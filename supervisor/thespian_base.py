@@ -86,7 +86,7 @@ class ThespianTransport:
             self._parent = preparation.parent
         self.wire = Transport(self.directory)
         self.wire.control = self._received
-        self.myAddress = address_of(os.getpid())  # noqa: N815 - Thespian's name
+        self.myAddress = address_of(os.getpid())
         self.children: set[int] = set()
         self.timers: Timers | None = None
         self._incoming: collections.deque[Any] = collections.deque()
@@ -125,9 +125,7 @@ class ThespianTransport:
             intent.tx_done(SendStatus.Sent)
             return
         try:
-            if pid is None:
-                raise NotDeliveredError("the target has no process")
-            self.wire.send_control(pid, control.encode(message))
+            self.wire.send_control(pid or 0, control.encode(message))
         except NotDeliveredError:
             intent.tx_done(SendStatus.DeadTarget)
         else:
@@ -207,8 +205,8 @@ class _Clone:
 
     def __init__(self, transport: ThespianTransport) -> None:
         self._transport = transport
-        self.myAddress = transport.myAddress  # noqa: N815 - Thespian's name
-        self.scheduleTransmit = transport.scheduleTransmit  # noqa: N815 - Thespian's name
+        self.myAddress = transport.myAddress
+        self.scheduleTransmit = transport.scheduleTransmit
         self.run = transport.run
         self.abort_run = transport.abort_run
 
@@ -216,7 +214,7 @@ class _Clone:
         """See the class."""
 
 
-class ActorSystemBase(systemBase):  # type: ignore[misc]  # Thespian has no types
+class ActorSystemBase(systemBase):
     """What `ActorSystem(NAME, capabilities)` makes in the starting process."""
 
     def __init__(self, system: Any, logDefs: Any = None) -> None:  # noqa: N803 - Thespian's name
@@ -224,16 +222,22 @@ class ActorSystemBase(systemBase):  # type: ignore[misc]  # Thespian has no type
         system.capabilities["Thespian ActorSystem Name"] = NAME
         system.capabilities["Thespian ActorSystem Version"] = 1
         self.transport = ThespianTransport(ExternalInterfaceTransportInit(), system.capabilities)
-        self.transport.is_child = lambda pid: self.admin is not None and self.admin.pid == pid
         self.admin: forking.Child | None = None
+        self.transport.is_child = self._is_admin
         try:
             super().__init__(system, logDefs)
         except BaseException:
-            if self.admin is not None:
-                self.admin.kill()
-                self.admin.reap()
-            self.transport.close()
+            self._give_up()
             raise
+
+    def _give_up(self) -> None:
+        if self.admin is not None:
+            self.admin.kill()
+            self.admin.reap()
+        self.transport.close()
+
+    def _is_admin(self, pid: int) -> bool:
+        return self.admin is not None and self.admin.pid == pid
 
     def _startAdmin(self, adminAddr: Any, addrOfStarter: Any, capabilities: Any, logDefs: Any) -> None:  # noqa: N802, N803 - Thespian's names
         """Corrects system/multiprocCommon.py:86-117 and 147-205.
@@ -250,7 +254,6 @@ class ActorSystemBase(systemBase):  # type: ignore[misc]  # Thespian has no type
             linux.set_process_name("admin")
             transport = ThespianTransport(EndpointPreparation(0, directory, starter))
             admin = Admin(transport, transport.myAddress, capabilities, ALLOWED)
-            transport.is_child = admin.processes.__contains__
             transport.scheduleTransmit(None, TransmitIntent(address_of(starter), EndpointConnected(0)))
             admin._activate()  # noqa: SLF001 - as system/multiprocCommon.py:431 does once the logger is there
             admin.run()

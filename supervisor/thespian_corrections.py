@@ -58,24 +58,27 @@ utilis.thesplog_control(logging.CRITICAL + 1, useLogging=False, tmpFileMaxSize=0
 logging.getLogger().addHandler(logging.NullHandler())
 
 
-class Replicator(MultiProcReplicator):  # type: ignore[misc]  # Thespian has no types
+class Replicator(MultiProcReplicator):
     """Makes child processes and notices their ends. Common to the admin and to supervisors."""
 
     transport: Any
     capabilities: Any
-    _addrManager: Any
+    _addrManager: Any  # noqa: N815 - Thespian's names
+    _adminAddr: Any  # noqa: N815
+    _pendingActorReady: Any  # noqa: N815
 
     def init_replicator(self, transport: Any, concurrency_context: Any) -> None:
         """Corrects system/multiprocCommon.py:270-275: children are kept by pid, not in a list."""
         super().init_replicator(transport, concurrency_context)
         self.processes: dict[int, tuple[forking.Child, int]] = {}
         self.ended: dict[int, int] = {}
+        transport.is_child = self.processes.__contains__
 
     def keep_open(self) -> Collection[int]:
         """The descriptors that the next child inherits."""
         return ()
 
-    def _startChildActor(  # noqa: N802 - Thespian's name
+    def _startChildActor(  # noqa: N802, PLR0917 - Thespian's name and signature
         self,
         childAddr: Any,  # noqa: N803 - Thespian's names
         childClass: Any,  # noqa: N803
@@ -177,7 +180,7 @@ class Replicator(MultiProcReplicator):  # type: ignore[misc]  # Thespian has no 
             intent.tx_done(SendStatus.DeadTarget)
 
 
-class Admin(Replicator, ThespianAdmin):  # type: ignore[misc]  # Thespian has no types
+class Admin(Replicator, ThespianAdmin):
     """The admin process: starts the root supervisor and nothing else."""
 
     def __init__(self, transport: Any, address: Any, capabilities: Any, allowed: Collection[str]) -> None:
@@ -224,14 +227,14 @@ class Admin(Replicator, ThespianAdmin):  # type: ignore[misc]  # Thespian has no
             self.transport.run(self.handleIncoming, None)
 
 
-class Manager(Replicator, ActorManager):  # type: ignore[misc]  # Thespian has no types
+class Manager(Replicator, ActorManager):
     """What stands between Thespian and one actor: a supervisor or a leaf."""
 
     def __init__(self, childClass: Any, *arguments: Any) -> None:  # noqa: N803 - Thespian's name
         super().__init__(childClass, *arguments)
         self.asLogger = self._adminAddr
 
-    def run(self) -> int:  # type: ignore[override]
+    def run(self) -> int:
         """Corrects system/actorManager.py:55-118: exceptions were swallowed there, and the status was always 0.
 
         The actor lives in its own way (see `live` of the supervisor and of the leaf); its result is the exit status.
@@ -239,7 +242,7 @@ class Manager(Replicator, ActorManager):  # type: ignore[misc]  # Thespian has n
         self.actorInst = utilis.withPossibleInitArgs(
             capabilities=self.capabilities, requirements=self._childReqs
         ).create(utilis.actualActorClass(self._actorClass))
-        self.actorInst._myRef = self
+        self.actorInst._myRef = self  # noqa: SLF001 - as system/actorManager.py:80 does
         live = getattr(self.actorInst, "live", None)
         if live is None:
             raise InvalidActorSpecification(self._actorClass, "only supervisors and leaves can be started")
@@ -262,6 +265,7 @@ class Manager(Replicator, ActorManager):  # type: ignore[misc]  # Thespian has n
             self._children = [child for child in self._children if child != message.childAddress]
         elif not isinstance(message, ActorExitRequest):
             return True
+        assert self.actorInst is not None
         self.actorInst.receiveMessage(message, envelope.sender)
         return True
 

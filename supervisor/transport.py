@@ -34,6 +34,7 @@ import errno
 import os
 import select
 import socket
+import time
 from collections.abc import Callable, Sequence
 
 from protocol.messages import Descriptor, Envelope, MessageError
@@ -171,6 +172,18 @@ class Transport:
                 pass
             self._drop(link, "the process ended")
 
+    def flush(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds until the kernel has taken what is queued. For the end of a process."""
+        end = time.monotonic() + timeout
+        while any(link.queue and not link.broken for link in self._links.values()):
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            for fd, mask in self._epoll.poll(left):
+                link = self._links.get(fd)
+                if link is not None and mask & (_WRITE | select.EPOLLERR | select.EPOLLHUP):
+                    self._flush(link)
+
     def close(self) -> None:
         """Close everything. What is queued is lost, what the kernel has taken is still delivered."""
         for link in list(self._links.values()):
@@ -213,8 +226,10 @@ class Transport:
         entry = self.directory.read(name)
         if entry is None:
             return NameState.UNKNOWN
-        if entry.state is NameState.READY and (name, entry.incarnation, entry.pid) in self._gone:
-            return NameState.STARTING
+        if entry.state is NameState.READY:
+            link = self._by_name.get(name)
+            if (link is not None and link.broken) or (name, entry.incarnation, entry.pid) in self._gone:
+                return NameState.STARTING
         return entry.state
 
     def watch(self, name: str) -> None:

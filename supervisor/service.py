@@ -1,0 +1,396 @@
+"""The long-running process of a node: starts the tree, watches what nobody above could restart, stops it in order.
+
+Theory of operation. :meth:`Service.run` locks the run directory, imports what the actors will need (children share
+those pages), starts Thespian's admin and has it start the root supervisor. It then waits on one epoll descriptor for::
+
+    a signal               SIGTERM, SIGINT: the root stops its children in reverse order; a second one: at once
+    the end of the admin   by pidfd: everything left is killed and the tree is built anew
+    the end of the root    the same; if it had given up before it was ever ready, the service ends with its reason
+    messages to `main`     the root's Ready and LastWords
+
+All actors are in the admin's process group and die with their parents, and orphans become this process's
+children, so at the end it can make sure that nothing is left.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import gc
+import importlib
+import os
+import random
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from thespian.actors import ActorSystem, ActorSystemException
+
+from protocol.errors import PeerupError
+from protocol.messages import Envelope
+from protocol.messages.system import LastWords, Ready, Stop, SupervisorSpec
+from supervisor import linux, thespian_base
+from supervisor.boot import ROOT, SERVICE, Boot, LogSettings
+from supervisor.exchange import Exchange
+from supervisor.logging import LogControl
+from supervisor.port import NameState
+from supervisor.process import open_log
+from supervisor.registry import Entry, RunDirectory
+
+STOP_DEADLINE = 30.0
+"""Seconds for an ordered stop of the whole tree; what is left after it is killed."""
+
+ADMIN_DEADLINE = 3.0
+"""Seconds for the admin to end once the tree has; it takes milliseconds."""
+
+LOCK_PATIENCE = 2.0
+"""Seconds to wait for the processes of a killed predecessor to be gone; they take milliseconds."""
+
+REBUILDS = 5
+"""So many rebuilds within REBUILD_WINDOW seconds are borne; after one more the service ends."""
+
+REBUILD_WINDOW = 60.0
+
+_STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class ServiceRunningError(PeerupError):
+    """Another service runs in the same run directory."""
+
+    code = "already-running"
+
+
+class TreeFailedError(PeerupError):
+    """The tree could not be started, or could not be kept running."""
+
+    code = "tree-failed"
+
+
+class _TreeLostError(Exception):
+    """The admin or the root supervisor ended without being told to."""
+
+
+class _StopNowError(Exception):
+    """A second signal: do not wait for an ordered stop."""
+
+
+@dataclasses.dataclass
+class _Tree:
+    """One life of the actor system."""
+
+    boot: Boot
+    system: Any = None
+    exchange: Exchange | None = None
+    group: int = 0
+    root_pidfd: int = -1
+    ready: bool = False
+    stopping: bool = False
+    last_words: str = ""
+
+    @property
+    def base(self) -> thespian_base.ActorSystemBase:
+        """Our system base, once the system has been made."""
+        base: thespian_base.ActorSystemBase = self.system._systemBase  # noqa: SLF001 - Thespian has no other way
+        return base
+
+
+class Service:
+    """See the module.
+
+    Arguments:
+        run_directory: an existing directory of this user, mode 0700.
+        root: the tree.
+        preload: modules to import before any process is made: trio, the actors, what they import.
+        allow_faults: whether faults may be injected.
+        log: how every process logs.
+        factories: prefixes of the modules whose classes may be actors.
+        on_ready: called each time the whole tree is ready (again).
+        on_stopping: called when an ordered stop begins.
+    """
+
+    def __init__(
+        self,
+        run_directory: str,
+        root: SupervisorSpec,
+        *,
+        preload: tuple[str, ...] = (),
+        allow_faults: bool = False,
+        log: LogSettings | None = None,
+        factories: tuple[str, ...] = ("actors.", "supervisor."),
+        on_ready: Callable[[], None] | None = None,
+        on_stopping: Callable[[], None] | None = None,
+    ) -> None:
+        self._path = run_directory
+        self._root = root
+        self._preload = preload
+        self._allow_faults = allow_faults
+        self._log_settings = log if log is not None else LogSettings()
+        self._factories = factories
+        self._on_ready = on_ready
+        self._on_stopping = on_stopping
+        self._signals: list[int] = []
+        self._wakeup = -1
+        self._log: LogControl | None = None
+
+    def run(self) -> None:
+        """Run until a signal says stop. Call it from the main thread of a process that has no other.
+
+        Raises:
+            RunDirectoryError: the run directory cannot be used.
+            ServiceRunningError: another service runs there.
+            TreeFailedError: the tree does not start, or does not stay up.
+        """
+        directory = RunDirectory(self._path)
+        try:
+            _lock(directory)
+            directory.clear()
+            for module in self._preload:
+                importlib.import_module(module)
+            thespian_base.install()
+            linux.adopt_orphans()
+            self._log = open_log(SERVICE, self._log_settings)
+            with self._signal_handling():
+                self._keep_running(directory)
+        finally:
+            if self._log is not None:
+                self._log.close()
+            with contextlib.suppress(OSError):
+                directory.remove_tree()
+            directory.close()
+
+    def _keep_running(self, directory: RunDirectory) -> None:
+        lost: collections.deque[float] = collections.deque()
+        boot = Boot(directory, self._root, self._allow_faults, self._log_settings, self._factories)
+        gc.collect()
+        while True:
+            tree = _Tree(boot)
+            try:
+                self._run_tree(tree)
+            except _TreeLostError as error:
+                now = time.monotonic()
+                lost.append(now)
+                while lost[0] < now - REBUILD_WINDOW:
+                    lost.popleft()
+                if tree.stopping:
+                    return
+                if not tree.ready and tree.last_words:
+                    raise TreeFailedError(tree.last_words) from error
+                if len(lost) > REBUILDS:
+                    raise TreeFailedError(
+                        f"the actor system was lost {len(lost)} times within {REBUILD_WINDOW:g} s: {error}"
+                    ) from error
+                self._warn(f"{error}; everything is started again")
+            except _StopNowError:
+                return
+            else:
+                return
+            finally:
+                self._end(tree)
+            boot = dataclasses.replace(boot, generation=boot.generation + 1)
+
+    # One tree
+
+    def _run_tree(self, tree: _Tree) -> None:
+        try:
+            self._start(tree)
+        except ActorSystemException as error:
+            raise _TreeLostError(f"the actor system did not start: {error}") from error
+        transport = tree.base.transport
+        while not tree.stopping:
+            transport.wait(None)
+            self._check_signals(tree)
+        # From here on the end of the root is what we wait for.
+        deadline = time.monotonic() + STOP_DEADLINE
+        while not _ended(tree.root_pidfd) and time.monotonic() < deadline:
+            transport.wait(deadline)
+            self._check_signals(tree)
+        transport.wire.remove_reader(tree.root_pidfd)
+        if not _ended(tree.root_pidfd):
+            self._warn(f"the tree did not stop within {STOP_DEADLINE:g} s and is killed")
+            return
+        self._shut_down_admin(tree)
+
+    def _start(self, tree: _Tree) -> None:
+        boot = tree.boot
+        tree.system = ActorSystem(thespian_base.NAME, capabilities={thespian_base.BOOT: boot}, transientUnique=True)
+        base = tree.base
+        assert base.admin is not None
+        tree.group = base.admin.pid
+        transport = base.transport
+        wire = transport.wire
+        boot.directory.write(SERVICE, Entry(NameState.READY, boot.generation, os.getpid(), SERVICE))
+        exchange = tree.exchange = Exchange(
+            SERVICE,
+            boot.generation,
+            wire,
+            now=time.monotonic,
+            wall=time.time,
+            random=random.Random(os.urandom(16)),  # noqa: S311 - documented as never for keys
+        )
+        exchange.on(Ready, functools.partial(self._root_ready, tree))
+        exchange.on(LastWords, functools.partial(self._root_failed, tree))
+        wire.name = SERVICE
+        wire.receiver = exchange
+        transport.timers = exchange
+        wire.add_reader(self._wakeup, functools.partial(_empty, self._wakeup))
+        wire.add_reader(base.admin.pidfd, functools.partial(_lose, "the admin process ended"))
+        root = tree.system.createActor(thespian_base.ALLOWED[0])
+        pid = root.addressDetails.pid
+        tree.root_pidfd = os.pidfd_open(pid)
+        wire.add_reader(tree.root_pidfd, functools.partial(self._root_ended, tree, pid))
+
+    def _root_ready(self, tree: _Tree, message: Ready, envelope: Envelope) -> None:
+        if envelope.sender != ROOT or tree.exchange is None:
+            return
+        directory = tree.boot.directory
+        entry = directory.read(ROOT)
+        if entry is not None:
+            directory.write(ROOT, dataclasses.replace(entry, state=NameState.READY))
+        first = not tree.ready
+        tree.ready = True
+        if first and self._on_ready is not None:
+            self._on_ready()
+
+    def _root_failed(self, tree: _Tree, message: LastWords, envelope: Envelope) -> None:
+        if envelope.sender == ROOT:
+            tree.last_words = message.reason
+
+    def _root_ended(self, tree: _Tree, pid: int) -> None:
+        if tree.stopping:
+            return
+        tree.base.transport.wire.drain(pid)
+        _lose(f"the root supervisor ended{': ' + tree.last_words if tree.last_words else ''}")
+
+    def _check_signals(self, tree: _Tree) -> None:
+        _reap(tree.group)
+        if len(self._signals) > 1:
+            raise _StopNowError
+        if self._signals and not tree.stopping:
+            tree.stopping = True
+            if self._on_stopping is not None:
+                self._on_stopping()
+            if tree.exchange is not None:
+                tree.exchange.tell(ROOT, Stop(signal.Signals(self._signals[0]).name))
+
+    def _shut_down_admin(self, tree: _Tree) -> None:
+        """Thespian's own way to end, bounded by our deadline and not by its ten seconds."""
+        base = tree.base
+        assert base.admin is not None
+        assert tree.exchange is not None
+        base.transport.wire.remove_reader(base.admin.pidfd)
+        tree.exchange.call_at(time.monotonic() + ADMIN_DEADLINE, functools.partial(_lose, "the admin did not end"))
+        tree.system.shutdown()
+        tree.system = None
+        with contextlib.suppress(ChildProcessError):
+            base.admin.reap()
+
+    def _end(self, tree: _Tree) -> None:
+        """Make sure that no process of the tree is left, and nothing in the run directory."""
+        if tree.group:
+            _kill_group(tree.group)
+        if tree.root_pidfd >= 0:
+            os.close(tree.root_pidfd)
+        if tree.exchange is not None:
+            tree.exchange.close()
+        if tree.system is not None:
+            base = tree.base
+            if base.admin is not None and base.admin.pidfd >= 0:
+                os.close(base.admin.pidfd)
+            base.transport.close()
+        tree.boot.directory.clear()
+
+    # Signals
+
+    @contextlib.contextmanager
+    def _signal_handling(self) -> Any:
+        read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        previous_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        previous = {number: signal.signal(number, self._note) for number in _STOPPING_SIGNALS}
+        previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._wakeup = read
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(previous_fd)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            os.close(read)
+            os.close(write)
+
+    def _note(self, number: int, frame: object) -> None:
+        self._signals.append(number)
+
+    def _warn(self, text: str) -> None:
+        if self._log is not None:
+            self._log.logger.warning("{}", text)
+
+
+def notify(state: str) -> None:
+    """Tell systemd (if NOTIFY_SOCKET is set): `READY=1`, `STOPPING=1`, `STATUS=...`."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock, contextlib.suppress(OSError):
+        sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
+def _lock(directory: RunDirectory) -> None:
+    # Every process of a node holds the lock, by inheritance: it is free when the last one is gone.
+    end = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(directory.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise ServiceRunningError(
+                    f"another service runs in {directory.path}; stop it first, or use another home directory"
+                ) from None
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _lose(reason: str) -> NoReturn:
+    raise _TreeLostError(reason)
+
+
+def _empty(fd: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        os.read(fd, 4096)
+
+
+def _ended(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], 0)[0])
+
+
+def _reap(group: int) -> None:
+    """Wait for the orphans that have become our children and ended. The admin itself is left for its owner."""
+    while True:
+        try:
+            ended = os.waitid(os.P_PGID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or ended.si_pid == group:
+            return
+        os.waitpid(ended.si_pid, 0)
+
+
+def _kill_group(group: int) -> None:
+    """Kill the group of all actors and wait until none is left. Descendants of the dying become ours to wait for."""
+    while True:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        try:
+            os.waitpid(-group, 0)
+        except ChildProcessError:
+            # None of those left is our child yet: its parent is just ending.
+            os.sched_yield()
