@@ -1,0 +1,248 @@
+"""Every implementation dials every other and does with it what a tunnel needs.
+
+The pairs of foreign implementations are there to trust the peers and these tests themselves: what go-libp2p and
+js-libp2p do with each other is what they must do with us.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+import pytest
+import trio
+
+from tests.interop.conftest import Start
+from tests.interop.content import sha256
+from tests.interop.peers import Answer, ForeignPeer, Peer, do
+
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]  # the first test may have to build the peers
+
+MB = 1_000_000
+PROTOCOL = "/peerup/test/1.0.0"
+EMPTY = sha256(0)
+
+
+class Pair(NamedTuple):
+    """Two connected peers: the dialler holds an outbound connection to the listener."""
+
+    dialler: Peer
+    listener: Peer
+
+
+FOREIGN_PAIRS = [("go", "js"), ("js", "go"), ("go", "go")]
+
+
+@pytest.fixture(params=FOREIGN_PAIRS, ids="-dials-".join)
+async def pair(request: pytest.FixtureRequest, start_foreign: Start) -> AsyncIterator[Pair]:
+    one, other = request.param
+    async with start_foreign(one) as dialler, start_foreign(other) as listener:
+        await do(dialler, "dial", address=listener.address)
+        yield Pair(dialler, listener)
+
+
+async def exchange(pair: Pair, protocol: str = PROTOCOL, **options: Any) -> Answer:
+    return await pair.dialler.ask("exchange", peer=pair.listener.peer_id, protocol=protocol, timeout=90, **options)
+
+
+async def finished(peer: Peer, protocol: str = PROTOCOL, *, count: int = 1) -> list[Answer]:
+    """What the serving side saw of its streams, once it is through with `count` of them."""
+    with trio.fail_after(20):
+        while True:
+            report = await do(peer, "served", protocol=protocol)
+            if len(report["finished"]) >= count:
+                return list(report["finished"])
+            await trio.sleep(0.01)
+
+
+def head(answer: Answer) -> bytes:
+    return base64.b64decode(answer["head"])
+
+
+async def test_the_connection_is_noise_and_yamux_and_both_sides_know_the_other(pair):
+    (outbound,) = [
+        each for each in (await do(pair.dialler, "connections"))["connections"] if each["peer"] == pair.listener.peer_id
+    ]
+    (inbound,) = [
+        each for each in (await do(pair.listener, "connections"))["connections"] if each["peer"] == pair.dialler.peer_id
+    ]
+    assert (outbound["direction"], inbound["direction"]) == ("outbound", "inbound")
+    for connection in (outbound, inbound):
+        assert "noise" in connection["security"]
+        assert "yamux" in connection["muxer"]
+
+
+@pytest.mark.parametrize("asks", ["dialler", "listener"])
+async def test_identify_tells_the_truth_and_signs_it(pair, asks):
+    asking, asked = (pair.dialler, pair.listener) if asks == "dialler" else (pair.listener, pair.dialler)
+    said = await do(asking, "identify", peer=asked.peer_id)
+    assert said["agent"]
+    assert {"/ipfs/id/1.0.0", "/ipfs/id/push/1.0.0", "/ipfs/ping/1.0.0"} - set(said["protocols"]) <= (
+        set() if asked.name != "js" else {"/ipfs/id/push/1.0.0"}  # a service of its own in js-libp2p, not switched on
+    )
+    assert said["observed"].startswith("/ip4/127.0.0.1/tcp/")
+    listens = asked.address.split("/p2p/")[0]
+    assert listens in [address.split("/p2p/")[0] for address in said["addresses"]]
+    assert said["record"] == "verified"
+    assert listens in said["record_addresses"]
+    assert said["record_seq"] > 0
+
+
+@pytest.mark.parametrize("asks", ["dialler", "listener"])
+async def test_ping(pair, asks):
+    asking, asked = (pair.dialler, pair.listener) if asks == "dialler" else (pair.listener, pair.dialler)
+    seconds = (await do(asking, "ping", peer=asked.peer_id, count=3))["seconds"]
+    assert len(seconds) == 3
+    assert all(0 <= each < 5 for each in seconds)
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_519, 65_536, 262_145, 3 * MB])
+async def test_an_echo_brings_every_byte_back(pair, size):
+    await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="echo")
+    answer = await exchange(pair, send=size, seed=5)
+    assert answer["ok"], answer
+    assert (answer["sent_sha256"], answer["received_sha256"]) == (sha256(size, 5), sha256(size, 5))
+    (seen,) = await finished(pair.listener)
+    assert (seen["received"], seen["sha256"], seen["reset"]) == (size, sha256(size, 5), False)
+
+
+@pytest.mark.slow
+async def test_a_hundred_megabytes_up(pair):
+    await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="sink")
+    answer = await exchange(pair, send=100 * MB, seed=1)
+    assert answer["ok"], answer
+    # The answer comes after our half-close: half-closing works in the direction of the dialler.
+    assert json.loads(head(answer)) == {"received": 100 * MB, "sha256": sha256(100 * MB, 1)}
+
+
+@pytest.mark.slow
+async def test_a_hundred_megabytes_down(pair):
+    await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="source")
+    answer = await exchange(pair, text=f"{100 * MB} 2\n", keep_open=True)
+    assert answer["ok"], answer
+    assert (answer["received"], answer["received_sha256"]) == (100 * MB, sha256(100 * MB, 2))
+
+
+async def test_the_listener_may_half_close_first(pair):
+    """The serving side finishes; the dialler reads the end and can still send all that it has."""
+    await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="source")
+    answer = await exchange(pair, text="70000 3\n", after=MB, seed=4)
+    assert answer["ok"], answer
+    assert answer["received_sha256"] == sha256(70_000, 3)
+    (seen,) = await finished(pair.listener)
+    assert not seen["reset"]
+    assert seen["received"] == MB
+
+
+async def test_a_reset_by_the_dialler_is_not_an_end(pair):
+    await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="sink")
+    await exchange(pair, send=MB, reset_after=True, reset_code=77)
+    (seen,) = await finished(pair.listener)
+    assert seen["reset"], seen
+    assert "code" not in seen or seen["code"] == (77 if pair.dialler.name == "go" else 0)
+
+
+async def test_a_reset_by_the_listener_is_not_an_end(pair):
+    await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="reset", bytes=100_000, code=78)
+    answer = await exchange(pair, send=100_000, keep_open=True)
+    assert not answer["ok"]
+    assert answer["reset"], answer
+    assert "code" not in answer or answer["code"] == (78 if pair.listener.name == "go" else 0)
+
+
+async def test_a_reader_that_waits_stops_the_writer_and_loses_nothing(pair):
+    size = 64 * MB
+    await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="hold")
+    await do(pair.listener, "serve", protocol="/peerup/other/1.0.0", behaviour="echo")
+    dialler = pair.dialler
+    assert isinstance(dialler, ForeignPeer)
+    pending = await dialler.send(
+        "exchange", peer=pair.listener.peer_id, protocol=PROTOCOL, send=size, seed=6, timeout=90
+    )
+    stalled_at = await stalls(dialler, pending[0])
+    assert 0 < stalled_at < 40 * MB  # windows (16 MiB at most in go) and socket buffers, not the memory of the reader
+    other = await exchange(pair, "/peerup/other/1.0.0", send=MB)  # another stream of the connection is not held up
+    assert other["received_sha256"] == sha256(MB)
+    await do(pair.listener, "release", protocol=PROTOCOL)
+    answer = await dialler.answer_to(pending)
+    assert answer["ok"], answer
+    assert json.loads(head(answer)) == {"received": size, "sha256": sha256(size, 6)}
+
+
+async def stalls(peer: ForeignPeer, exchange_id: int) -> int:
+    """How many bytes an exchange had sent when it made no progress for half a second."""
+    last, quiet_since = -1, trio.current_time()
+    with trio.fail_after(30):
+        while True:
+            answer = await peer.ask("progress", of=exchange_id)
+            sent = answer["sent"] if answer["ok"] else 0  # the command may not have begun yet
+            if sent != last:
+                last, quiet_since = sent, trio.current_time()
+            elif sent > 0 and trio.current_time() - quiet_since > 0.5:
+                return int(sent)
+            await trio.sleep(0.02)
+
+
+async def test_forty_streams_side_by_side(pair):
+    await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="echo")
+    answer = await exchange(pair, send=2 * MB, seed=100, count=40)
+    assert answer["ok"], answer
+    assert [each["received_sha256"] for each in answer["exchanges"]] == [sha256(2 * MB, 100 + i) for i in range(40)]
+    assert all(not seen["reset"] for seen in await finished(pair.listener, count=40))
+
+
+async def test_a_protocol_that_is_not_served_is_refused_and_the_connection_lives(pair):
+    refused = await exchange(pair, "/peerup/nothing/1.0.0", send=10)
+    assert not refused["ok"]
+    await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="echo")
+    assert (await exchange(pair, send=10))["received_sha256"] == sha256(10)
+    assert len((await do(pair.dialler, "connections"))["connections"]) == 1
+
+
+async def test_a_silent_service_does_not_hold_up_others_and_ends_with_the_connection(pair):
+    await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="silent")
+    await do(pair.listener, "serve", protocol="/peerup/other/1.0.0", behaviour="echo")
+    async with trio.open_nursery() as nursery:
+        answers: list[Answer] = []
+
+        async def wait_for_silence() -> None:
+            answers.append(await exchange(pair, send=1000))
+
+        nursery.start_soon(wait_for_silence)
+        with trio.fail_after(20):
+            while not (await do(pair.listener, "served", protocol=PROTOCOL))["opened"]:  # noqa: ASYNC110 - no event
+                await trio.sleep(0.01)
+        assert (await exchange(pair, "/peerup/other/1.0.0", send=MB))["received_sha256"] == sha256(MB)
+        await do(pair.listener, "disconnect", peer=pair.dialler.peer_id)
+        await do(pair.dialler, "wait-closed", peer=pair.listener.peer_id)
+    assert answers[0]["ok"] == (pair.listener.name == "js")  # it finishes its streams when it hangs up; others reset
+    assert (answers[0]["received"], answers[0]["received_sha256"]) == (0, EMPTY)
+
+
+async def test_a_peer_that_is_somebody_else_is_refused(start_foreign):
+    """The dialler names the peer that it wants; whoever answers with another identity is not talked to."""
+    async with start_foreign("go") as dialler, start_foreign("js") as listener, start_foreign("go") as third:
+        address = listener.address.replace(listener.peer_id, third.peer_id)
+        refused = await dialler.ask("dial", address=address)
+        assert not refused["ok"]
+        assert (await do(dialler, "connections"))["connections"] == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "kind"),
+    [
+        *((one, other, kind) for one, other in [("go", "js"), ("js", "go")] for kind in ["rsa", "secp256k1"]),
+        ("go", "go", "ecdsa"),  # js-libp2p has no peer ids made of ECDSA keys
+    ],
+)
+async def test_other_kinds_of_keys(start_foreign, one, other, kind):
+    async with start_foreign(one, "--key", kind) as dialler, start_foreign(other) as listener:
+        await do(dialler, "dial", address=listener.address)
+        await do(listener, "ping", peer=dialler.peer_id)
+
+
+async def test_a_seed_gives_the_same_peer_id_in_every_implementation(start_foreign):
+    async with start_foreign("go", "--seed", "alpha") as one, start_foreign("js", "--seed", "alpha") as other:
+        assert one.peer_id == other.peer_id
