@@ -22,6 +22,7 @@ import trio
 
 from actors.switchboard.errors import TooManyError
 from actors.switchboard.link import Channel, LinkEnd
+from protocol.identify import Identification
 from protocol.messages.switchboard import ConnectionInfo
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
@@ -66,8 +67,7 @@ class Connection:
     Attributes:
         opened: on the monotonic clock; `opened_at` is the same moment on the wall clock.
         was_allowed: the policy has at some time allowed the peer; when it no longer does, the connection goes.
-        heard: the peer has said something after the handshake, so it accepted us.
-        agent, protocols, observed: from identify; `observed` is our address as the peer sees it.
+        identification: what the peer said of itself; None until then. `identify_failure` says why it did not.
         inbound_streams: streams of the peer that were handed out or are used here, with their protocol.
         drained_since: since when it has been without a stream while draining; None when it is not draining.
     """
@@ -80,10 +80,8 @@ class Connection:
     opened: float
     opened_at: float
     was_allowed: bool = False
-    heard: bool = False
-    agent: str = ""
-    protocols: tuple[str, ...] = ()
-    observed: Multiaddr | None = None
+    identification: Identification | None = None
+    identify_failure: str = ""
     transport: str = "tcp"
     path: str = "direct"
     draining: bool = False
@@ -99,8 +97,14 @@ class Connection:
         """How the peer is connected, in words for the audit log."""
         return f"{self.path} {self.transport} {self.remote_address}"
 
+    @property
+    def heard(self) -> bool:
+        """Whether the peer has said anything after the handshake, and so has accepted us."""
+        return self.link.received > 0
+
     def info(self) -> ConnectionInfo:
         """What other actors are told."""
+        told = self.identification
         return ConnectionInfo(
             id=self.id,
             peer=self.peer,
@@ -114,8 +118,8 @@ class Connection:
             sent=self.link.sent,
             received=self.link.received,
             opened_at=self.opened_at,
-            agent=self.agent,
-            protocols=self.protocols,
+            agent=(told.agent_version or "") if told else "",
+            protocols=told.protocols if told else (),
         )
 
 

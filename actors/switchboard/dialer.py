@@ -30,23 +30,24 @@ MAX_ADDRESSES = 32
 """Addresses of one dial; what is ranked lower is not tried."""
 
 C = TypeVar("C")
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
-class Dialed(Generic[C]):
+class Dialed(Generic[R]):
     """A successful dial: the connection, the seconds it took, and each attempt in words."""
 
-    connection: C
+    connection: R
     elapsed: float
     tried: tuple[str, ...]
 
 
-class _Dial(Generic[C]):
+class _Dial(Generic[R]):
     """One dial under way and where its result goes."""
 
     def __init__(self) -> None:
         self.done = trio.Event()
-        self.result: Dialed[C] | SwitchboardError | None = None
+        self.result: Dialed[R] | SwitchboardError | None = None
 
 
 def rank(address: Multiaddr) -> int:
@@ -61,40 +62,46 @@ def rank(address: Multiaddr) -> int:
     return 2 if host.version == 6 else 3
 
 
-class Dialer(Generic[C]):
+class Dialer(Generic[C, R]):
     """Dials peers.
 
     Args:
         nursery: where dials run; it outlives the askers.
-        attempt: makes a connection to exactly this peer at this address, or raises a :class:`PeerupError`.
-        discard: disposes of a connection that came too late.
+        resolve: the concrete addresses behind one that may hold a name.
+        attempt: reaches exactly this peer at this (concrete) address, or raises a :class:`PeerupError`.
+        establish: makes a connection of the attempt that won.
+        discard: disposes of an attempt that came too late.
         now: the clock.
     """
 
     def __init__(
         self,
         nursery: trio.Nursery,
+        *,
+        resolve: Callable[[Multiaddr], Awaitable[Sequence[Multiaddr]]],
         attempt: Callable[[PeerId, Multiaddr], Awaitable[C]],
+        establish: Callable[[C], R],
         discard: Callable[[C], None],
         now: Callable[[], float],
-        *,
         head_start: float = HEAD_START,
         deadline: float = DIAL_DEADLINE,
     ) -> None:
         self._nursery = nursery
+        self._resolve = resolve
         self._attempt = attempt
+        self._establish = establish
         self._discard = discard
         self._now = now
         self._head_start = head_start
         self._deadline = deadline
-        self._dials: dict[PeerId, _Dial[C]] = {}
+        self._dials: dict[PeerId, _Dial[R]] = {}
 
     @property
     def dialing(self) -> frozenset[PeerId]:
         """Peers with a dial under way."""
         return frozenset(self._dials)
 
-    async def dial(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> Dialed[C]:
+    async def dial(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> Dialed[R]:
         """A connection to the peer at one of these addresses; joins a dial that is already under way.
 
         Raises:
@@ -115,7 +122,7 @@ class Dialer(Generic[C]):
         assert dial.result is not None
         raise dial.result
 
-    async def _run(self, peer: PeerId, addresses: Sequence[Multiaddr], dial: _Dial[C]) -> None:
+    async def _run(self, peer: PeerId, addresses: Sequence[Multiaddr], dial: _Dial[R]) -> None:
         try:
             dial.result = UnreachableError("the dial was cancelled")
             dial.result = await self._race(peer, addresses)
@@ -125,44 +132,53 @@ class Dialer(Generic[C]):
             del self._dials[peer]
             dial.done.set()
 
-    async def _race(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> Dialed[C]:
+    async def _race(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> Dialed[R]:
         began = self._now()
         tried: dict[Multiaddr, str] = {}
         failures: list[PeerupError] = []
         winner: list[C] = []
         room = trio.CapacityLimiter(MAX_ATTEMPTS)
 
-        async def attempt(address: Multiaddr, ended: trio.Event, scope: trio.CancelScope) -> None:
-            async with room:
-                at = self._now()
-                tried[address] = f"{address}: no answer"
-                try:
-                    connection = await self._attempt(peer, address)
-                except PeerupError as error:
-                    tried[address] = f"{address}: {error}"
-                    failures.append(error)
-                else:
-                    if winner:
-                        self._discard(connection)
-                        tried[address] = f"{address}: came second"
-                    else:
-                        winner.append(connection)
+        async def launch(some: Sequence[Multiaddr]) -> None:
+            for address in some:
+                if address not in tried:
+                    ended = trio.Event()
+                    nursery.start_soon(attempt, address, ended)
+                    with trio.move_on_after(self._head_start):
+                        await ended.wait()
+
+        async def attempt(address: Multiaddr, ended: trio.Event) -> None:
+            at = self._now()
+            tried[address] = f"{address}: no answer"
+            try:
+                async with room:
+                    concrete = await self._resolve(address)
+                    if list(concrete) == [address]:
+                        win(await self._attempt(peer, address))
                         tried[address] = f"{address}: connected in {(self._now() - at) * 1000:.0f} ms"
-                        scope.cancel()
-                finally:
-                    ended.set()
+                        return
+                tried[address] = f"{address}: {', '.join(map(str, concrete))}"
+                await launch(sorted(concrete, key=rank))
+            except PeerupError as error:
+                tried[address] = f"{address}: {error}"
+                failures.append(error)
+            finally:
+                ended.set()
+
+        def win(candidate: C) -> None:
+            if winner:
+                self._discard(candidate)
+            else:
+                winner.append(candidate)
+                nursery.cancel_scope.cancel()
 
         with trio.move_on_after(self._deadline) as deadline:
             async with trio.open_nursery() as nursery:
-                for address in addresses:
-                    ended = trio.Event()
-                    nursery.start_soon(attempt, address, ended, nursery.cancel_scope)
-                    with trio.move_on_after(self._head_start):
-                        await ended.wait()
+                await launch(addresses)
         story = tuple(tried.values())
         if winner:
-            return Dialed(winner[0], self._now() - began, story)
-        if failures and len(failures) == len(tried) and all(isinstance(error, WrongPeerError) for error in failures):
+            return Dialed(self._establish(winner[0]), self._now() - began, story)
+        if failures and all(isinstance(error, WrongPeerError) for error in failures):
             raise failures[0]
         if len(failures) == 1 and len(addresses) == 1 and isinstance(failures[0], SwitchboardError):
             raise failures[0]

@@ -29,8 +29,20 @@ class Transport:
         return address
 
 
-def dialer(nursery, transport, **options):
-    return Dialer(nursery, transport.attempt, transport.discarded.append, trio.current_time, **options)
+async def no_names(address):
+    return [address]
+
+
+def dialer(nursery, transport, resolve=no_names, **options):
+    return Dialer(
+        nursery,
+        resolve=resolve,
+        attempt=transport.attempt,
+        establish=lambda won: won,
+        discard=transport.discarded.append,
+        now=trio.current_time,
+        **options,
+    )
 
 
 async def test_the_first_answer_wins_and_the_rest_is_cancelled(autojump_clock):
@@ -78,6 +90,33 @@ async def test_somebody_else_at_every_address_is_wrong_peer(autojump_clock):
             await dialer(nursery, transport).dial(PEER, [FAST])
 
 
+async def test_a_name_is_tried_at_all_its_addresses_beside_the_others(autojump_clock):
+    name = Multiaddr("/dns4/home.example/tcp/4001")
+
+    async def resolve(address):
+        await trio.sleep(0.05)
+        return [DEAD, FAST] if address == name else [address]
+
+    transport = Transport({DEAD: (0.02, AddressError("connection refused")), FAST: (0.01, None), SLOW: (60, None)})
+    async with trio.open_nursery() as nursery:
+        result = await dialer(nursery, transport, resolve).dial(PEER, [name, SLOW])
+    assert result.connection == FAST
+    assert result.tried[0] == f"{SLOW}: no answer"
+    assert result.tried[1].startswith(f"{name}: ")
+    assert result.tried[2] == f"{DEAD}: connection refused"
+
+
+async def test_a_name_that_does_not_resolve_is_one_failed_attempt(autojump_clock):
+    name = Multiaddr("/dns4/home.example/tcp/4001")
+
+    async def resolve(address):
+        raise AddressError("the name home.example cannot be resolved")
+
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(AddressError, match="cannot be resolved"):
+            await dialer(nursery, Transport({}), resolve).dial(PEER, [name])
+
+
 async def test_no_address_is_said_at_once():
     async with trio.open_nursery() as nursery:
         with pytest.raises(NoAddressesError):
@@ -105,14 +144,15 @@ async def test_askers_share_a_dial_and_one_that_leaves_does_not_end_it(autojump_
 
 
 async def test_a_defect_in_the_transport_is_not_swallowed(autojump_clock):
-    async def broken(peer, address):
-        raise RuntimeError("defect")
+    class Broken(Transport):
+        async def attempt(self, peer, address):
+            raise RuntimeError("defect")
 
     with pytest.RaisesGroup(
         pytest.RaisesExc(RuntimeError, match="defect"), flatten_subgroups=True, allow_unwrapped=True
     ):
         async with trio.open_nursery() as nursery:
-            broken_dialer = Dialer(nursery, broken, lambda _: None, trio.current_time)
+            broken_dialer = dialer(nursery, Broken({}))
             with pytest.raises(UnreachableError):
                 await broken_dialer.dial(PEER, [FAST])
             await trio.sleep_forever()

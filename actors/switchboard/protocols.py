@@ -1,0 +1,209 @@
+"""Who serves which protocol, and the negotiation of streams that peers open.
+
+Theory of operation. Each inbound stream begins with multistream-select. For every protocol that the peer proposes the
+policy is asked first. Peers that may not connect (any more) get a reset; a protocol that the peer may not use, or
+that does not exist, gets `na`, and nobody can tell these two apart; a protocol that it may use and whose actor is
+just not there gets a reset with a code that says so. After agreement the stream goes to whoever serves it::
+
+    opened --proposal--> judged --allowed, served--> handed out
+                           |----allowed, not served--> reset (service-unavailable)
+                           |----refused, peer may connect--> `na`, next proposal
+                           |----refused, peer may not--> reset (gated)
+    opened --deadline, rule broken, end of stream--> reset (negotiation-failed)
+
+All of it happens in callbacks: a stream that negotiates is one small object and one timer, and no task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from actors.switchboard.connections import Connection
+from actors.switchboard.errors import SwitchboardError, TooManyError
+from actors.switchboard.link import Channel
+from protocol.errors import ProtocolError
+from protocol.multistream import Responder
+from protocol.policy import Decision
+from protocol.stream_descriptor import ResetCode
+
+NEGOTIATION_DEADLINE = 10.0
+"""Seconds for a peer to agree on a protocol after it has opened a stream."""
+MAX_PROTOCOLS = 512
+"""Protocols that actors may serve."""
+
+Handler = Callable[[Connection, Channel, bytes], None]
+"""Takes over an agreed stream. The bytes came behind the negotiation. Sets the channel's callbacks at once."""
+
+
+class ProtocolTakenError(SwitchboardError):
+    """Another actor serves the protocol already."""
+
+    code = "already-served"
+
+
+class CancellableTimer(Protocol):
+    """A call that will be made unless it is cancelled."""
+
+    def cancel(self) -> None:
+        """Do not make the call."""
+        ...
+
+
+class ProtocolTable:
+    """Protocols served by actors, and those that the switchboard serves itself."""
+
+    def __init__(self) -> None:
+        self._own: dict[str, Handler] = {}
+        self._actors: dict[str, str] = {}
+
+    def serve_here(self, protocol: str, handler: Handler) -> None:
+        """The switchboard serves this protocol itself."""
+        self._own[protocol] = handler
+
+    def serve(self, protocol: str, actor: str) -> None:
+        """This actor serves the protocol; saying so twice is harmless.
+
+        Raises:
+            ProtocolTakenError: somebody else does.
+            TooManyError: so many are served already.
+        """
+        holder = "switchboard" if protocol in self._own else self._actors.get(protocol, actor)
+        if holder != actor:
+            raise ProtocolTakenError(f"{protocol} is served by {holder}")
+        if protocol not in self._actors and len(self._actors) >= MAX_PROTOCOLS:
+            raise TooManyError(f"{MAX_PROTOCOLS} protocols are served, the limit")
+        self._actors[protocol] = actor
+
+    def withdraw(self, protocol: str, actor: str) -> None:
+        """This actor no longer serves the protocol; harmless if it did not."""
+        if self._actors.get(protocol) == actor:
+            del self._actors[protocol]
+
+    def withdraw_all(self, actor: str) -> list[str]:
+        """This actor is gone; the protocols that it served."""
+        served = [protocol for protocol, holder in self._actors.items() if holder == actor]
+        for protocol in served:
+            del self._actors[protocol]
+        return served
+
+    def handler(self, protocol: str) -> Handler | str | None:
+        """Who serves it: a handler of the switchboard, the name of an actor, or nobody."""
+        return self._own.get(protocol) or self._actors.get(protocol)
+
+    def names(self) -> tuple[str, ...]:
+        """All served protocols, sorted."""
+        return tuple(sorted([*self._own, *self._actors]))
+
+
+class InboundStreams:
+    """Negotiates the streams that peers open.
+
+    Args:
+        table: who serves what.
+        call_later: the reactor's timer.
+        judge: the policy's decision on a protocol for the peer of a connection.
+        may_connect: whether the peer of a connection may still be connected.
+        hand_out: gives an agreed stream to an actor: connection, channel, protocol, actor, rule, bytes behind
+            the negotiation.
+    """
+
+    def __init__(
+        self,
+        table: ProtocolTable,
+        call_later: Callable[[float, Callable[[], None]], CancellableTimer],
+        judge: Callable[[Connection, str], Decision],
+        may_connect: Callable[[Connection], bool],
+        hand_out: Callable[[Connection, Channel, str, str, str, bytes], None],
+    ) -> None:
+        self.table = table
+        self.call_later = call_later
+        self.judge = judge
+        self.may_connect = may_connect
+        self.hand_out = hand_out
+        self.negotiating = 0
+
+    def accept(self, connection: Connection, channel: Channel) -> None:
+        """Begin the negotiation of a stream that the peer has just opened."""
+        _Negotiation(self, connection, channel)
+
+
+class _RefusedStreamError(SwitchboardError):
+    """The negotiation ends in a reset with this code."""
+
+    def __init__(self, code: ResetCode) -> None:
+        super().__init__(ResetCode.describe(code))
+        self.reset_code = code
+
+
+class _Negotiation:
+    __slots__ = ("_channel", "_connection", "_decision", "_responder", "_room", "_timer")
+
+    def __init__(self, room: InboundStreams, connection: Connection, channel: Channel) -> None:
+        self._room = room
+        self._connection = connection
+        self._channel = channel
+        self._decision: Decision | None = None
+        self._responder = Responder(self._supports)
+        channel.on_data = self._on_data
+        channel.on_finish = self._on_finish
+        channel.on_reset = self._on_reset
+        room.negotiating += 1
+        self._timer: CancellableTimer | None = room.call_later(NEGOTIATION_DEADLINE, self._expired)
+
+    def _supports(self, protocol: str) -> bool:
+        decision = self._room.judge(self._connection, protocol)
+        if not decision.allowed:
+            if not self._room.may_connect(self._connection):
+                raise _RefusedStreamError(ResetCode.GATED)
+            return False
+        if self._room.table.handler(protocol) is None:
+            raise _RefusedStreamError(ResetCode.SERVICE_UNAVAILABLE)
+        self._decision = decision
+        return True
+
+    def _on_data(self, data: bytes) -> None:
+        responder = self._responder
+        try:
+            responder.receive_data(data)
+        except _RefusedStreamError as refused:
+            self._give_up(refused.reset_code)
+            return
+        except ProtocolError:
+            self._give_up(ResetCode.NEGOTIATION_FAILED)
+            return
+        if reply := responder.data_to_send():
+            self._channel.send(reply)
+        if responder.result is not None:
+            self._hand_out(responder.result, responder.leftover)
+
+    def _hand_out(self, protocol: str, leftover: bytes) -> None:
+        self._end()
+        room, connection, channel = self._room, self._connection, self._channel
+        handler = room.table.handler(protocol)
+        assert handler is not None
+        assert self._decision is not None
+        if isinstance(handler, str):
+            room.hand_out(connection, channel, protocol, handler, self._decision.rule, leftover)
+        else:
+            handler(connection, channel, leftover)
+
+    def _on_finish(self) -> None:
+        self._give_up(ResetCode.NEGOTIATION_FAILED)
+
+    def _on_reset(self, code: int) -> None:
+        self._end()
+
+    def _expired(self) -> None:
+        self._timer = None
+        self._give_up(ResetCode.NEGOTIATION_FAILED)
+
+    def _give_up(self, code: ResetCode) -> None:
+        self._end()
+        self._channel.reset(code)
+
+    def _end(self) -> None:
+        self._room.negotiating -= 1
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,139 @@
+"""Where callers come in: listening sockets, the queue before the handshakes, the handshakes."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import trio
+
+from actors.switchboard.admission import Admission, Limits, Place
+from actors.switchboard.errors import HandshakeError, TooManyError
+from actors.switchboard.protocols import CancellableTimer
+from actors.switchboard.transports import accept_tcp
+from actors.switchboard.upgrade import RefusedPeerError, Upgraded, Upgrader
+from protocol.peer_id import PeerId
+
+ACCEPT_BATCH = 32
+"""Connections accepted in a row before others get a turn."""
+OUT_OF_DESCRIPTORS_PAUSE = 0.5
+"""Seconds without accepting when the process has no descriptor left; callers wait in the kernel's queue."""
+
+
+class Reception:
+    """Accepts callers and turns those who prove to be welcome over.
+
+    Args:
+        nursery: where accepting and handshakes run.
+        upgrader: does the handshakes.
+        judge: whether this peer, at this socket, may connect; called once its id is proven.
+        welcome: takes over the socket of a peer that may; raises TooManyError where there is no room.
+        refused: told of each caller that did not get in, by one of a few reasons.
+        now, call_later: clock and timer.
+        limits: see `actors.switchboard.admission`.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        upgrader: Upgrader,
+        *,
+        judge: Callable[[PeerId, socket.socket], bool],
+        welcome: Callable[[socket.socket, Upgraded], None],
+        refused: Callable[[str], None],
+        now: Callable[[], float],
+        call_later: Callable[[float, Callable[[], None]], CancellableTimer],
+        limits: Limits | None = None,
+    ) -> None:
+        self._nursery = nursery
+        self._upgrader = upgrader
+        self._judge = judge
+        self._welcome = welcome
+        self._refused = refused
+        self._now = now
+        self._call_later = call_later
+        self._admission: Admission[socket.socket] = Admission(limits)
+        self._timer: CancellableTimer | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Callers that wait for their handshake."""
+        return self._admission.waiting
+
+    @property
+    def handshakes(self) -> int:
+        """Handshakes under way."""
+        return self._admission.running
+
+    async def listen(self, listener: socket.socket) -> None:
+        """Accept at this socket until cancelled. The socket stays the caller's."""
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            try:
+                for _ in range(ACCEPT_BATCH):
+                    accepted = accept_tcp(listener)
+                    if accepted is None:
+                        break
+                    self._arrived(*accepted)
+            except OSError:
+                self._refused("out-of-descriptors")
+                await trio.sleep(OUT_OF_DESCRIPTORS_PAUSE)
+            self._admit()
+
+    def close(self) -> None:
+        """Hang up on everybody who still waits."""
+        for sock in self._admission.drain():
+            sock.close()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _arrived(self, sock: socket.socket, source: str) -> None:
+        if not self._admission.arrive(source, sock):
+            sock.close()
+            self._refused("queue-full")
+
+    def _admit(self) -> None:
+        now = self._now()
+        self._admission.displace(now)
+        while (place := self._admission.next(now)) is not None:
+            self._nursery.start_soon(self._handshake, place)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        change = self._admission.next_change(now)
+        if change is not None:
+            self._timer = self._call_later(max(change, 0.001), self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        self._admit()
+
+    async def _handshake(self, place: Place[socket.socket]) -> None:
+        sock = place.caller
+        scope = trio.CancelScope()
+        place.displaced = scope.cancel
+        proven = handed_over = False
+
+        def judge(peer: PeerId) -> bool:
+            nonlocal proven
+            proven = self._judge(peer, sock)
+            return proven
+
+        try:
+            with scope:
+                upgraded = await self._upgrader.inbound(sock, judge)
+                self._welcome(sock, upgraded)
+                handed_over = True
+            if scope.cancelled_caught:
+                self._refused("too-slow")
+        except RefusedPeerError:
+            self._refused("not-authorised")
+        except HandshakeError as error:
+            self._refused(error.stage)
+        except TooManyError:
+            self._refused("limit-exceeded")
+        finally:
+            if not handed_over:
+                sock.close()
+            self._admission.leave(place, authenticated=proven)
+            self._admit()

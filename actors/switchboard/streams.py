@@ -1,0 +1,139 @@
+"""A stream that the switchboard uses itself: channel callbacks made into something that a task can await."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import trio
+
+from actors.switchboard.connections import Connection
+from actors.switchboard.errors import (
+    ConnectionLostError,
+    ProtocolNotSupportedError,
+    StreamRefusedError,
+    SwitchboardError,
+)
+from actors.switchboard.link import Channel
+from protocol import multistream
+from protocol.errors import ProtocolError
+from protocol.stream_descriptor import ResetCode
+
+NEGOTIATION_DEADLINE = 10.0
+"""Seconds for a peer to answer a proposal."""
+MAX_BUFFERED = 64 * 1024
+"""Bytes that may wait for a task to read them; whoever sends more is reset."""
+
+
+class ChannelStream:
+    """One reading task at a time. Sending never waits (the channel bounds what it queues)."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self._buffer = bytearray()
+        self._finished = False
+        self._reset: int | None = None
+        self._news = trio.Event()
+        channel.on_data = self._on_data
+        channel.on_finish = self._on_finish
+        channel.on_reset = self._on_reset
+
+    def put_back(self, data: bytes) -> None:
+        """Have these bytes read (again) before any other."""
+        self._buffer[:0] = data
+
+    async def receive(self) -> bytes:
+        """What has arrived, at least one byte; empty when the peer has finished.
+
+        Raises:
+            ConnectionLostError: the connection ended under the stream.
+            StreamRefusedError: the peer reset the stream.
+        """
+        while not self._buffer:
+            if self._reset is not None:
+                raise reset_error(self._reset)
+            if self._finished:
+                return b""
+            self._news = trio.Event()
+            await self._news.wait()
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        return data
+
+    def take_unread(self) -> bytes:
+        """What has arrived and was not read."""
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        return data
+
+    def _on_data(self, data: bytes) -> None:
+        self._buffer += data
+        if len(self._buffer) > MAX_BUFFERED:
+            self._reset = ResetCode.LIMIT_EXCEEDED
+            self._buffer.clear()
+            self.channel.reset(ResetCode.LIMIT_EXCEEDED)
+        self._news.set()
+
+    def _on_finish(self) -> None:
+        self._finished = True
+        self._news.set()
+
+    def _on_reset(self, code: int) -> None:
+        self._reset = code
+        self._news.set()
+
+
+def reset_error(code: int) -> SwitchboardError:
+    """What a reset with this code means to somebody who waits for the stream."""
+    if code == ResetCode.CONNECTION_LOST:
+        return ConnectionLostError("the connection to the peer ended")
+    if code == ResetCode.GATED:
+        return StreamRefusedError("the peer's policy refuses this node")
+    return StreamRefusedError(f"the peer reset the stream ({ResetCode.describe(code)})")
+
+
+@contextlib.contextmanager
+def abandoning(channel: Channel) -> Iterator[None]:
+    """Reset the stream if what is done with it within fails."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            channel.reset(ResetCode.NEGOTIATION_FAILED)
+
+
+async def open_negotiated(
+    connection: Connection, protocols: Sequence[str], *, deadline: float = NEGOTIATION_DEADLINE
+) -> tuple[str, ChannelStream]:
+    """Open a stream for the first of these protocols that the peer speaks.
+
+    Raises:
+        ProtocolNotSupportedError: it speaks none of them, or none that it lets us use.
+        StreamRefusedError, ConnectionLostError, LinkClosedError, LimitExceededError: no stream, or not for long.
+    """
+    stream = ChannelStream(connection.link.open_stream())
+    with abandoning(stream.channel):
+        initiator = multistream.Initiator(protocols)
+        stream.channel.send(initiator.data_to_send())
+        with trio.move_on_after(deadline) as scope:
+            try:
+                while initiator.result is None:
+                    data = await stream.receive()
+                    if not data:
+                        raise StreamRefusedError("the peer closed the stream instead of answering")
+                    initiator.receive_data(data)
+                    if reply := initiator.data_to_send():
+                        stream.channel.send(reply)
+            except multistream.ProtocolNotSupportedError as error:
+                raise ProtocolNotSupportedError(
+                    f"the peer does not offer {', '.join(protocols)} to this node: it has no such service, or its"
+                    " allowed_peers leave us out"
+                ) from error
+            except ProtocolError as error:
+                raise StreamRefusedError(str(error)) from error
+        if scope.cancelled_caught or initiator.result is None:
+            raise StreamRefusedError(f"the peer did not answer the proposal within {deadline:g} s")
+        stream.put_back(initiator.leftover)
+    return initiator.result, stream

@@ -1,0 +1,273 @@
+"""From a connected socket to a secured, authenticated, multiplexed connection, in both roles.
+
+Theory of operation. A connection is upgraded in stages, each with its own deadline and all of them within one::
+
+    security    multistream-select agrees on /noise; nothing else is offered, plaintext least of all
+    handshake   Noise XX: both sides prove their peer id
+    judgement   (inbound) the policy decides on the proven peer id; who is refused hears nothing more
+    muxer       agreed inside the handshake where both sides can, otherwise by multistream-select afterwards
+
+What can be said ahead is said ahead: the dialling side sends its proposal and its first handshake message in one
+piece, and its last handshake message together with the proposal of the muxer.
+
+Before the judgement the other side is a stranger: the state machines bound the bytes, the deadlines bound the time,
+`actors.switchboard.admission` bounds the number. The work of inbound handshakes is done in turns, one step of one
+handshake in each turn of the event loop, so that a crowd of strangers delays a tunnelled byte by one step and not by a
+thousand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+from collections.abc import Callable, Iterator
+
+import trio
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from actors.switchboard.errors import HandshakeError, NotAuthorisedError, WrongPeerError
+from protocol import noise
+from protocol.errors import ProtocolError
+from protocol.multistream import Initiator, Responder
+from protocol.noise import CipherState, NoiseHandshake, NoiseResult
+from protocol.peer_id import PeerId
+from protocol.yamux import Role
+
+NOISE = "/noise"
+YAMUX = "/yamux/1.0.0"
+MUXERS = (YAMUX,)
+
+UPGRADE_DEADLINE = 10.0
+"""Seconds for all stages: three round trips over the worst mobile link, and no more for those who dawdle."""
+STAGE_DEADLINE = 6.0
+"""Seconds for one stage."""
+
+_READ_SIZE = 4096
+"""More than any honest handshake message; what a stranger can make us keep in one read."""
+_LENGTH_PREFIX = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Upgraded:
+    """All that a link is made of.
+
+    Attributes:
+        received: ciphertext that came behind the upgrade.
+        plaintext: muxer bytes that came in the same Noise message as the end of the negotiation.
+    """
+
+    peer: PeerId
+    role: Role
+    send: CipherState
+    receive: CipherState
+    received: bytes
+    plaintext: bytes
+
+
+class RefusedPeerError(HandshakeError):
+    """The judgement on an inbound peer was no. `peer` is who it proved to be."""
+
+    code = "not-authorised"
+
+    def __init__(self, peer: PeerId) -> None:
+        super().__init__("judgement", f"{peer} may not connect")
+        self.peer = peer
+
+
+class Upgrader:
+    """Upgrades sockets in the name of one node.
+
+    Args:
+        static_key: this process's Noise key.
+        identity: the node's public key and its signature over the static key.
+    """
+
+    def __init__(self, static_key: X25519PrivateKey, identity: noise.Identity) -> None:
+        self._static_key = static_key
+        self._identity = identity
+        self._turn = trio.Lock()
+
+    async def outbound(self, sock: socket.socket, expected: PeerId) -> Upgraded:
+        """Upgrade a socket that we connected; on failure it is left to the caller to close.
+
+        Raises:
+            WrongPeerError: somebody else than `expected` answered; they learned nothing about us.
+            NotAuthorisedError: the peer hung up when it knew who we are.
+            HandshakeError: anything else.
+        """
+        exchange = _Exchange(sock)
+        with exchange.deadline(UPGRADE_DEADLINE):
+            handshake = NoiseHandshake(
+                initiator=True,
+                static_key=self._static_key,
+                identity=self._identity,
+                muxers=MUXERS,
+                expected_peer=expected,
+            )
+            with exchange.stage("security"):
+                security = Initiator((NOISE,))
+                await exchange.send(security.data_to_send() + handshake.data_to_send())
+                while security.result is None:
+                    security.receive_data(await exchange.receive())
+            with exchange.stage("handshake"):
+                if security.leftover:
+                    handshake.receive_data(security.leftover)
+                while handshake.result is None:
+                    handshake.receive_data(await exchange.receive())
+            result = handshake.result
+            last = handshake.data_to_send()
+            if result.muxer is not None:
+                with exchange.stage("muxer"):
+                    await exchange.send(last)
+                return Upgraded(result.peer_id, Role.CLIENT, result.send, result.receive, result.unread, b"")
+            with exchange.stage("muxer"):
+                muxer = Initiator(MUXERS)
+                secured = _Secured(exchange, result)
+                await exchange.send(last + secured.seal(muxer.data_to_send()))
+                try:
+                    while muxer.result is None:
+                        muxer.receive_data(await secured.receive())
+                except _HungUpError:
+                    if secured.silent:
+                        raise not_authorised() from None
+                    raise
+            return Upgraded(result.peer_id, Role.CLIENT, result.send, result.receive, secured.unread, muxer.leftover)
+
+    async def inbound(self, sock: socket.socket, judge: Callable[[PeerId], bool]) -> Upgraded:
+        """Upgrade a socket that we accepted; on failure it is left to the caller to close.
+
+        `judge` says of the proven peer id whether it may connect.
+
+        Raises:
+            RefusedPeerError: it may not.
+            HandshakeError: anything else.
+        """
+        exchange = _Exchange(sock)
+        with exchange.deadline(UPGRADE_DEADLINE):
+            with exchange.stage("security"):
+                security = Responder((NOISE,), listed=(NOISE,))
+                while security.result is None:
+                    security.receive_data(await exchange.receive())
+                    await exchange.send(security.data_to_send())
+            with exchange.stage("handshake"):
+                async with self._turn:
+                    handshake = NoiseHandshake(
+                        initiator=False, static_key=self._static_key, identity=self._identity, muxers=MUXERS
+                    )
+                    if security.leftover:
+                        handshake.receive_data(security.leftover)
+                await exchange.send(handshake.data_to_send())
+                while handshake.result is None:
+                    data = await exchange.receive()
+                    async with self._turn:
+                        handshake.receive_data(data)
+                    await exchange.send(handshake.data_to_send())
+            result = handshake.result
+            if not judge(result.peer_id):
+                raise RefusedPeerError(result.peer_id)
+            if result.muxer is not None:
+                return Upgraded(result.peer_id, Role.SERVER, result.send, result.receive, result.unread, b"")
+            with exchange.stage("muxer"):
+                muxer = Responder(MUXERS, listed=MUXERS)
+                secured = _Secured(exchange, result)
+                while muxer.result is None:
+                    muxer.receive_data(await secured.receive())
+                    if reply := muxer.data_to_send():
+                        await exchange.send(secured.seal(reply))
+            return Upgraded(result.peer_id, Role.SERVER, result.send, result.receive, secured.unread, muxer.leftover)
+
+
+def not_authorised() -> NotAuthorisedError:
+    """What a peer that hangs up right after the handshake means by it."""
+    return NotAuthorisedError(
+        "judgement",
+        "the peer closed the connection as soon as it knew who we are; most likely it does not authorise this node"
+        " (there: peerup auth add, with the id that peerup whoami shows here)",
+    )
+
+
+class _HungUpError(HandshakeError):
+    """The other side closed or reset the connection."""
+
+
+class _Exchange:
+    """Reads and writes on the socket, within the deadline of the present stage."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._stage = "connection"
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Everything within must be done in time."""
+        with trio.move_on_after(seconds) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise HandshakeError(self._stage, f"not complete within {seconds:g} s")
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Name what fails within, and bound it."""
+        self._stage = name
+        try:
+            with self.deadline(STAGE_DEADLINE):
+                yield
+        except noise.WrongPeerError as error:
+            raise WrongPeerError(name, str(error)) from error
+        except ProtocolError as error:
+            raise HandshakeError(name, str(error)) from error
+
+    async def receive(self) -> bytes:
+        """The next bytes; never empty."""
+        while True:
+            try:
+                data = self._sock.recv(_READ_SIZE)
+            except (BlockingIOError, InterruptedError):
+                await trio.lowlevel.wait_readable(self._sock)
+                continue
+            except OSError as error:
+                raise _HungUpError(self._stage, (error.strerror or "the connection broke").lower()) from error
+            if not data:
+                raise _HungUpError(self._stage, "the other side closed the connection")
+            return data
+
+    async def send(self, data: bytes) -> None:
+        """Send all of it."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._sock.send(view) :]
+            except (BlockingIOError, InterruptedError):
+                await trio.lowlevel.wait_writable(self._sock)
+            except OSError as error:
+                raise _HungUpError(self._stage, (error.strerror or "the connection broke").lower()) from error
+
+
+class _Secured:
+    """Small messages over the secured channel, before a link takes it over."""
+
+    def __init__(self, exchange: _Exchange, result: NoiseResult) -> None:
+        self._exchange = exchange
+        self._send = result.send
+        self._receive = result.receive
+        self.unread = result.unread
+        self.silent = True
+
+    def seal(self, data: bytes) -> bytes:
+        """The Noise message that carries these bytes."""
+        sealed = self._send.encrypt(data)
+        return len(sealed).to_bytes(_LENGTH_PREFIX, "big") + sealed
+
+    async def receive(self) -> bytes:
+        """The plaintext of the next Noise message; not empty."""
+        while True:
+            if len(self.unread) >= _LENGTH_PREFIX:
+                end = _LENGTH_PREFIX + int.from_bytes(self.unread[:_LENGTH_PREFIX], "big")
+                if len(self.unread) >= end:
+                    sealed, self.unread = self.unread[_LENGTH_PREFIX:end], self.unread[end:]
+                    self.silent = False
+                    if plain := self._receive.decrypt(sealed):
+                        return plain
+                    continue
+            self.unread += await self._exchange.receive()
