@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shlex
 import stat
 import time
 from collections.abc import Iterator
@@ -112,7 +113,9 @@ def check_not_writable_by_others(path: Path, status: os.stat_result) -> None:
     if us != 0 and status.st_uid not in (us, 0):
         raise PermissionsError(f"{path} belongs to another user ({status.st_uid}), who decides what it says")
     if status.st_mode & 0o022:
-        raise PermissionsError(f"others may write to {path}, so they decide what it says; repair it: chmod 600 {path}")
+        raise PermissionsError(
+            f"others may write to {path}, so they decide what it says; repair it: chmod 600 {shlex.quote(str(path))}"
+        )
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int | None = None) -> None:
@@ -181,7 +184,7 @@ def make_private_directory(path: Path) -> None:
     if found.st_uid != os.geteuid():
         raise PermissionsError(f"the directory {path} belongs to user {found.st_uid}, not to us ({os.geteuid()})")
     if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
-        raise PermissionsError(f"others may write to the directory {path}; repair it with: chmod 700 {path}")
+        raise PermissionsError(f"others may write to the directory {path}; repair it with: chmod 700 {shlex.quote(str(path))}")
 
 
 @contextlib.contextmanager

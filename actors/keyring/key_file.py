@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shlex
 import stat
 from pathlib import Path
 
@@ -90,12 +91,15 @@ def _read_private(path: Path) -> bytes:
             ) from None
         raise FileMissingError(f"there is no identity key at {path}; make one with: peerup init") from None
     except PermissionError:
-        raise PermissionsError(f"the identity key {path} may not be read; see: ls -l {path}") from None
+        raise PermissionsError(
+            f"the identity key {path} may not be read; see: ls -l {shlex.quote(str(path))}"
+        ) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
+            quoted = shlex.quote(str(path))
             raise PermissionsError(
                 f"the identity key {path} is a symbolic link; put the key itself there: "
-                f"mv --remove-destination \"$(readlink -f '{path}')\" '{path}'"
+                f'cp --preserve=mode --remove-destination "$(readlink -f {quoted})" {quoted}'
             ) from None
         raise FileError(f"cannot read the identity key {path}: {error.strerror}") from None
     try:
@@ -116,16 +120,16 @@ def _check_status(path: Path, status: os.stat_result) -> None:
     if status.st_uid != us:
         raise PermissionsError(
             f"the identity key {path} belongs to user {status.st_uid}, but the node runs as user {us}; "
-            f"run it as that user, or repair it: chown {us} {path}"
+            f"run it as that user, or repair it: chown {us} {shlex.quote(str(path))}"
         )
     if status.st_mode & 0o077:
         raise PermissionsError(
             f"others may read the identity key {path} (mode {stat.S_IMODE(status.st_mode):04o}); "
-            f"repair it: chmod 600 {path}"
+            f"repair it: chmod 600 {shlex.quote(str(path))}"
         )
     directory = path.parent.stat()
     if directory.st_mode & 0o022 and not directory.st_mode & stat.S_ISVTX:
         raise PermissionsError(
             f"others may replace the identity key, because they may write to {path.parent}; "
-            f"repair it: chmod go-w {path.parent}"
+            f"repair it: chmod go-w {shlex.quote(str(path.parent))}"
         )

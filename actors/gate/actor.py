@@ -1,0 +1,306 @@
+"""The actor `gate`: reads authorized_keys, publishes the policy, keeps the audit log and counts decisions.
+
+Theory of operation. The policy has two sources: authorized_keys (watched, and read again on `Reload`) and the
+configuration (gating, services and their `allowed_peers`, from the actor `config`). When either changes, the merged
+policy gets the next version and is told to every subscriber. The switchboard decides with it on its own; whoever was
+never told a policy refuses everything.
+
+What is broken never widens and never silently narrows what is allowed:
+- A file with a broken line does not come into force: the last good one stays, and the lines are reported by number.
+- At the first start there is no last good one. Then the lines that are right count, the others allow nobody, and the
+  log says so loudly. (To refuse all of them would lock the owner out of a distant machine for a slip of the pen.)
+- A file that is missing or unreadable, or that others may write to, is treated the same way, with no right lines.
+
+A peer whose `expires` passes is cut off by republishing at that moment: subscribers then judge every live
+connection anew. A successor of this actor begins with the version its predecessor left, so versions always grow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import trio
+
+from actors.files import FileError
+from actors.gate.audit import AuditLog
+from actors.gate.authorized_keys_file import load_authorized_keys
+from actors.watch import watch_file
+from protocol.authorized_keys import AuthorizedKeys
+from protocol.messages import Data
+from protocol.messages.config import ConfigSnapshot, SubscribeConfig
+from protocol.messages.gate import (
+    Decided,
+    LineProblem,
+    PolicyPublished,
+    Reload,
+    Reloaded,
+    SubscribePolicy,
+    TunnelEnded,
+)
+from protocol.messages.system import ActorDown, ActorUp
+from protocol.policy import Policy, PolicyIndex, ServiceRule
+from protocol.service import service_of_protocol
+from supervisor.actor import Actor, Checkpoint, handles
+from supervisor.errors import AskError
+
+CONFIG = "config"
+SUBSCRIBE_SECONDS = 3.0
+"""How long the configuration may take to answer; it answers from memory."""
+
+LONGEST_SLEEP = 30.0
+"""The wall clock may be set; so long, at most, an expiry then comes late."""
+
+SYNC_SECONDS = 5.0
+"""How old the newest audit line may be that a power cut can take."""
+
+WARN_SECONDS = 60.0
+"""A full disk is said once in so many seconds, not once for each event."""
+
+
+class Gate(Actor):
+    """See the module.
+
+    Arguments:
+        path: the authorized_keys file.
+        audit: the audit log's file, or None for no audit log.
+        watch: whether to watch the file; otherwise only `Reload` reads it again.
+    """
+
+    mailbox_limit = 4096
+
+    def __init__(self, path: str, audit: str | None = None, *, watch: bool = True) -> None:
+        self._path = Path(path)
+        self._audit = AuditLog(Path(audit)) if audit is not None else None
+        self._watch = watch
+        self._bytes: bytes | None = None  # what the file was when it was last looked at
+        self._problems: tuple[LineProblem, ...] = ()
+        self._good = False  # whether what is in force came from a file without problems
+        self._policy = Policy(0, gating=True, peers=(), services=())
+        self._subscribers: set[str] = set()
+        self._policy_changed = trio.Event()
+        self._warned_at = float("-inf")
+
+    async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
+        """Read both sources; then the policy can be subscribed to."""
+        version = checkpoint.state.get("version", 0) if checkpoint is not None else 0
+        self._policy = dataclasses.replace(self._policy, version=version)
+        self.context.watch(CONFIG)
+        await self._subscribe_config(publish=False)
+        self._read_file(publish=False)
+        self._publish(self._policy, again=True)
+        self.context.nursery.start_soon(self._follow_expiry)
+        if self._watch:
+            self.context.nursery.start_soon(watch_file, self._path, self._file_changed)
+        if self._audit is not None:
+            self.context.nursery.start_soon(self._sync_audit, self._audit)
+        return {"peers": len(self._policy.peers), "problems": len(self._problems)}
+
+    async def stop(self, reason: str) -> None:
+        """Bring the audit log to the disk."""
+        if self._audit is not None:
+            self._audit.close()
+
+    def describe(self) -> dict[str, Data]:
+        """The policy in numbers, who follows it, and what is wrong with the file."""
+        now = self.context.wall()
+        index = PolicyIndex(self._policy)
+        next_expiry = index.next_expiry(now)
+        return {
+            "file": str(self._path),
+            "version": self._policy.version,
+            "gating": self._policy.gating,
+            "peers": len(self._policy.peers),
+            "expired": sum(rule.expires is not None and rule.expires <= now for rule in self._policy.peers),
+            "next_expiry_seconds": None if next_expiry is None else next_expiry - now,
+            "services": {
+                rule.service: None if rule.allowed_peers is None else [str(peer) for peer in rule.allowed_peers]
+                for rule in self._policy.services
+            },
+            "problems": [f"line {problem.line}: {problem.reason}" for problem in self._problems],
+            "subscribers": sorted(self._subscribers),
+            "audit": None
+            if self._audit is None
+            else {"file": str(self._audit.path), "written": self._audit.written, "lost": self._audit.lost},
+        }
+
+    @handles(SubscribePolicy)
+    async def subscribe(self, request: SubscribePolicy) -> PolicyPublished:
+        """Answer with the policy, and tell the sender each later one."""
+        subscriber = self.context.current_sender
+        self._subscribers.add(subscriber)
+        self.context.watch(subscriber)
+        return PolicyPublished(self._policy)
+
+    @handles(Reload)
+    async def reload(self, request: Reload) -> Reloaded:
+        """Read the file now."""
+        self._bytes = None
+        self._read_file(publish=True)
+        return Reloaded(self._policy.version, len(self._policy.peers), self._problems)
+
+    @handles(ConfigSnapshot)
+    async def config_changed(self, snapshot: ConfigSnapshot) -> None:
+        """Take over what the configuration says."""
+        if self.context.current_sender == CONFIG:
+            self._publish(self._merged(snapshot))
+
+    @handles(ActorUp)
+    async def actor_up(self, message: ActorUp) -> None:
+        """Follow the configuration again when its actor is back."""
+        if message.name == CONFIG:
+            await self._subscribe_config(publish=True)
+
+    @handles(ActorDown)
+    async def actor_down(self, message: ActorDown) -> None:
+        """Forget a subscriber; its successor subscribes anew. The last configuration stays in force."""
+        self._subscribers.discard(message.name)
+
+    @handles(Decided)
+    async def decided(self, message: Decided) -> None:
+        """Count a decision and write it to the audit log."""
+        service = service_of_protocol(message.subject)
+        known = service is not None and any(rule.service == service for rule in self._policy.services)
+        # Labels are few and bounded: a peer must not be able to make up series.
+        subject = "connection" if message.subject == "connection" else str(service) if known else "other"
+        self.context.metrics.counter(
+            "peerup_auth_decisions_total",
+            decision="allow" if message.allowed else "deny",
+            rule=message.rule.partition(":")[0],
+            subject=subject,
+        ).inc(message.count)
+        self._write_audit(
+            "decision",
+            {
+                "peer": str(message.peer) if message.peer is not None else None,
+                "subject": message.subject,
+                "allowed": message.allowed,
+                "rule": message.rule,
+                "path": message.path,
+                "count": message.count,
+                "from": self.context.current_sender,
+            },
+        )
+
+    @handles(TunnelEnded)
+    async def tunnel_ended(self, message: TunnelEnded) -> None:
+        """Write the end of a tunnelled connection to the audit log."""
+        self._write_audit(
+            "tunnel",
+            {
+                "peer": str(message.peer),
+                "service": message.service,
+                "role": message.role,
+                "path": message.path,
+                "sent": message.sent,
+                "received": message.received,
+                "duration": round(message.duration, 3),
+                "outcome": message.outcome,
+                "from": self.context.current_sender,
+            },
+        )
+
+    async def _subscribe_config(self, *, publish: bool) -> None:
+        try:
+            snapshot = await self.context.ask(CONFIG, SubscribeConfig(), timeout=SUBSCRIBE_SECONDS)
+        except AskError as error:
+            # When it is back, ActorUp brings us here again; until then nobody gets a service that was not published.
+            self.context.log.warning("no configuration yet: {}", error)
+            return
+        if publish:
+            self._publish(self._merged(snapshot))
+        else:
+            self._policy = self._merged(snapshot)
+
+    def _merged(self, snapshot: ConfigSnapshot) -> Policy:
+        services = tuple(
+            ServiceRule(service.name, service.allowed_peers) for service in snapshot.services if service.enabled
+        )
+        return dataclasses.replace(self._policy, gating=snapshot.gating, services=services)
+
+    async def _file_changed(self) -> None:
+        self._read_file(publish=True)
+
+    def _read_file(self, *, publish: bool) -> None:
+        """Look at the file; take it over if it is good, or if nothing good is in force yet."""
+        keys: AuthorizedKeys | None = None
+        problems: tuple[LineProblem, ...]
+        try:
+            keys = load_authorized_keys(self._path)
+            found = "".join(keys.lines).encode("utf-8", "surrogateescape")
+            problems = tuple(LineProblem(problem.line, problem.reason) for problem in keys.problems)
+        except FileError as error:
+            found = str(error).encode()
+            problems = (LineProblem(0, str(error)),)
+        if found == self._bytes:
+            return
+        self._bytes = found
+        fatal = keys is None or bool(keys.fatal_problems)
+        self._report(problems, fatal=fatal)
+        self._problems = problems
+        if fatal and self._good:
+            return
+        self._good = not fatal
+        rules = (keys or AuthorizedKeys.parse(b"")).rules()
+        policy = dataclasses.replace(self._policy, peers=rules)
+        if publish:
+            self._publish(policy)
+        else:
+            self._policy = policy
+
+    def _report(self, problems: tuple[LineProblem, ...], *, fatal: bool) -> None:
+        self.context.metrics.gauge("peerup_authorized_keys_problems").set(len(problems))
+        for problem in problems:
+            where = f"{self._path}, line {problem.line}: " if problem.line else ""
+            self.context.log.error("{}{}", where, problem.reason)
+        if fatal and self._good:
+            self.context.log.error("{} is not taken over; the last good one stays in force", self._path)
+        elif fatal:
+            self.context.log.error("only what is right in {} is in force", self._path)
+
+    def _publish(self, policy: Policy, *, again: bool = False) -> None:
+        """Give the policy the next version and tell it to everybody, unless it is the same (and not `again`)."""
+        if policy == self._policy and not again:
+            return
+        self._policy = dataclasses.replace(policy, version=self._policy.version + 1)
+        self.context.checkpoint({"version": self._policy.version})
+        self.context.metrics.gauge("peerup_policy_version").set(self._policy.version)
+        self.context.metrics.gauge("peerup_authorized_peers").set(len(self._policy.peers))
+        self.context.log.info(
+            "policy {}: {} peers, {} services", self._policy.version, len(policy.peers), len(policy.services)
+        )
+        for subscriber in sorted(self._subscribers):
+            self.context.tell(subscriber, PolicyPublished(self._policy))
+        self._policy_changed.set()
+        self._policy_changed = trio.Event()
+
+    async def _follow_expiry(self) -> None:
+        """Publish again when a peer expires."""
+        while True:
+            changed = self._policy_changed
+            now = self.context.wall()
+            expiry = PolicyIndex(self._policy).next_expiry(now)
+            if expiry is None:
+                await changed.wait()
+                continue
+            with trio.move_on_after(min(expiry - now, LONGEST_SLEEP)):
+                await changed.wait()
+            if not changed.is_set() and self.context.wall() >= expiry:
+                self.context.log.info("a peer has expired")
+                self._publish(self._policy, again=True)
+
+    async def _sync_audit(self, audit: AuditLog) -> None:
+        while True:
+            await trio.sleep(SYNC_SECONDS)
+            await trio.to_thread.run_sync(audit.sync)
+
+    def _write_audit(self, event: str, fields: dict[str, object]) -> None:
+        if self._audit is None:
+            return
+        if self._audit.write(event, self.context.wall(), fields):
+            return
+        self.context.metrics.counter("peerup_audit_events_lost_total").inc()
+        now = self.context.now()
+        if now - self._warned_at >= WARN_SECONDS:
+            self._warned_at = now
+            self.context.log.error("an audit event was lost: {}: {}", self._audit.path, self._audit.last_error)

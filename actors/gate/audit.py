@@ -1,0 +1,137 @@
+"""The audit log: who reached what, allowed or refused, by which rule, as lines of JSON in a file of its own.
+
+Theory of operation. A line is one `write` to a file opened for appending, so it is in the kernel when the call returns
+and survives the end of this process. :meth:`AuditLog.sync` brings what was written to the disk; its owner calls it
+from time to time. A line is written wholly or not at all: when the disk fills up in the middle of one, the file
+is cut back to its last whole line. Lost lines are counted, and the count is the first thing written when there is
+room again. Before a file grows over its limit it becomes `<name>.1`, and so on up to a number of old files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+MAX_BYTES = 16 * 1024 * 1024
+"""Some 60,000 events; with the old files together 96 MiB."""
+
+KEEP = 5
+"""Old files that are kept."""
+
+
+class AuditLog:
+    """One audit log. Nothing here raises for a full or failing disk; see `lost` and `last_error`.
+
+    Attributes:
+        written: lines written.
+        lost: lines that could not be written.
+        last_error: why the last one was lost; empty if none was.
+    """
+
+    def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES, keep: int = KEEP) -> None:
+        self.path = path
+        self.written = 0
+        self.lost = 0
+        self.last_error = ""
+        self._max_bytes = max_bytes
+        self._keep = keep
+        self._descriptor = -1
+        self._size = 0
+        self._unreported = 0
+        self._dirty = False
+
+    def write(self, event: str, wall: float, fields: Mapping[str, object]) -> bool:
+        """Append one event that happened at `wall` (seconds since the epoch); whether it was written."""
+        if self._unreported:
+            report = self._line("events-lost", wall, {"count": self._unreported, "reason": self.last_error})
+            if self._append(report):
+                self._unreported = 0
+        if not self._unreported and self._append(self._line(event, wall, fields)):
+            self.written += 1
+            return True
+        self.lost += 1
+        self._unreported += 1
+        return False
+
+    def sync(self) -> None:
+        """Bring everything to the disk, and notice when the file was moved away. Blocks; call it in a thread."""
+        if self._descriptor < 0:
+            return
+        try:
+            if self._dirty:
+                self._dirty = False
+                os.fdatasync(self._descriptor)
+            here, there = os.fstat(self._descriptor), self.path.stat()
+            moved = (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino)
+        except FileNotFoundError:
+            moved = True
+        except OSError as error:
+            self.last_error = str(error)
+            return
+        if moved:
+            self._close()
+
+    def close(self) -> None:
+        """Sync and close."""
+        self.sync()
+        self._close()
+
+    @staticmethod
+    def _line(event: str, wall: float, fields: Mapping[str, object]) -> bytes:
+        moment = dt.datetime.fromtimestamp(wall, dt.UTC).isoformat(timespec="milliseconds")
+        line = {"time": moment.replace("+00:00", "Z"), "event": event, **fields}
+        return json.dumps(line, separators=(",", ":"), ensure_ascii=True).encode() + b"\n"
+
+    def _append(self, line: bytes) -> bool:
+        try:
+            if self._descriptor < 0:
+                self._open()
+            if self._size and self._size + len(line) > self._max_bytes:
+                self._rotate()
+            written = os.write(self._descriptor, line)
+        except OSError as error:
+            self.last_error = str(error)
+            return False
+        if written == len(line):
+            self._size += written
+            self._dirty = True
+            return True
+        self.last_error = "the disk is full"
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, self._size)  # we are the only writer
+        return False
+
+    def _open(self) -> None:
+        self._descriptor = os.open(
+            self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
+        )
+        try:
+            self._size = os.fstat(self._descriptor).st_size
+            if self._size and os.pread(self._descriptor, 1, self._size - 1) != b"\n":
+                # A predecessor was killed, or its machine was, within a line. End that line, so that ours is whole.
+                self._size += os.write(self._descriptor, b"\n")
+        except OSError:
+            self._close()
+            raise
+
+    def _rotate(self) -> None:
+        os.fdatasync(self._descriptor)
+        self._close()
+        for number in range(self._keep, 1, -1):
+            with contextlib.suppress(FileNotFoundError):
+                self._old(number - 1).replace(self._old(number))
+        with contextlib.suppress(FileNotFoundError):
+            self.path.replace(self._old(1))
+        self._open()
+
+    def _old(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{number}")
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
