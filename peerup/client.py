@@ -164,7 +164,7 @@ class _Connection(http.client.HTTPConnection):
     ) -> None:
         self.close()
         if self._incoming is not None:
-            self._incoming.close_descriptors()
+            self._incoming.finish()
 
     def connect(self) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -240,7 +240,7 @@ class _Socket:
         return io.BufferedReader(self._reader)
 
     def close(self) -> None:
-        self._sock.close()
+        """Nothing: `http.client` closes early and reads on through the file that it made of the socket."""
 
 
 class _DescriptorReader(io.RawIOBase):
@@ -271,8 +271,9 @@ class _DescriptorReader(io.RawIOBase):
                 raise ConnectionResetError(errno.ECONNRESET, "no descriptor came")
         return self._descriptors.pop(0)
 
-    def close_descriptors(self) -> None:
-        """Close what nobody took."""
+    def finish(self) -> None:
+        """Close the socket, and the descriptors that nobody took."""
+        self.sock.close()
         while self._descriptors:
             with contextlib.suppress(OSError):
                 os.close(self._descriptors.pop())

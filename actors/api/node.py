@@ -107,6 +107,10 @@ class Node:
                     return entry.name
         return ""
 
+    def wall_time(self, moment: float) -> float:
+        """A moment of the node's clock as seconds since the Unix epoch."""
+        return round(moment + self.context.wall() - self.context.now(), 6)
+
     async def end(self) -> None:
         """End the whole node, as SIGTERM does."""
         os.kill(self.launch.service_pid, signal.SIGTERM)

@@ -8,6 +8,8 @@ GET  /v1/deadletters         messages that reached nobody
 
 from __future__ import annotations
 
+import dataclasses
+
 from actors.api.node import ANSWER_DEADLINE, Node
 from actors.api.present import plain
 from actors.api.routing import Answer, Call, Routes, data_response
@@ -54,4 +56,8 @@ async def dead_letters(node: Node, call: Call) -> Answer:
     letters = [letter for answer in answers.values() for letter in answer.letters]
     letters.sort(key=lambda letter: letter.entry.at)
     dropped = sum(answer.dropped for answer in answers.values())
-    return data_response({"letters": plain(letters), "dropped": dropped, "silent": silent})
+    shown = [
+        {"entry": plain(dataclasses.replace(letter.entry, at=node.wall_time(letter.entry.at))), "reason": letter.reason}
+        for letter in letters
+    ]
+    return data_response({"letters": shown, "dropped": dropped, "silent": silent})

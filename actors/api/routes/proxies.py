@@ -21,7 +21,7 @@ import trio
 
 from actors.api.node import ANSWER_DEADLINE, Node
 from actors.api.routing import Answer, Call, Routes, data_response
-from actors.http import Upgrade
+from actors.http import HttpError, Upgrade
 from protocol.messages import Data, Descriptor
 from protocol.messages.config import AddProxy, ProxyEntry, ReadProxies, RemoveProxy
 from protocol.messages.proxy import Attach
@@ -75,6 +75,9 @@ async def remove_proxy(node: Node, call: Call) -> Answer:
 @routes.on("GET", "/v1/stdio")
 async def stdio(node: Node, call: Call) -> Answer:
     """One tunnelled connection to a peer's service, handed to the client as a descriptor."""
+    if call.request.headers.get("upgrade", "").lower() != UPGRADE:
+        reason = f"this is only served with the header Upgrade: {UPGRADE}"
+        raise HttpError(426, "upgrade-required", reason, headers=(("upgrade", UPGRADE), ("connection", "close")))
     request = AddProxy(call.text("peer"), call.text("service"), None)
     proxy = (await node.context.ask("config", request, timeout=START_DEADLINE)).proxy
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

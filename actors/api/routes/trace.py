@@ -6,6 +6,7 @@ GET /v1/why/{id}                                    the chain of causes, from th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncGenerator
 
 import trio
@@ -57,7 +58,7 @@ async def _copies(node: Node, tap: Tap, limit: int, ends: float, rate: float) ->
                 skipped += 1
                 continue
             allowance -= 1.0
-            yield _line(copy, skipped)
+            yield _line(node, copy, skipped)
             sent, skipped = sent + 1, 0
         if skipped:
             yield {"skipped": skipped}
@@ -65,10 +66,10 @@ async def _copies(node: Node, tap: Tap, limit: int, ends: float, rate: float) ->
         node.watchers.close_tap(tap)
 
 
-def _line(copy: Tapped, skipped: int) -> dict[str, Data]:
+def _line(node: Node, copy: Tapped, skipped: int) -> dict[str, Data]:
     envelope = Envelope.from_bytes(copy.envelope)
     return {
-        "at": copy.at,
+        "at": node.wall_time(copy.at),
         "id": envelope.id,
         "cause": envelope.cause,
         "reply_to": envelope.reply_to,
@@ -105,7 +106,8 @@ async def why(node: Node, call: Call) -> Answer:
             f"no actor remembers a message {wanted or forgotten!r}",
             "actors remember the last few thousand messages; `peerup tap --json` shows ids as they pass",
         )
-    return data_response({"chain": plain(chain), "forgotten": forgotten})
+    steps = [dataclasses.replace(entry, at=node.wall_time(entry.at)) for entry in chain]
+    return data_response({"chain": plain(steps), "forgotten": forgotten})
 
 
 async def _find(node: Node, names: list[str], ident: str) -> JournalEntry | None:

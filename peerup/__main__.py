@@ -1,0 +1,5 @@
+"""`python -m peerup`."""
+
+from peerup.cli import main
+
+main()

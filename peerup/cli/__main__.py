@@ -1,0 +1,5 @@
+"""`python -m peerup.cli`."""
+
+from peerup.cli import main
+
+main()
