@@ -184,7 +184,9 @@ def make_private_directory(path: Path) -> None:
     if found.st_uid != os.geteuid():
         raise PermissionsError(f"the directory {path} belongs to user {found.st_uid}, not to us ({os.geteuid()})")
     if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
-        raise PermissionsError(f"others may write to the directory {path}; repair it with: chmod 700 {shlex.quote(str(path))}")
+        raise PermissionsError(
+            f"others may write to the directory {path}; repair it: chmod 700 {shlex.quote(str(path))}"
+        )
 
 
 @contextlib.contextmanager

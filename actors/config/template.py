@@ -1,0 +1,101 @@
+"""The configuration file of a new node: every key with what it means, its default, and when a change takes effect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from protocol.multiaddr import Multiaddr
+
+DEFAULT_LISTEN = (Multiaddr("/ip4/0.0.0.0/tcp/0"), Multiaddr("/ip6/::/tcp/0"))
+
+
+def render_config(listen_addresses: Sequence[Multiaddr] = (), network: str | None = None) -> str:
+    """The text of `config.yaml` for a new node that listens at these addresses (any free port if there are none)."""
+    listen = "".join(f"    - {json.dumps(str(address))}\n" for address in listen_addresses or DEFAULT_LISTEN)
+    namespace = f"  network: {json.dumps(network)}\n" if network else '  # network: "family"\n'
+    return _TEMPLATE.replace("@LISTEN@\n", listen).replace("@NETWORK@\n", namespace)
+
+
+_TEMPLATE = """\
+# Configuration of a peerup node. Keys marked [live] take effect as soon as the file is saved; the others when
+# the node is started again. `peerup config validate` checks this file. A peer-up config.yaml works here as well.
+
+version: 1
+
+identity:
+  # The node's private key, which is its identity. Relative paths start at the directory of this file.
+  key_file: identity.key
+
+network:
+  # Where peers may connect. Port 0 takes any free port, another one at each start.
+  listen_addresses:
+@LISTEN@
+  # Treat this node as not reachable from outside, whatever is found out about it. Default: false
+  # force_private_reachability: false
+  # Accepted for compatibility; limits are always in force here (see `limits`). Default: false
+  # resource_limits_enabled: false
+
+relay:
+  # Relays that carry connections when no direct path exists, each ending with /p2p/<peer id>.
+  addresses: []
+  # How often a place at each relay is renewed. Default: 2m
+  reservation_interval: "2m"
+
+discovery:
+  # Name of the rendezvous point. Default: peerup-default-network
+  rendezvous: peerup-default-network
+  # A private network of this name: its nodes find each other and nobody else. Default: the common network
+@NETWORK@
+  # Peers to ask first, each ending with /p2p/<peer id>. Default: the relays
+  bootstrap_peers: []
+
+security:
+  # The peers that may connect, one a line; edit it with `peerup auth`. Its content is [live].
+  authorized_keys_file: authorized_keys
+  # [live] false lets every peer in the world connect and use services without allowed_peers. Default: true
+  enable_connection_gating: true
+
+protocols:
+  ping_pong:
+    # Answer peer-up's own ping besides libp2p's. Default: true
+    enabled: true
+    id: /pingpong/1.0.0
+
+# [live] Local TCP services that peers may use; edit with `peerup service`. For example:
+#   ssh:
+#     enabled: true
+#     local_address: "localhost:22"
+#     allowed_peers: []      # peer ids; without this key every authorised peer may use the service
+services: {}
+
+# [live] Friendly names of peers; edit with `peerup names`. For example:
+#   home: "12D3KooW..."
+names: {}
+
+# [live] Where peers may be reached, by peer id; edit with `peerup names add --address`. For example:
+#   "12D3KooW...":
+#     - "/dns4/home.example.org/tcp/4101"
+addresses: {}
+
+telemetry:
+  metrics:
+    # Serve Prometheus metrics over HTTP, without authentication: keep it on loopback. Default: false
+    enabled: false
+    listen_address: "127.0.0.1:9091"
+  audit:
+    # Write who reached what, allowed or refused, to log/audit.jsonl. Default: false
+    enabled: false
+
+log:
+  # trace, debug, info, warning or error; `peerup log NAME LEVEL` changes it while the node runs. Default: info
+  level: info
+  # text for people, json for programs. Default: text
+  format: text
+
+# limits:
+#   connections: 1024               # live connections to peers
+#   handshakes: 64                  # connections that are not authenticated yet
+#   streams_per_connection: 1024    # streams that a peer may have open on one connection
+#   connections_per_service: 4096   # tunnelled connections through one service or proxy
+"""
