@@ -141,9 +141,8 @@ def _try_ssh(stack: ExitStack, directory: Path, laptop: Node, home: Node) -> str
     seconds = time.monotonic() - began
     console.print(f"ssh -p {port} 127.0.0.1: {said!r}, whole session {seconds * 1000:.0f} ms")
     proxy_command = " ".join(laptop.command("proxy", "home", "ssh", "--stdio"))
-    console.print(
-        f"ssh -o ProxyCommand='peerup proxy home ssh --stdio': {server.session('-o', f'ProxyCommand={proxy_command}')!r}"
-    )
+    said = server.session("-o", f"ProxyCommand={proxy_command}")
+    console.print(f"ssh -o ProxyCommand='peerup proxy home ssh --stdio': {said!r}")
     return f"{seconds * 1000:.0f} ms for a session"
 
 
@@ -153,8 +152,8 @@ def _kill_everything(port: int, web: WebServer, laptop: Node, home: Node) -> lis
     try:
         _wait(lambda: download.received > 0, "the transfer to begin")
         for node in (laptop, home):
-            for name in [actor["name"] for actor in node.actors()]:
-                kills.append(_kill(node, name, port, web, download))
+            names = [actor["name"] for actor in node.actors()]
+            kills.extend(_kill(node, name, port, web, download) for name in names)
     finally:
         download.stop()
     if download.wrong:

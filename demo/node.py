@@ -89,6 +89,12 @@ class Node:
             time.sleep(0.005)
         return time.monotonic() - began
 
+    @property
+    def daemon_pid(self) -> int:
+        """The process that was started as `peerup daemon`; everything else of the node is below it."""
+        assert self._daemon is not None, "not started"
+        return self._daemon.pid
+
     def actors(self) -> list[dict[str, Any]]:
         """The actor tree now; empty while the control API itself is being restarted."""
         try:
