@@ -190,6 +190,8 @@ def edit_config(path: Path, *, timeout: float = LOCK_SECONDS) -> Iterator[Config
         FileError: it cannot be locked, read or written; the file is as it was.
         ConfigError: it is already broken.
     """
+    if not path.parent.exists():
+        _read(path)  # says better than the lock what is missing
     with locked(path, timeout=timeout):
         editor = ConfigEditor(path)
         before = editor.text
