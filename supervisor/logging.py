@@ -1,23 +1,48 @@
-"""Log set-up of one process: loguru to standard error, one write for each line. (Skeleton: bodies follow.)"""
+"""Log set-up of one process: loguru to standard error, one write for each record.
+
+A text record is one line, `time level actor text [message=… peer=… key=value …]`; a traceback follows as lines that
+begin with `  | `. A JSON record is always one line. Whatever is logged, it cannot forge another record or drive a
+terminal: all characters that are not printable are escaped. It cannot easily carry a secret either: bytes are shown as
+their length, fields with a telling name and PEM private keys are replaced, and tracebacks never show values.
+"""
 
 from __future__ import annotations
 
+import datetime
+import json
+import os
+import re
 import sys
-from typing import TYPE_CHECKING, TextIO
+import traceback
+from typing import TYPE_CHECKING, Any, TextIO
+
+from loguru import logger as _root
+
+from supervisor.errors import RefusedError
 
 if TYPE_CHECKING:
     import loguru
 
 LEVELS = ("trace", "debug", "info", "warning", "error", "critical")
+"""The words for levels, from the most to the least talkative."""
+
+FIELD_LIMIT = 2000
+"""Characters of a text or field that are kept."""
+
+_REDACTED = "<redacted>"
+_TELLING = re.compile(r"secret|passw|private|token|credential|(^|_)key$|(^|_)psk$|invite|seed", re.IGNORECASE)
+_PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*-----|\Z)", re.DOTALL)
+_COLOURS = {"trace": "2", "debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "1;31"}
 
 
 class LogControl:
-    """One process's log: its level, which can change for a while.
+    """The log of this process: loguru's one logger, set up. The last one made is the one in force.
 
     Arguments:
+        actor: whose process this is.
         level: one of LEVELS.
         json: one JSON object per line for programs instead of text for people.
-        sink: where lines go; each is one `write` call.
+        sink: where records go; each is one `write` call.
         colour: None = only on a terminal and without NO_COLOR.
     """
 
@@ -30,17 +55,117 @@ class LogControl:
         sink: TextIO = sys.stderr,
         colour: bool | None = None,
     ) -> None:
-        raise NotImplementedError
+        self._actor = actor
+        self._json = json
+        self._sink = sink
+        self._colour = colour if colour is not None else "NO_COLOR" not in os.environ and sink.isatty()
+        _root.remove()
+        self._handler = self._add(level)
 
     @property
     def logger(self) -> loguru.Logger:
         """Bound to the actor's name. `logger.bind(message=..., peer=...)` adds the other known fields."""
-        raise NotImplementedError
+        return _root.bind(actor=self._actor)
 
     def set_level(self, level: str) -> None:
-        """Change the level now. Raises RefusedError for a word that is not a level."""
-        raise NotImplementedError
+        """Change the level now.
+
+        Raises:
+            RefusedError: there is no such level.
+        """
+        added = self._add(level)
+        _root.remove(self._handler)
+        self._handler = added
 
     def close(self) -> None:
-        """Flush and let go of the sink."""
-        raise NotImplementedError
+        """Let go of the sink; what is logged later is lost."""
+        _root.remove(self._handler)
+
+    def _add(self, level: str) -> int:
+        if level not in LEVELS:
+            raise RefusedError("invalid-level", f"{level[:40]!r} is not a log level", f"use one of {', '.join(LEVELS)}")
+        return _root.add(
+            self._write, level=level.upper(), format=_no_format, colorize=False, backtrace=False, diagnose=False
+        )
+
+    def _write(self, message: loguru.Message) -> None:
+        line = json_line(message.record) if self._json else text_lines(message.record, colour=self._colour)
+        try:
+            self._sink.write(line)
+            self._sink.flush()
+        except (OSError, ValueError):
+            return  # nobody reads standard error any more: no reason for an actor to end
+
+
+def text_lines(record: loguru.Record, *, colour: bool = False) -> str:
+    """A record for people, with its final line break."""
+    level = record["level"].name.lower()
+    fields = _fields(record)
+    actor = fields.pop("actor", "-")
+    shown = f"\x1b[{_COLOURS.get(level, '0')}m{level:<8}\x1b[0m" if colour else f"{level:<8}"
+    line = f"{_time(record)} {shown} {_clean(str(actor))}: {_clean(_redact(record['message']))}"
+    if fields:
+        line += " [" + " ".join(f"{_clean(name)}={_clean(str(value))}" for name, value in fields.items()) + "]"
+    trace = "".join(f"\n  | {_clean(part)}" for part in _traceback(record))
+    return f"{line}{trace}\n"
+
+
+def json_line(record: loguru.Record) -> str:
+    """A record for programs: one JSON object in ASCII, with its final line break."""
+    entry: dict[str, Any] = {"time": _time(record), "level": record["level"].name.lower()}
+    entry |= _fields(record)
+    entry["text"] = _cut(_redact(record["message"]))
+    if record["exception"] is not None:
+        entry["exception"] = "\n".join(_traceback(record))
+    return json.dumps(entry) + "\n"
+
+
+def _no_format(_: loguru.Record) -> str:
+    return ""
+
+
+def _time(record: loguru.Record) -> str:
+    return record["time"].astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+
+
+def _fields(record: loguru.Record) -> dict[str, Any]:
+    """The bound fields: actor, message and peer first, then the others as they were bound."""
+    extra = record["extra"]
+    ordered = [name for name in ("actor", "message", "peer") if name in extra]
+    ordered += [name for name in extra if name not in ordered]
+    return {name: _safe(name, extra[name]) for name in ordered}
+
+
+def _safe(name: str, value: Any) -> Any:
+    if _TELLING.search(name):
+        return _REDACTED
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value)} bytes>"
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return _cut(_redact(str(value)))
+
+
+def _redact(text: str) -> str:
+    return _PEM.sub(_REDACTED, text) if "PRIVATE KEY" in text else text
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= FIELD_LIMIT else text[:FIELD_LIMIT] + "…"
+
+
+def _clean(text: str) -> str:
+    """Without line breaks, terminal sequences, direction marks and whatever else is not printable."""
+    text = _cut(text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def _traceback(record: loguru.Record) -> list[str]:
+    """The lines of a traceback, without the values of variables."""
+    caught = record["exception"]
+    if caught is None or caught.type is None or caught.value is None:
+        return []
+    text = "".join(traceback.format_exception(caught.type, caught.value, caught.traceback))
+    return _redact(text).splitlines()

@@ -1,20 +1,90 @@
-"""A supervisor, but for its processes: the logic, its messages, its checkpoints. (Skeleton: bodies follow.)
+"""A supervisor, but for its processes: the logic, its messages, its checkpoints.
 
-The real supervisor process and the simulated one both run this: they differ in their :class:`Host`. It sets `on`
-handlers at the exchange for Ready, LastWords, SaveCheckpoint, StartChild, StopChild, ReadTree, InjectProcessFault, and
-drives :class:`supervisor.strategy.SupervisorLogic` by the exchange's timers. The host reports the end of processes
-with :meth:`Overseer.child_exited`, after it has delivered all messages that the process had still sent.
+Theory of operation. The overseer sits on a plain exchange and stands between three parties. Messages (requests of
+others, news of the children) and the ends of processes become events of :class:`supervisor.strategy.SupervisorLogic`;
+the commands that come back become messages again or calls of the :class:`Host`, which owns the processes. After
+each event the registry is told of every name whose state has changed, before any command is carried out, so that
+nobody is told of an actor that cannot be reached yet.
+
+The real supervisor process and the simulated one both run this: they differ in their host alone. The host reports the
+end of a process with :meth:`Overseer.child_exited`, after it has delivered all messages that the process had sent.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import random
+from collections.abc import Callable
 from typing import Protocol
 
-from protocol.messages.system import ChildSpec, SupervisorSpec
+import loguru
+
+from protocol.messages import Data, Descriptor, Envelope, Message
+from protocol.messages.codec import from_plain, to_plain
+from protocol.messages.envelope import MAX_NAME
+from protocol.messages.system import (
+    ChildSpec,
+    ChildStarted,
+    ChildStatus,
+    Hang,
+    InjectProcessFault,
+    LastWords,
+    Ok,
+    Ping,
+    Pong,
+    ProcessFault,
+    ReadTree,
+    Ready,
+    SaveCheckpoint,
+    SetFaults,
+    SetTaps,
+    StartChild,
+    Stop,
+    StopChild,
+    SupervisorSpec,
+    Tree,
+)
 from supervisor.actor import Checkpoint
+from supervisor.errors import AskError, NoSuchActorError, RefusedError
 from supervisor.exchange import Exchange
 from supervisor.port import NameState
+from supervisor.strategy import (
+    AskToStop,
+    Command,
+    Finished,
+    Forget,
+    Kill,
+    PingChild,
+    RequestRefused,
+    Start,
+    StartAnswered,
+    StopAnswered,
+    SupervisorLogic,
+    TreeReady,
+)
+from supervisor.timers import Timer
+
+FACTORY = "supervisor.supervisor:Supervisor"
+"""What a child specification names in order to have a supervisor as a child."""
+
+SUBTREE_DEADLINE = 1.0
+"""Seconds that a supervisor below gets to report its children before the tree is shown without them."""
+
+
+def supervisor_spec(child: ChildSpec) -> SupervisorSpec:
+    """The supervisor specification inside the arguments of a child that is a supervisor.
+
+    Raises:
+        MessageError: the arguments are not one.
+    """
+    return from_plain(SupervisorSpec, child.arguments)
+
+
+def supervisor_arguments(spec: SupervisorSpec) -> dict[str, Data]:
+    """The inverse of :func:`supervisor_spec`: what goes into the child's `arguments`."""
+    plain: dict[str, Data] = to_plain(spec)
+    return plain
 
 
 class Host(Protocol):
@@ -55,7 +125,12 @@ class Overseer:
         name: the supervisor's own name.
         spec: its strategy and static children.
         exchange: its own exchange (made without mailbox); `Stop` must be wired to :meth:`shut_down`.
+        host: carries out the commands.
+        random: for the jitter of back-off.
         allow_faults: whether InjectProcessFault is obeyed.
+        pid: what the tree shows as this supervisor's process; None: the present one.
+        log: the process's logger.
+        last_incarnation: the highest incarnation that a name has had so far, see SupervisorLogic.
     """
 
     def __init__(
@@ -67,20 +142,316 @@ class Overseer:
         random: random.Random,
         *,
         allow_faults: bool = False,
+        pid: int | None = None,
+        log: loguru.Logger | None = None,
+        last_incarnation: Callable[[str], int] = lambda _: 0,
     ) -> None:
-        raise NotImplementedError
+        self.name = name
+        self.logic = SupervisorLogic(name, spec, random, last_incarnation)
+        self._exchange = exchange
+        self._host = host
+        self._allow_faults = allow_faults
+        self._pid = os.getpid() if pid is None else pid
+        self._log = log if log is not None else loguru.logger.bind(actor=name)
+        self._began = exchange.now()
+        self._published: dict[str, tuple[NameState, int]] = {}
+        self._specs: dict[str, ChildSpec] = {}
+        self._pids: dict[str, int | None] = {}
+        self._ready: dict[str, dict[str, Data]] = {}
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._last_words: dict[tuple[str, int], LastWords] = {}
+        self._timer: Timer | None = None
+        exchange.on(Ready, self._on_ready)
+        exchange.on(LastWords, self._on_last_words)
+        exchange.on(SaveCheckpoint, self._on_save_checkpoint)
+        exchange.on(StartChild, self._on_start_child)
+        exchange.on(StopChild, self._on_stop_child)
+        exchange.on(ReadTree, self._on_read_tree)
+        exchange.on(InjectProcessFault, self._on_inject)
+
+    # For the host
 
     def begin(self) -> None:
         """Start the static children."""
-        raise NotImplementedError
+        self._do(self.logic.begin(self._exchange.now()))
 
     def child_exited(self, name: str, incarnation: int, *, failed: bool, reason: str) -> None:
         """A child's process has ended; `reason` in words ("killed by SIGKILL", "exit status 1").
 
         What the child itself said in `LastWords` is preferred to `reason`.
         """
-        raise NotImplementedError
+        said = self._last_words.pop((name, incarnation), None)
+        code = "start-failed"
+        if said is not None and failed:
+            code, reason = said.code, said.reason
+        self._pids.pop(name, None)
+        if failed:
+            self._log.warning("{} ended: {}", name, reason)
+        else:
+            self._log.debug("{} ended", name)
+        now = self._exchange.now()
+        self._do(self.logic.child_exited(name, incarnation, now, failed=failed, reason=reason, code=code))
 
     def shut_down(self, reason: str) -> None:
         """Stop all children in reverse order, then `host.finished`."""
-        raise NotImplementedError
+        self._do(self.logic.shutdown_requested(reason, self._exchange.now()))
+
+    def close(self) -> None:
+        """Close the descriptors in checkpoints."""
+        for name in list(self._checkpoints):
+            self._drop_checkpoint(name)
+
+    # Messages
+
+    def _on_ready(self, message: Ready, envelope: Envelope) -> None:
+        name = envelope.sender
+        self._ready[name] = message.state
+        self._do(self.logic.child_ready(name, message.incarnation, self._exchange.now()))
+        if self._published.get(name) == (NameState.READY, message.incarnation):
+            if self._exchange.taps:
+                self._exchange.tell(name, SetTaps(self._exchange.taps))
+            if self._exchange.faults:
+                self._exchange.tell(name, SetFaults(self._exchange.faults))
+
+    def _on_last_words(self, message: LastWords, envelope: Envelope) -> None:
+        if self._published.get(envelope.sender, (None, 0))[1] == message.incarnation:
+            self._last_words[envelope.sender, message.incarnation] = message
+
+    def _on_save_checkpoint(self, message: SaveCheckpoint, envelope: Envelope) -> None:
+        if envelope.sender not in self._published:
+            return  # not a child of this supervisor (any more); the descriptors close with the message
+        self._drop_checkpoint(envelope.sender)
+        self._checkpoints[envelope.sender] = Checkpoint(message.state, message.descriptors)
+
+    def _on_start_child(self, message: StartChild, envelope: Envelope) -> None:
+        spec = message.spec
+        if not spec.name or len(spec.name) > MAX_NAME or not spec.name.isprintable():
+            reason = f"the name of an actor has 1 to {MAX_NAME} printable characters"
+            self._exchange.refuse(envelope, RefusedError("invalid-name", reason))
+        elif spec.name not in self._published and self._exchange.state(spec.name) is not NameState.UNKNOWN:
+            reason = f"{spec.name} is an actor of another supervisor"
+            self._exchange.refuse(envelope, RefusedError("already-started", reason))
+        else:
+            self._do(self.logic.start_requested(spec, envelope, self._exchange.now()))
+
+    def _on_stop_child(self, message: StopChild, envelope: Envelope) -> None:
+        self._do(self.logic.stop_requested(message.name, envelope, self._exchange.now()))
+
+    def _on_read_tree(self, _: ReadTree, envelope: Envelope) -> None:
+        _TreeReport(self, envelope)
+
+    def _on_inject(self, message: InjectProcessFault, envelope: Envelope) -> None:
+        exchange = self._exchange
+        if not self._allow_faults:
+            action = "start the node with --allow-faults"
+            exchange.refuse(envelope, RefusedError("faults-not-allowed", "this node does not take faults", action))
+        elif message.name in self._published:
+            self._inflict(message, envelope)
+        else:
+            _Search(exchange, self.supervisors(), message, envelope)
+
+    def _inflict(self, message: InjectProcessFault, envelope: Envelope) -> None:
+        name = message.name
+        if self._pids.get(name) is None:
+            self._exchange.refuse(envelope, RefusedError("not-running", f"{name} has no process now"))
+            return
+        incarnation = self._published[name][1]
+        self._log.warning("{} is hit by the fault {}", name, message.fault.value)
+        match message.fault:
+            case ProcessFault.KILL:
+                self._host.kill(name, incarnation)
+            case ProcessFault.STOP:
+                self._host.freeze(name, incarnation)
+            case ProcessFault.HANG:
+                self._exchange.tell(name, Hang(), cause=envelope.id)
+        self._exchange.answer(envelope, Ok())
+
+    # The tree
+
+    def statuses(self) -> tuple[ChildStatus, ...]:
+        """This supervisor itself, then its own children in order."""
+        now = self._exchange.now()
+        state = "stopping" if self.logic.ending else "running"
+        own = ChildStatus(
+            self.name, FACTORY, self._exchange.supervisor, self._pid, state, now - self._began, 0, 0, 0,
+            self._exchange.handled, "",
+        )  # fmt: skip
+        return (own, *(_with_pid(status, self._pids.get(status.name)) for status in self.logic.status(now)))
+
+    def supervisors(self) -> list[str]:
+        """The names of children that are ready supervisors."""
+        return [
+            name
+            for name, (state, _) in self._published.items()
+            if state is NameState.READY and self._specs[name].factory == FACTORY
+        ]
+
+    # Commands
+
+    def _do(self, commands: list[Command]) -> None:
+        self._publish_names()
+        for command in commands:
+            self._carry_out(command)
+        self._schedule()
+
+    def _carry_out(self, command: Command) -> None:
+        exchange = self._exchange
+        match command:
+            case Start(spec, incarnation):
+                self._start(spec, incarnation)
+            case AskToStop(name, _, reason):
+                exchange.tell(name, Stop(reason))
+            case Kill(name, incarnation, reason):
+                self._log.warning("killing {}: {}", name, reason)
+                self._host.kill(name, incarnation)
+            case PingChild(name, incarnation):
+                self._ping(name, incarnation)
+            case Forget(name):
+                self._drop_checkpoint(name)
+                self._specs.pop(name, None)
+                self._ready.pop(name, None)
+            case StartAnswered(Envelope() as request, name):
+                pid = self._pids.get(name)
+                exchange.answer(request, ChildStarted(name, pid or 0, self._ready.get(name, {})))
+            case StopAnswered(Envelope() as request, _):
+                exchange.answer(request, Ok())
+            case RequestRefused(Envelope() as request, code, reason):
+                exchange.refuse(request, RefusedError(code, reason))
+            case TreeReady():
+                self._host.ready()
+            case Finished(failed, reason):
+                self.close()
+                self._host.finished(reason, failed=failed)
+            case _:
+                raise AssertionError(f"{command} carries a token that is not a request")
+
+    def _start(self, spec: ChildSpec, incarnation: int) -> None:
+        if spec.name in self._specs:
+            self._exchange.metrics.counter("peerup_restarts_total", actor=spec.name).inc()
+        self._specs[spec.name] = spec
+        self._pids[spec.name] = self._host.spawn(spec, incarnation, self._checkpoints.get(spec.name))
+
+    def _ping(self, name: str, incarnation: int) -> None:
+        def answered(outcome: Message | AskError) -> None:
+            if isinstance(outcome, Pong):
+                now = self._exchange.now()
+                self._do(
+                    self.logic.heartbeat_answered(
+                        name, incarnation, now, mailbox=outcome.mailbox, handled=outcome.handled
+                    )
+                )
+
+        try:
+            self._exchange.ask(name, Ping(), timeout=self._specs[name].heartbeat_deadline, answer=answered)
+        except AskError as error:
+            self._log.debug("no heartbeat to {}: {}", name, error)  # the missing answer says so to the logic
+
+    def _publish_names(self) -> None:
+        names = self.logic.names()
+        for name in [name for name in self._published if name not in names]:
+            del self._published[name]
+            self._host.publish(name, NameState.UNKNOWN, 0)
+        for name, entry in names.items():
+            if self._published.get(name) != entry:
+                self._published[name] = entry
+                self._host.publish(name, *entry)
+
+    def _schedule(self) -> None:
+        due = self.logic.next_wakeup()
+        if self._timer is not None:
+            if self._timer.when == due and self._timer.pending:
+                return
+            self._timer.cancel()
+        self._timer = None if due is None else self._exchange.call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._do(self.logic.tick(self._exchange.now()))
+
+    def _drop_checkpoint(self, name: str) -> None:
+        dropped = self._checkpoints.pop(name, None)
+        if dropped is not None:
+            _close(dropped.descriptors)
+
+    @property
+    def exchange(self) -> Exchange:
+        """The supervisor's exchange."""
+        return self._exchange
+
+
+def _close(descriptors: tuple[Descriptor, ...]) -> None:
+    for descriptor in descriptors:
+        descriptor.close()
+
+
+def _with_pid(status: ChildStatus, pid: int | None) -> ChildStatus:
+    fields = dict(vars(status))
+    fields["pid"] = pid
+    return ChildStatus(**fields)
+
+
+class _TreeReport:
+    """Gathers the trees of the supervisors below, and answers when all have reported or their time is up."""
+
+    def __init__(self, overseer: Overseer, request: Envelope) -> None:
+        self._overseer = overseer
+        self._request = request
+        self._trees: dict[str, tuple[ChildStatus, ...]] = {}
+        self._open = set()
+        for name in overseer.supervisors():
+            try:
+                overseer.exchange.ask(
+                    name, ReadTree(), timeout=SUBTREE_DEADLINE, answer=functools.partial(self._reported, name)
+                )
+            except AskError:
+                continue  # it is shown as the supervisor above sees it, without children
+            self._open.add(name)
+        self._finish()
+
+    def _reported(self, name: str, outcome: Message | AskError) -> None:
+        self._open.discard(name)
+        if isinstance(outcome, Tree):
+            self._trees[name] = outcome.children[1:]  # the first is itself, which its parent knows better
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._open:
+            return
+        lines: list[ChildStatus] = []
+        for status in self._overseer.statuses():
+            lines.append(status)
+            lines += self._trees.get(status.name, ())
+        self._overseer.exchange.answer(self._request, Tree(tuple(lines)))
+
+
+class _Search:
+    """Passes a request on to the supervisors below; the first that does it answers for all."""
+
+    def __init__(
+        self, exchange: Exchange, supervisors: list[str], message: InjectProcessFault, request: Envelope
+    ) -> None:
+        self._exchange = exchange
+        self._request = request
+        self._name = message.name
+        self._refusal: RefusedError | None = None
+        self._open = 1
+        for name in supervisors:
+            try:
+                exchange.ask(name, message, timeout=SUBTREE_DEADLINE, answer=self._answered, cause=request.id)
+            except AskError:
+                continue  # a supervisor that is not there has no children that could be hit
+            self._open += 1
+        self._answered(NoSuchActorError(f"there is no actor {self._name}"))
+
+    def _answered(self, outcome: Message | AskError) -> None:
+        if self._open == 0:
+            return
+        self._open -= 1
+        if isinstance(outcome, Ok):
+            self._open = 0
+            self._exchange.answer(self._request, outcome)
+            return
+        if isinstance(outcome, RefusedError) and outcome.code != NoSuchActorError.code:
+            self._refusal = outcome
+        if self._open == 0:
+            missing = RefusedError(NoSuchActorError.code, f"there is no actor {self._name}")
+            self._exchange.refuse(self._request, self._refusal or missing)

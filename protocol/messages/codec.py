@@ -181,6 +181,28 @@ def decode_body(kind: str, packed: bytes | memoryview, descriptors: typing.Seque
     return typing.cast("Message", decoded)
 
 
+def to_plain(value: Any) -> Data:
+    """A record or message as plain data, such as fits into a field of type `Data`. It must hold no descriptors.
+
+    Raises:
+        MessageError: a field holds a value of another type.
+    """
+    descriptors: list[Descriptor] = []
+    plain = _converter_for(type(value)).encode(value, descriptors)
+    if descriptors:
+        raise MessageError("a descriptor is not plain data")
+    return plain
+
+
+def from_plain(cls: type[C], value: Data) -> C:
+    """The record or message of this class that :func:`to_plain` made this of.
+
+    Raises:
+        MessageError: it is not one.
+    """
+    return typing.cast("C", _converter_for(cls).decode(value, []))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Converter:
     """How values of one type go to msgpack values and back."""

@@ -367,7 +367,7 @@ def test_news_of_a_former_incarnation_changes_nothing():
 
 
 def test_a_restarted_supervisor_goes_on_counting_incarnations():
-    logic = SupervisorLogic("root", spec(quiet("a")), random.Random(0), lambda name: 7)
+    logic = SupervisorLogic("root", spec(quiet("a")), random.Random(0), lambda _: 7)
     assert logic.begin(0.0) == [Start(quiet("a"), 8)]
 
 
@@ -427,7 +427,8 @@ class Supervision(RuleBasedStateMachine):
                         states = {s.name: s.state for s in self.logic.status(self.now)}
                         for earlier in before:
                             if earlier in self.alive and earlier not in self.ready:
-                                assert states[earlier] == "stopping" and earlier in self.individually, earlier
+                                assert states[earlier] == "stopping"
+                                assert earlier in self.individually
                     self.seen[name] = incarnation
                     self.alive[name] = incarnation
                 case AskToStop(name, incarnation):
