@@ -55,7 +55,7 @@ def load_config(path: Path) -> NodeConfig:
         FileError: it cannot be read, or others may write to it.
         ConfigError: it is not YAML, or says something that cannot be.
     """
-    return _parse(_read(path), path)
+    return parse_config(read_config_text(path), path)
 
 
 class ConfigEditor:
@@ -68,8 +68,8 @@ class ConfigEditor:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.text = _read(path)
-        self.config = _parse(self.text, path)
+        self.text = read_config_text(path)
+        self.config = parse_config(self.text, path)
 
     def add_service(
         self, name: str, address: str, *, allowed_peers: Sequence[PeerId] | None = None, enabled: bool = True
@@ -178,7 +178,7 @@ class ConfigEditor:
         self._become(delete_value(self.text, path))
 
     def _become(self, text: str) -> None:
-        self.config = _parse(text, self._path)
+        self.config = parse_config(text, self._path)
         self.text = text
 
 
@@ -191,7 +191,7 @@ def edit_config(path: Path, *, timeout: float = LOCK_SECONDS) -> Iterator[Config
         ConfigError: it is already broken.
     """
     if not path.parent.exists():
-        _read(path)  # says better than the lock what is missing
+        read_config_text(path)  # says better than the lock what is missing
     with locked(path, timeout=timeout):
         editor = ConfigEditor(path)
         before = editor.text
@@ -200,7 +200,13 @@ def edit_config(path: Path, *, timeout: float = LOCK_SECONDS) -> Iterator[Config
             write_atomic(path, editor.text.encode())
 
 
-def _read(path: Path) -> str:
+def read_config_text(path: Path) -> str:
+    """The text of this configuration file.
+
+    Raises:
+        FileError: it cannot be read, or others may write to it.
+        ConfigError: it is not UTF-8.
+    """
     try:
         content, status = read_limited(path, MAX_CONFIG_BYTES)
     except FileMissingError as error:
@@ -213,7 +219,12 @@ def _read(path: Path) -> str:
         raise ConfigError(path, (Problem("", "not UTF-8 text", line),)) from error
 
 
-def _parse(text: str, path: Path) -> NodeConfig:
+def parse_config(text: str, path: Path) -> NodeConfig:
+    """The configuration in this text, which is (or was, or shall be) that of the file at `path`.
+
+    Raises:
+        ConfigError: it is not YAML, or says something that cannot be.
+    """
     try:
         values = parse_yaml(text)
     except YamlSyntaxError as error:

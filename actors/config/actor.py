@@ -1,0 +1,377 @@
+"""The actor `config`: publishes the configuration, resolves names, and keeps the desired proxies and services running.
+
+Theory of operation. `config.yaml` is read at the start, when the watch sees it change, and on `ReloadConfig`. What
+cannot be used changes nothing: the last good configuration stays in force and the problems are reported. A good one
+is kept in a second file, so that a successor of this actor can go on with it even while the file is broken.
+
+What runs follows from two lists: the enabled services of the configuration, and the desired proxies in
+`state/proxies.yaml`. :class:`~actors.config.reconciler.Reconciler` makes the children of the supervisor `proxies`
+agree with them, whenever one of the lists changes or that supervisor comes (back) up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from actors.config.changes import describe_changes
+from actors.config.file import parse_config, read_config_text
+from actors.config.proxies_file import DesiredProxy, ProxiesFileError, load_proxies, save_proxies
+from actors.config.reconciler import Reconciler, proxy_child, service_child
+from actors.config.schema import ConfigError, NodeConfig, parse_listen_address
+from actors.files import FileError, read_limited, write_atomic
+from actors.watch import watch_file
+from protocol.errors import InvalidValueError
+from protocol.messages import Data
+from protocol.messages.config import (
+    AddProxy,
+    ConfigReloaded,
+    ConfigSnapshot,
+    Proxies,
+    ProxyAdded,
+    ProxyEntry,
+    ReadProxies,
+    ReloadConfig,
+    RemoveProxy,
+    Resolve,
+    Resolved,
+    SubscribeConfig,
+)
+from protocol.messages.system import ActorDown, ActorUp, ChildSpec
+from protocol.peer_id import PeerId
+from protocol.service import ServiceName
+from supervisor.actor import Actor, Checkpoint, handles
+from supervisor.errors import RefusedError
+
+PROXIES = "proxies"
+MAX_PROXIES = 256
+"""Each is a process; more are a mistake rather than a wish."""
+
+
+class Config(Actor):
+    """See the module.
+
+    Arguments:
+        path: the configuration file.
+        proxies: the file of desired proxies.
+        watch: whether to watch the configuration file; otherwise only `ReloadConfig` reads it again.
+    """
+
+    def __init__(self, path: str, proxies: str, *, watch: bool = True) -> None:
+        self._path = Path(path)
+        self._proxies_path = Path(proxies)
+        self._last_good_path = self._proxies_path.with_name("config.last-good.yaml")
+        self._watch = watch
+        self._text = ""  # of the file when it was last looked at, also when it was broken
+        self._problems: tuple[str, ...] = ()
+        self._subscribers: set[str] = set()
+        self._desired: dict[str, DesiredProxy] = {}
+        self._passing: dict[str, DesiredProxy] = {}  # without a listener; gone when the node ends
+        self._proxies_problem = ""
+        self._config: NodeConfig
+        self._snapshot: ConfigSnapshot
+        self._reconciler: Reconciler
+
+    async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
+        """Read the configuration; only the first of its name gives up when it is broken."""
+        state = checkpoint.state if checkpoint is not None else {}
+        self._config = self._first_config(restarted=checkpoint is not None)
+        self._snapshot = _snapshot(self._config, state.get("version", 0) + 1)
+        self._load_desired()
+        self._passing = {actor: _passing(actor, packed) for actor, packed in state.get("passing", {}).items()}
+        self._reconciler = Reconciler(
+            self.context, PROXIES, self._wanted_children, dict(state.get("started", {})), self._save_checkpoint
+        )
+        self._save_checkpoint()
+        self._warn()
+        self.context.watch(PROXIES)
+        self.context.nursery.start_soon(self._reconciler.run)
+        if self._watch:
+            self.context.nursery.start_soon(watch_file, self._path, self._file_changed)
+        return {"version": self._snapshot.version}
+
+    def describe(self) -> dict[str, Data]:
+        """The configuration in short, what is wrong with it, and what should run because of it."""
+        return {
+            "file": str(self._path),
+            "version": self._snapshot.version,
+            "gating": self._snapshot.gating,
+            "services": {service.name: service.address for service in self._snapshot.services if service.enabled},
+            "names": {entry.name: str(entry.peer) for entry in self._snapshot.names},
+            "proxies": {actor: proxy.listen for actor, proxy in self._desired.items()},
+            "problems": [*self._problems, *([self._proxies_problem] if self._proxies_problem else [])],
+            "warnings": [str(warning) for warning in self._config.warnings],
+            "subscribers": sorted(self._subscribers),
+            "children": self._reconciler.describe(),
+        }
+
+    @handles(SubscribeConfig)
+    async def subscribe(self, request: SubscribeConfig) -> ConfigSnapshot:
+        """Answer with the configuration, and tell the sender each later one."""
+        subscriber = self.context.current_sender
+        self._subscribers.add(subscriber)
+        self.context.watch(subscriber)
+        return self._snapshot
+
+    @handles(ReloadConfig)
+    async def reload(self, request: ReloadConfig) -> ConfigReloaded:
+        """Read the file now."""
+        changes = self._read(force=True)
+        return ConfigReloaded(self._snapshot.version, changes, self._problems)
+
+    @handles(Resolve)
+    async def resolve(self, request: Resolve) -> Resolved:
+        """Find the peer behind a name or a peer id."""
+        return self._resolve(request.name)
+
+    @handles(AddProxy, concurrent=True)
+    async def add_proxy(self, request: AddProxy) -> ProxyAdded:
+        """Have a proxy listen, and keep it."""
+        wanted = self._new_proxy(request)
+        async with self._reconciler.exclusive():
+            present = self._desired.get(wanted.actor) or self._passing.get(wanted.actor)
+            if present is not None and present.peer == wanted.peer and _serves(present, request.listen):
+                if not self._reconciler.is_started(present.actor):
+                    await self._reconciler.start(proxy_child(present))
+                return ProxyAdded(self._entry(present, "running"), created=False)
+            if present is not None and wanted.actor not in self._passing:
+                raise RefusedError(
+                    "already-exists",
+                    f"{present.actor} exists already and listens at {present.listen}",
+                    f"stop it first: peerup proxy stop {present.peer_name} {present.service}",
+                )
+            if len(self._desired) + len(self._passing) >= MAX_PROXIES:
+                raise RefusedError("limit-exceeded", f"there are {MAX_PROXIES} proxies already")
+            if present is not None:  # it had no listener and is to get one
+                await self._reconciler.stop(present.actor)
+                del self._passing[present.actor]
+            ready = await self._reconciler.start(proxy_child(wanted))
+            added = dataclasses.replace(wanted, listen=str(ready.get("listen") or ""))
+            if request.listen is None:
+                self._passing[added.actor] = added
+            else:
+                await self._keep(added)
+            self._reconciler.adopt(proxy_child(added))
+        self.context.log.info("{} listens at {}", added.actor, added.listen or "nothing")
+        return ProxyAdded(self._entry(added, "running"), created=True)
+
+    @handles(RemoveProxy, concurrent=True)
+    async def remove_proxy(self, request: RemoveProxy) -> None:
+        """Stop a proxy and forget it."""
+        async with self._reconciler.exclusive():
+            kept = self._desired.pop(request.actor, None)
+            if kept is None and self._passing.pop(request.actor, None) is None:
+                known = ", ".join(sorted((*self._desired, *self._passing))) or "none"
+                raise RefusedError("not-found", f"there is no proxy {request.actor!r} (there are: {known})")
+            if kept is not None:
+                try:
+                    save_proxies(self._proxies_path, list(self._desired.values()))
+                except FileError as error:
+                    self._desired[request.actor] = kept
+                    raise RefusedError(error.code, str(error)) from error
+            await self._reconciler.stop(request.actor)
+
+    @handles(ReadProxies, concurrent=True)
+    async def read_proxies(self, request: ReadProxies) -> Proxies:
+        """All proxies and how they are."""
+        states = await self._reconciler.states()
+        entries = [self._entry(proxy, states.get(proxy.actor, "down")) for proxy in self._all_proxies()]
+        return Proxies(tuple(sorted(entries, key=lambda entry: entry.actor)))
+
+    @handles(ActorUp)
+    async def actor_up(self, message: ActorUp) -> None:
+        """A new supervisor of proxies has no children: give it ours."""
+        if message.name == PROXIES:
+            self._reconciler.supervisor_restarted()
+
+    @handles(ActorDown)
+    async def actor_down(self, message: ActorDown) -> None:
+        """Forget a subscriber; its successor subscribes anew."""
+        self._subscribers.discard(message.name)
+
+    def _first_config(self, *, restarted: bool) -> NodeConfig:
+        try:
+            self._text = read_config_text(self._path)
+            config = parse_config(self._text, self._path)
+        except (ConfigError, FileError) as error:
+            if not restarted:
+                raise
+            # The node is running with a configuration that was good. It must not end because the file is broken now.
+            self._note_problems(error)
+            return parse_config(read_config_text(self._last_good_path), self._path)
+        self._keep_last_good(self._text)
+        return config
+
+    async def _file_changed(self) -> None:
+        self._read(force=False)
+
+    def _read(self, *, force: bool) -> tuple[str, ...]:
+        """Look at the file, and take it over if it is good; what changed."""
+        try:
+            text = read_config_text(self._path)
+            if text == self._text and not force:
+                return ()
+            self._text = text
+            config = parse_config(text, self._path)
+        except (ConfigError, FileError) as error:
+            if _texts(error) != self._problems or force:
+                self._note_problems(error)
+            return ()
+        self._problems = ()
+        self.context.metrics.gauge("peerup_config_problems").set(0)
+        changes = describe_changes(self._config, config)
+        self._config = config
+        self._keep_last_good(text)
+        if changes:
+            self._warn()
+            self.context.log.info("configuration changed: {}", "; ".join(changes))
+        self._publish()
+        return changes
+
+    def _publish(self) -> None:
+        snapshot = _snapshot(self._config, self._snapshot.version)
+        if snapshot == self._snapshot:
+            return
+        self._snapshot = dataclasses.replace(snapshot, version=snapshot.version + 1)
+        self._save_checkpoint()
+        for subscriber in sorted(self._subscribers):
+            self.context.tell(subscriber, self._snapshot)
+        self._follow_names()
+        self._reconciler.wake()
+
+    def _follow_names(self) -> None:
+        """A proxy was asked for by name; it follows when the name means another peer now."""
+        peers = {entry.name: entry.peer for entry in self._snapshot.names}
+        moved = [proxy for proxy in self._desired.values() if peers.get(proxy.peer_name, proxy.peer) != proxy.peer]
+        for proxy in moved:
+            self._desired[proxy.actor] = dataclasses.replace(proxy, peer=peers[proxy.peer_name])
+        if moved:
+            try:
+                save_proxies(self._proxies_path, list(self._desired.values()))
+            except FileError as error:
+                self.context.log.warning("{}", error)
+
+    def _note_problems(self, error: ConfigError | FileError) -> None:
+        self._problems = _texts(error)
+        self.context.metrics.gauge("peerup_config_problems").set(len(self._problems))
+        for problem in self._problems:
+            self.context.log.error("{}; the last good configuration stays in force", problem)
+
+    def _warn(self) -> None:
+        for warning in self._config.warnings:
+            self.context.log.warning("{}: {}", self._path, warning)
+        if not self._config.security.enable_connection_gating:
+            self.context.log.warning(
+                "every peer in the world may connect and use services without allowed_peers: "
+                "security.enable_connection_gating is false in {}",
+                self._path,
+            )
+
+    def _keep_last_good(self, text: str) -> None:
+        content = text.encode()
+        try:
+            with contextlib.suppress(FileError):
+                if read_limited(self._last_good_path, len(content))[0] == content:
+                    return
+            write_atomic(self._last_good_path, content, mode=0o600)
+        except FileError as error:
+            self.context.log.warning("{}", error)
+
+    def _load_desired(self) -> None:
+        try:
+            self._desired = {proxy.actor: proxy for proxy in load_proxies(self._proxies_path)}
+        except (ProxiesFileError, FileError) as error:
+            self._proxies_problem = str(error)
+            self.context.log.warning("the proxies asked for earlier are not started: {}", error)
+
+    async def _keep(self, proxy: DesiredProxy) -> None:
+        """Remember a proxy that was just started; if that fails it is not started after all."""
+        if self._proxies_problem:
+            await self._reconciler.stop(proxy.actor)
+            raise RefusedError(
+                "bad-proxies-file", self._proxies_problem, f"repair it, or remove it: {self._proxies_path}"
+            )
+        try:
+            save_proxies(self._proxies_path, [*self._desired.values(), proxy])
+        except FileError as error:
+            await self._reconciler.stop(proxy.actor)
+            raise RefusedError(error.code, str(error)) from error
+        self._desired[proxy.actor] = proxy
+
+    def _new_proxy(self, request: AddProxy) -> DesiredProxy:
+        """What is asked for, checked."""
+        peer = self._resolve(request.peer).peer
+        try:
+            service = ServiceName(request.service)
+        except InvalidValueError as error:
+            raise RefusedError("bad-name", str(error)) from error
+        if request.listen is not None:
+            try:
+                parse_listen_address(request.listen)
+            except InvalidValueError as error:
+                raise RefusedError("bad-address", str(error)) from error
+        return DesiredProxy(f"proxy/{request.peer}/{service}", peer, request.peer, str(service), request.listen or "")
+
+    def _resolve(self, name: str) -> Resolved:
+        for entry in self._snapshot.names:
+            if entry.name == name:
+                return Resolved(entry.peer, "config")
+        try:
+            return Resolved(PeerId.from_text(name), "peer-id")
+        except InvalidValueError:
+            known = ", ".join(sorted(entry.name for entry in self._snapshot.names)) or "none"
+            raise RefusedError(
+                "unknown-peer",
+                f"{name[:80]!r} is neither a peer id nor a name (known names: {known})",
+                "name a peer with: peerup names add NAME PEER_ID",
+            ) from None
+
+    def _all_proxies(self) -> list[DesiredProxy]:
+        return [*self._desired.values(), *self._passing.values()]
+
+    def _wanted_children(self) -> dict[str, ChildSpec]:
+        """Every child that the supervisor of proxies should have."""
+        services = [service_child(service) for service in self._snapshot.services if service.enabled]
+        return {child.name: child for child in (*services, *map(proxy_child, self._all_proxies()))}
+
+    def _entry(self, proxy: DesiredProxy, state: str) -> ProxyEntry:
+        listen = "" if proxy.listen.endswith(":0") else proxy.listen
+        return ProxyEntry(proxy.actor, proxy.peer, proxy.peer_name, proxy.service, listen, state)
+
+    def _save_checkpoint(self) -> None:
+        passing = {
+            actor: [proxy.peer.to_wire(), proxy.peer_name, proxy.service] for actor, proxy in self._passing.items()
+        }
+        self.context.checkpoint(
+            {"version": self._snapshot.version, "started": self._reconciler.started, "passing": passing}
+        )
+
+
+def _passing(actor: str, packed: list[Any]) -> DesiredProxy:
+    """A proxy without listener, out of a checkpoint."""
+    peer, peer_name, service = packed
+    return DesiredProxy(actor, PeerId.from_wire(peer), peer_name, service, "")
+
+
+def _serves(present: DesiredProxy, listen: str | None) -> bool:
+    """Whether this proxy is what is asked for: port 0 and no listener at all are content with any."""
+    if listen is None:
+        return True
+    if not present.listen:
+        return False
+    (have_host, have_port), (host, port) = parse_listen_address(present.listen), parse_listen_address(listen)
+    return have_host == host and port in (0, have_port)
+
+
+def _snapshot(config: NodeConfig, version: int) -> ConfigSnapshot:
+    return ConfigSnapshot(
+        version, config.security.enable_connection_gating, config.services, config.names, config.addresses
+    )
+
+
+def _texts(error: ConfigError | FileError) -> tuple[str, ...]:
+    if isinstance(error, ConfigError):
+        return tuple(f"{error.file}: {problem}" for problem in error.problems)
+    return (str(error),)

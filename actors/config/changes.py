@@ -1,0 +1,51 @@
+"""What differs between two configurations, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from actors.config.schema import NodeConfig
+
+LIVE = frozenset({"security.enable_connection_gating"})
+"""Keys outside of services, names and addresses that take effect at once."""
+
+_LATER = " (takes effect when the node is started again)"
+
+
+def describe_changes(old: NodeConfig, new: NodeConfig) -> tuple[str, ...]:
+    """One line for each difference, with a note where it does not take effect at once."""
+    lines = [
+        *_entries(
+            "services", {entry.name: entry for entry in old.services}, {entry.name: entry for entry in new.services}
+        ),
+        *_entries("names", {entry.name: entry for entry in old.names}, {entry.name: entry for entry in new.names}),
+        *_entries(
+            "addresses",
+            {str(entry.peer): entry for entry in old.addresses},
+            {str(entry.peer): entry for entry in new.addresses},
+        ),
+    ]
+    for key, before, after in _scalars(old, new):
+        if before != after:
+            lines.append(f"{key} changed{'' if key in LIVE else _LATER}")
+    return tuple(lines)
+
+
+def _entries(section: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[str]:
+    for name in sorted(old.keys() | new.keys()):
+        if name not in new:
+            yield f"{section}.{name} removed"
+        elif name not in old:
+            yield f"{section}.{name} added"
+        elif old[name] != new[name]:
+            yield f"{section}.{name} changed"
+
+
+def _scalars(old: NodeConfig, new: NodeConfig) -> Iterable[tuple[str, Any, Any]]:
+    yield "identity.key_file", old.key_file, new.key_file
+    for section in ("network", "relay", "discovery", "security", "ping", "telemetry", "log", "limits"):
+        before, after = getattr(old, section), getattr(new, section)
+        for field in dataclasses.fields(before):
+            yield f"{section}.{field.name}", getattr(before, field.name), getattr(after, field.name)
