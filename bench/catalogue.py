@@ -1,0 +1,56 @@
+"""Every value that the benchmarks give: its unit, which way is better, what it is compared with, what must hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Better = Literal["higher", "lower", "neither"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """One row of the results.
+
+    Attributes:
+        reference: what the ratio is taken to; empty where there is nothing to compare with.
+        at_least, at_most: bounds of the ratio that must hold.
+        limit: bound of our own value, in its unit, that must hold.
+    """
+
+    name: str
+    unit: str
+    better: Better
+    meaning: str
+    reference: str = "ssh"
+    at_least: float | None = None
+    at_most: float | None = None
+    limit: float | None = None
+
+
+CATALOGUE: tuple[Value, ...] = (
+    Value("bulk_1_stream_up", "MB/s", "higher", "one stream, client to server", at_least=1.0),
+    Value("bulk_1_stream_down", "MB/s", "higher", "one stream, server to client", at_least=1.0),
+    Value("bulk_8_streams_up", "MB/s", "higher", "eight streams at once, client to server", at_least=1.0),
+    Value("bulk_8_streams_down", "MB/s", "higher", "eight streams at once, server to client", at_least=1.0),
+    Value("cpu_1_stream_up", "s/GB", "lower", "CPU of all tunnel processes, one stream up"),
+    Value("cpu_1_stream_down", "s/GB", "lower", "CPU of all tunnel processes, one stream down"),
+    Value("cpu_8_streams_up", "s/GB", "lower", "CPU of all tunnel processes, eight streams up"),
+    Value("cpu_8_streams_down", "s/GB", "lower", "CPU of all tunnel processes, eight streams down"),
+    Value("round_trip_p50", "µs", "lower", "one byte there and back, median", at_most=4.0),
+    Value("round_trip_p99", "µs", "lower", "one byte there and back, 99th percentile", at_most=4.0),
+    Value("new_connection_p50", "ms", "lower", "connect to first byte back, median", at_most=4.0),
+    Value("new_connection_p99", "ms", "lower", "connect to first byte back, 99th percentile"),
+    Value("cold_start", "ms", "lower", "first process started to first byte back"),
+    Value("node_ready", "ms", "lower", "a node's start to `ready`", reference="", limit=2000.0),
+    Value("idle_connection_memory", "KiB", "lower", "memory of each of 1,000 idle connections"),
+    Value("idle_connection_open", "ms", "lower", "time to open each of 1,000 connections"),
+    Value("busy_round_trips", "1/s", "higher", "200 busy connections: round trips of 4 KiB, all together"),
+    Value("busy_fairness", "", "higher", "200 busy connections: Jain's index, 1 is perfectly fair"),
+    Value("busy_worst", "ms", "lower", "200 busy connections: the longest round trip"),
+    Value("busy_failures", "", "lower", "200 busy connections: how many broke", limit=0.0),
+    Value("idle_memory", "MiB", "lower", "PSS of the whole idle tunnel (peerup: two nodes)"),
+    Value("idle_cpu", "%", "lower", "CPU of the whole idle tunnel (peerup: two nodes), of one core"),
+    Value("idle_node_memory", "MiB", "lower", "PSS of one idle node", reference="", limit=120.0),
+    Value("idle_node_cpu", "%", "lower", "CPU of one idle node, of one core", reference="", limit=0.5),
+)
