@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= auto
+PYTEST_FLAGS ?=
 
 .PHONY: demo test test-fast check format bench clean lock setup
 
@@ -11,10 +12,10 @@ demo: $(STAMP)  ## set everything up and run the main job on two nodes
 	$(BIN)/python -m demo
 
 test: $(STAMP)  ## set everything up and run the whole test suite
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
 
 test-fast: $(STAMP)  ## the tests that take seconds
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_FLAGS)
 
 check: $(STAMP)  ## style, types, import contracts
 	$(BIN)/ruff format --check .
