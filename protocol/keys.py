@@ -255,6 +255,8 @@ def _load_public(key_type: KeyType, data: bytes) -> _Public:
                 return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256K1(), data)
             case KeyType.ECDSA | KeyType.RSA:
                 key = serialization.load_der_public_key(data)
+    except KeyFormatError:
+        raise  # it is a ValueError too, and says more
     except (ValueError, UnsupportedAlgorithm):
         raise KeyFormatError(f"not a public key of the kind {key_type.name}") from None
     if key_type is KeyType.RSA and isinstance(key, rsa.RSAPublicKey):
@@ -279,6 +281,8 @@ def _load_private(key_type: KeyType, data: bytes) -> tuple[_Private, bytes]:
                 return ec.derive_private_key(int.from_bytes(data, "big"), ec.SECP256K1()), data
             case KeyType.ECDSA | KeyType.RSA:
                 key = serialization.load_der_private_key(data, password=None)
+    except KeyFormatError:
+        raise  # it is a ValueError too, and says more
     except (ValueError, TypeError, UnsupportedAlgorithm):
         # `from None`: the text and the traceback of the cause could show parts of the secret.
         raise KeyFormatError(f"not a private key of the kind {key_type.name}") from None

@@ -15,18 +15,27 @@ outcome is in `result`, and what arrived after the negotiation is in `leftover`.
   proposal (`optimistic`): if the peer speaks it, a round trip is saved; if it does not, the stream is lost anyway.
 - The responder says nothing before the peer's header has come, then sends header and answer in one piece.
 
-::
+The initiator::
 
-    Initiator                                             Responder
+    stateDiagram-v2
+        [*] --> header
+        header --> answer: header
+        answer --> answer: na
+        answer --> agreed: echo
+        answer --> failed: exhausted
+        header --> failed: bad
+        answer --> failed: bad
 
-    stateDiagram-v2                                       stateDiagram-v2
-        [*] --> header                                        [*] --> header
-        header --> answer: header                             header --> proposal: header
-        answer --> answer: na                                 proposal --> proposal: ls
-        answer --> agreed: echo                               proposal --> proposal: unsupported
-        answer --> failed: exhausted                          proposal --> agreed: supported
-        header --> failed: bad                                header --> failed: bad
-        answer --> failed: bad                                proposal --> failed: bad
+The responder::
+
+    stateDiagram-v2
+        [*] --> header
+        header --> proposal: header
+        proposal --> proposal: ls
+        proposal --> proposal: unsupported
+        proposal --> agreed: supported
+        header --> failed: bad
+        proposal --> failed: bad
 
 A peer that is not authenticated yet talks to these machines, so the length of a message, the number of
 messages and the sum of their bytes are bounded, and a machine that failed stays failed.

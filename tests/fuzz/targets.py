@@ -1,0 +1,274 @@
+"""One function for each parser that meets a stranger's bytes. Each takes any bytes and returns, or fails the run.
+
+A parser may refuse only by a `PeerupError`; any other exception is a finding. What it takes must survive the way
+back. The tests call the targets with a few hundred inputs; `python -m tests.fuzz SECONDS [TARGET…]` runs longer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from protocol import authorized_keys as keys_file
+from protocol import delimited, multistream, ping, service, signed_envelope, varint
+from protocol.errors import PeerupError
+from protocol.identify import IdentifyReader, printable
+from protocol.keys import PrivateKey, PublicKey
+from protocol.multiaddr import Multiaddr
+from protocol.multibase import decode_base58, decode_multibase, encode_base58
+from protocol.peer_id import PeerId
+from protocol.peer_record import DOMAIN, PAYLOAD_TYPE, PeerRecord, open_peer_record, seal_peer_record
+from protocol.policy import DENY_ALL
+
+KEY_VECTORS = json.loads((Path(__file__).parents[1] / "protocol/data/key_vectors.json").read_text())["keys"]
+OURS = PrivateKey.from_seed(bytes(range(32)))
+OTHERS = PrivateKey.from_seed(bytes(range(1, 33)))
+ADDRESS = Multiaddr("/ip4/192.0.2.1/udp/4001/quic-v1")
+RELAYED = ADDRESS.with_peer_id(OTHERS.peer_id).to_bytes() + Multiaddr("/p2p-circuit").to_bytes()
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def fuzz_varint(data: bytes) -> None:
+    try:
+        value, end = varint.decode_varint(data)
+    except PeerupError:
+        return
+    assert varint.encode_varint(value) == data[:end]
+
+
+def fuzz_base58(data: bytes) -> None:
+    try:
+        decoded = decode_base58(_text(data))
+    except PeerupError:
+        return
+    assert encode_base58(decoded) == _text(data)
+
+
+def fuzz_multibase(data: bytes) -> None:
+    try:
+        decode_multibase(_text(data))
+    except PeerupError:
+        return
+
+
+def fuzz_peer_id(data: bytes) -> None:
+    for parse in (lambda: PeerId(data), lambda: PeerId.from_wire(data), lambda: PeerId.from_text(_text(data))):
+        try:
+            peer = parse()
+        except PeerupError:
+            continue
+        assert PeerId.from_text(str(peer)) == peer
+        assert PeerId.from_text(peer.to_cid()) == peer
+
+
+def fuzz_multiaddr_bytes(data: bytes) -> None:
+    try:
+        address = Multiaddr.from_bytes(data)
+    except PeerupError:
+        return
+    assert Multiaddr(str(address)) == address
+    assert Multiaddr.from_bytes(address.to_bytes()) == address
+    _touch_address(address)
+
+
+def fuzz_multiaddr_text(data: bytes) -> None:
+    try:
+        address = Multiaddr(_text(data))
+    except PeerupError:
+        return
+    assert Multiaddr(str(address)) == address
+    assert Multiaddr.from_bytes(address.to_bytes()) == address
+    _touch_address(address)
+
+
+def _touch_address(address: Multiaddr) -> None:
+    assert str(address).isprintable()
+    _ = address.endpoint, address.transport, address.ip, address.relay, address.is_relayed
+    if address.peer_id is None:
+        assert address.without_peer_id() is address
+
+
+def fuzz_public_key(data: bytes) -> None:
+    try:
+        key = PublicKey.from_protobuf(data)
+    except PeerupError:
+        return
+    assert key.to_protobuf() == data
+    try:
+        key.verify(b"message", data[:64])
+    except PeerupError:
+        return
+
+
+def fuzz_private_key(data: bytes) -> None:
+    try:
+        PrivateKey.from_protobuf(data)
+    except PeerupError:
+        return
+
+
+def _run_negotiation(machine: multistream.Initiator | multistream.Responder, data: bytes) -> None:
+    step = (data[0] % 40 + 1 if data else 1) + len(data) // 1000
+    sent = 0
+    try:
+        for start in range(1, len(data), step):
+            if machine.result is not None:
+                return
+            machine.receive_data(data[start : start + step])
+            sent += len(machine.data_to_send())
+            assert sent <= 64 * 1024
+    except PeerupError:
+        assert machine.state == "failed"
+        return
+    if machine.result is None:
+        assert len(machine._buffer) <= multistream.MAX_MESSAGE + 40 + varint.MAX_LENGTH
+
+
+def fuzz_multistream_initiator(data: bytes) -> None:
+    _run_negotiation(multistream.Initiator(("/peerup/ssh/1.0.0", "/b")), data)
+
+
+def fuzz_multistream_responder(data: bytes) -> None:
+    _run_negotiation(multistream.Responder({"/peerup/ssh/1.0.0", "/b"}), data)
+
+
+def fuzz_envelope(data: bytes) -> None:
+    try:
+        signed_envelope.open_envelope(data, DOMAIN, PAYLOAD_TYPE)
+    except PeerupError:
+        return
+
+
+def fuzz_peer_record(data: bytes) -> None:
+    """The bytes as a whole envelope, and as a payload that is rightly signed."""
+    sealed = signed_envelope.seal_envelope(OURS, DOMAIN, PAYLOAD_TYPE, data).to_bytes()
+    for envelope in (data, sealed):
+        try:
+            record = open_peer_record(envelope)
+        except PeerupError:
+            continue
+        assert isinstance(record, PeerRecord)
+
+
+def fuzz_identify(data: bytes) -> None:
+    """The bytes as a stream, and as one message behind its length."""
+    for stream in (data, delimited.encode_delimited(data)):
+        reader = IdentifyReader()
+        try:
+            step = stream[0] % 50 + 1 if stream else 1
+            for start in range(0, len(stream), step):
+                reader.receive_data(stream[start : start + step])
+            found = reader.finish(OURS.peer_id)
+        except PeerupError:
+            continue
+        assert found.public_key in {None, OURS.public_key}
+        assert found.peer_record is None or found.peer_record.peer_id == OURS.peer_id
+        assert all(text is None or text.isprintable() for text in (found.agent_version, found.protocol_version))
+        assert all(protocol.isprintable() for protocol in found.protocols)
+        assert printable(data).isprintable()
+
+
+def fuzz_delimited(data: bytes) -> None:
+    reader = delimited.DelimitedReader(100)
+    try:
+        step = 7 + len(data) // 1000
+        for start in range(0, len(data), step):
+            reader.receive_data(data[start : start + step])
+            while (message := reader.next_message()) is not None:
+                assert len(message) <= 100
+        reader.finish()
+    except PeerupError:
+        return
+
+
+def fuzz_ping(data: bytes) -> None:
+    responder, half = ping.PingResponder(), len(data) // 2
+    responder.receive_data(data[:half])
+    out = responder.data_to_send()
+    responder.receive_data(data[half:])
+    out += responder.data_to_send()
+    assert data.startswith(out)
+    assert len(data) - len(out) < ping.PING_SIZE
+    for run in (responder.finish, lambda: ping.PingInitiator().receive_data(data)):
+        try:
+            run()
+        except PeerupError:
+            continue
+
+
+def fuzz_pingpong(data: bytes) -> None:
+    for machine in (ping.PingPongResponder(), ping.PingPongInitiator()):
+        try:
+            for byte in data[:2000]:
+                machine.receive_data(bytes((byte,)))
+        except PeerupError:
+            continue
+
+
+def fuzz_authorized_keys(data: bytes) -> None:
+    parsed = keys_file.AuthorizedKeys.parse(data)
+    assert parsed.to_bytes() == data
+    assert all(entry.comment.isprintable() or not entry.comment.strip() for entry in parsed.entries)
+    if parsed.find(OURS.peer_id) is None:
+        added = parsed.add(OURS.peer_id, "a comment", {"group": "0123abcd"})
+        assert added.find(OURS.peer_id) is not None
+        assert added.to_bytes().startswith(data)
+        edited = added.set_attribute(OURS.peer_id, "expires", "2030-01-01T00:00:00Z")
+        assert edited.set_attribute(OURS.peer_id, "expires", None).to_bytes() == added.to_bytes()
+    for entry in parsed.entries[:3]:
+        assert parsed.remove(entry.peer).find(entry.peer) is None
+
+
+def fuzz_service(data: bytes) -> None:
+    text = _text(data)
+    for parse in (service.ServiceName, service.service_protocol, service.ServiceAddress.parse):
+        try:
+            parse(text)
+        except PeerupError:
+            continue
+    service.service_of_protocol(text)
+    assert not DENY_ALL.decide_stream(OURS.peer_id, text, 0.0).allowed
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    name.removeprefix("fuzz_"): value for name, value in sorted(globals().items()) if name.startswith("fuzz_")
+}
+"""Every target by name."""
+
+_LINE = f"{OTHERS.peer_id}  expires=2026-12-24T18:00:00Z group=01234567 x=y # Anna's phone\n".encode()
+_NEGOTIATION = multistream.HEADER + multistream.encode_message("/c") + multistream.encode_message("/b")
+_ANSWERS = multistream.HEADER + multistream.NOT_AVAILABLE + multistream.encode_message("/b")
+
+SEEDS: dict[str, list[bytes]] = {
+    "varint": [b"\x80\x01", b"\xff" * 8 + b"\x7f"],
+    "base58": [str(OURS.peer_id).encode()],
+    "multibase": [OURS.peer_id.to_cid().encode(), b"z" + str(OURS.peer_id).encode()],
+    "peer_id": [OURS.peer_id.multihash, str(OURS.peer_id).encode(), OURS.peer_id.to_cid().encode()],
+    "multiaddr_bytes": [RELAYED, Multiaddr("/ip6zone/eth0/ip6/fe80::1/tcp/1").to_bytes()],
+    "multiaddr_text": [
+        str(Multiaddr.from_bytes(RELAYED)).encode(),
+        b"/dns4/example.org/tcp/443/tls/sni/example.org/ws",
+        b"/unix/run/a.sock",
+    ],
+    "public_key": [bytes.fromhex(halves["public"]) for halves in KEY_VECTORS.values()],
+    # Without RSA, whose check of the primes takes milliseconds; a private key comes from the node's own file.
+    "private_key": [bytes.fromhex(halves["private"]) for kind, halves in KEY_VECTORS.items() if kind != "rsa"],
+    "multistream_initiator": [b"\x07" + _ANSWERS],
+    "multistream_responder": [b"\x07" + _NEGOTIATION, b"\x01" + multistream.HEADER + b"\x03ls\n" * 40],
+    "envelope": [seal_peer_record(OURS, [ADDRESS], 1)],
+    "peer_record": [seal_peer_record(OURS, [ADDRESS], 1), PeerRecord(OURS.peer_id, 1, (ADDRESS,)).to_bytes()],
+    "identify": [
+        b"\x0a\x24" + OURS.public_key.to_protobuf() + b"\x1a\x06/a/1.0\x32\x05agent",
+        delimited.encode_delimited(b"\x12" + bytes((len(RELAYED),)) + RELAYED),
+    ],
+    "delimited": [delimited.encode_delimited(b"hello") * 3],
+    "ping": [bytes(range(64))],
+    "pingpong": [b"ping\n", b"pong\n", b"x" * 80],
+    "authorized_keys": [b"# peers\n\n" + _LINE, _LINE.replace(b"\n", b"\r\n") + _LINE, b"\xef\xbb\xbf" + _LINE],
+    "service": [b"ssh", b"127.0.0.1:22", b"[fe80::1%eth0]:22", b"/peerup/ssh/1.0.0"],
+}
+"""Well-formed inputs to begin mutating from."""
