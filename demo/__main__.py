@@ -147,7 +147,7 @@ def _try_ssh(stack: ExitStack, directory: Path, laptop: Node, home: Node) -> str
 
 
 def _kill_everything(port: int, web: WebServer, laptop: Node, home: Node) -> list[Kill]:
-    kills = []
+    kills: list[Kill] = []
     download = LongDownload(port, "large.bin", web.files["large.bin"])
     try:
         _wait(lambda: download.received > 0, "the transfer to begin")

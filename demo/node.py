@@ -73,11 +73,22 @@ class Node:
         self.run("init", "--yes", "--listen", self.address)
         self.peer_id = self.run("whoami").strip()
 
-    def start(self) -> float:
-        """Start the daemon; how many seconds it took until it said `ready`."""
+    @property
+    def daemon_pid(self) -> int:
+        """The daemon's main process.
+
+        Raises:
+            DemoError: it was not started.
+        """
+        if self._daemon is None:
+            raise DemoError(f"{self.name} is not running")
+        return self._daemon.pid
+
+    def start(self, *options: str) -> float:
+        """Start the daemon with these further options; how many seconds it took until it said `ready`."""
         began = time.monotonic()
         self._daemon = subprocess.Popen(
-            self.command("daemon"), stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
+            self.command("daemon", *options), stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
         )
         assert self._daemon.stdout is not None
         os.set_blocking(self._daemon.stdout.fileno(), False)
@@ -88,12 +99,6 @@ class Node:
             said += self._daemon.stdout.read() or b""
             time.sleep(0.005)
         return time.monotonic() - began
-
-    @property
-    def daemon_pid(self) -> int:
-        """The process that was started as `peerup daemon`; everything else of the node is below it."""
-        assert self._daemon is not None, "not started"
-        return self._daemon.pid
 
     def actors(self) -> list[dict[str, Any]]:
         """The actor tree now; empty while the control API itself is being restarted."""
