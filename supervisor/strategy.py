@@ -15,6 +15,7 @@ have no order among themselves and are stopped all at once, before the static on
 The first restart of a child within the window is immediate; the n-th waits `backoff_initial * 2**(n-2)` seconds, at
 most `backoff_limit`, less up to a half by jitter. One restart more than `intensity` within the window, of all children
 together, and the supervisor gives up: it stops its children and finishes as failed, and its own supervisor decides.
+It gives up sooner when a child explains why it cannot start before the tree was ever up (FIRST_START_ATTEMPTS).
 
 A supervisor that was itself not running for a while (stopped, or starved) gives its children that time back
 before it takes them for hung.
@@ -110,6 +111,14 @@ from supervisor.port import NameState
 LATENESS = 0.5
 """Seconds by which a tick may come late before it counts as not having run: far above scheduling noise, well
 below any sensible heartbeat deadline."""
+
+FIRST_START_ATTEMPTS = 3
+"""A child that, before the tree was ever up, says so many times in words that it cannot start (a port in use, a missing
+key) ends the supervisor at once: whoever started the tree waits for the explanation, and time does not help. Twice
+it is tried again all the same, because what was in the way may have been the end of a predecessor."""
+
+UNFORESEEN = frozenset({"crash", "start-failed"})
+"""The codes of ends that the child did not explain: a kill, a defect. They count as any restart does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -521,6 +530,10 @@ class SupervisorLogic:
         self._trim(child.restarts, now)
         child.restarts.append(now)
         child.restarts_total += 1
+        if not self._tree_ready and code not in UNFORESEEN and child.restarts_total >= FIRST_START_ATTEMPTS:
+            child.enter(_S.FAILED)
+            self._end(Finished(True, f"{name} does not start: {reason}"))
+            return
         again = now + self._backoff(len(child.restarts))
         child.not_before = again
         self._wait(child, now)

@@ -141,6 +141,33 @@ def test_a_child_that_does_not_stop_is_killed_at_its_deadline():
     assert tree.take() == ["finished"]
 
 
+def end_with_words(tree, name, code):
+    tree.do(tree.logic.child_exited(name, tree.alive.pop(name), tree.now, failed=True, reason="in use", code=code))
+
+
+def test_a_child_that_explains_why_it_cannot_start_ends_the_first_start_soon():
+    tree = Tree(spec(quiet("a"), quiet("b"), intensity=100))
+    tree.ready("a")
+    for _ in range(2):
+        end_with_words(tree, "b", "port-in-use")
+        tree.pass_time(1.0)
+    end_with_words(tree, "b", "port-in-use")
+    tree.exit("a", failed=False)
+    assert tree.take() == ["start a", "start b", "start b", "start b", "stop a", "failed"]
+
+
+def test_ends_without_an_explanation_and_later_failures_are_borne():
+    tree = Tree(spec(quiet("a"), intensity=100))
+    for _ in range(5):
+        end_with_words(tree, "a", "crash")
+        tree.pass_time(3.0)
+    tree.ready("a")
+    for _ in range(5):
+        end_with_words(tree, "a", "port-in-use")
+        tree.pass_time(3.0)
+    assert "failed" not in tree.take()
+
+
 def test_one_for_one_restarts_only_the_one_that_ended():
     tree = started("a", "b", "c")
     tree.exit("b")
