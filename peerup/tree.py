@@ -1,0 +1,145 @@
+"""The tree of actors of a node: who runs, in which order, supervised how.
+
+main                the service: watches everything, builds the tree anew if its root or the actor system is lost
+└─ root             one_for_one: whoever needs a restarted actor notices by watching it and subscribes again
+   ├─ config        what the person wrote down; first, because others follow it
+   ├─ keyring       the identity key
+   ├─ gate          who may do what
+   ├─ switchboard   sockets, connections, streams; needs the keyring's signature and the gate's policy
+   ├─ proxies       one_for_one, children come and go: proxy/<peer>/<service> and service/<name>
+   ├─ metrics       only if enabled
+   └─ api           the control socket; last, so that whoever finds it finds all of the node
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from actors.config.paths import NodeHome
+from actors.config.schema import NodeConfig
+from peerup import __version__
+from protocol.messages import Data
+from protocol.messages.system import ChildSpec, Strategy, SupervisorSpec
+from supervisor.overseer import supervisor_arguments
+
+INTENSITY = 40
+"""So many restarts of root's children within WINDOW are borne. With the back-off below, one child that ends right after
+each start reaches 17 in a window and so never takes the healthy ones along; three such children mean that something
+common to all is broken, and then a new tree is the better try."""
+
+PROXIES_INTENSITY = 300
+"""The same for the supervisor of proxies and services, which may have hundreds of children."""
+
+WINDOW = 60.0
+"""Seconds, see INTENSITY."""
+
+BACKOFF_INITIAL = 0.1
+"""Seconds before the second restart of a child in a window; the first is immediate."""
+
+BACKOFF_LIMIT = 5.0
+"""The longest wait in seconds: a person who has repaired the cause does not want to wait longer."""
+
+START_DEADLINE = 10.0
+"""Seconds for an actor to get ready. Each needs well below one, and some wait for another that may just be restarting."""
+
+SWITCHBOARD_START_DEADLINE = 20.0
+"""The switchboard waits for up to three others in turn."""
+
+PROXIES_STOP_DEADLINE = 10.0
+"""Seconds for all proxies and services to end their tunnels, side by side."""
+
+HEARTBEAT = 1.0
+"""Seconds between heartbeats: one message each way, seven times a second for the whole node, is no load."""
+
+HEARTBEAT_DEADLINE = 3.0
+"""Seconds without an answer after which an actor counts as hung. Under full load on two cores a healthy one was never
+seen to need one second; a hung one must not stay for long."""
+
+PRELOAD = (
+    "trio",
+    "loguru",
+    "msgpack",
+    "actors.config.actor",
+    "actors.keyring.actor",
+    "actors.gate.actor",
+    "actors.switchboard.actor",
+    "actors.proxy.client",
+    "actors.proxy.service",
+    "actors.api.actor",
+)
+"""Imported once, before the first fork, so that all processes share the pages and start in milliseconds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the tree is built from.
+
+    Attributes:
+        service_pid: the process that ends the node on SIGTERM.
+        started_at: seconds since the Unix epoch.
+    """
+
+    home: NodeHome
+    config: NodeConfig
+    service_pid: int
+    started_at: float
+    allow_faults: bool
+
+
+def build_tree(options: Options) -> SupervisorSpec:
+    """The specification of the root supervisor of this node."""
+    home, config = options.home, options.config
+    audit = str(home.audit_file) if config.telemetry.audit_enabled else None
+    limits = config.limits
+    children = [
+        _actor("config", "actors.config.actor:Config", path=str(home.config_file), proxies=str(home.proxies_file)),
+        _actor("keyring", "actors.keyring.actor:Keyring", path=str(config.key_path)),
+        _actor("gate", "actors.gate.actor:Gate", path=str(config.authorized_keys_path), audit=audit),
+        dataclasses.replace(
+            _actor(
+                "switchboard",
+                "actors.switchboard.actor:Switchboard",
+                listen=[str(address) for address in config.network.listen_addresses],
+                max_connections=limits.connections,
+            ),
+            start_deadline=SWITCHBOARD_START_DEADLINE,
+        ),
+        _proxies(),
+    ]
+    if config.telemetry.metrics_enabled:
+        listen = config.telemetry.metrics_listen_address
+        children.append(_actor("metrics", "actors.metrics.actor:Metrics", listen=listen))
+    children.append(
+        _actor(
+            "api",
+            "actors.api.actor:ApiActor",
+            socket_path=str(home.control_socket),
+            home=str(home.explicit or home.config_dir),
+            version=__version__,
+            service_pid=options.service_pid,
+            started_at=options.started_at,
+            allow_faults=options.allow_faults,
+        )
+    )
+    return _supervision(INTENSITY, tuple(children))
+
+
+def _actor(name: str, factory: str, **arguments: Data) -> ChildSpec:
+    return ChildSpec(
+        name,
+        factory,
+        arguments,
+        start_deadline=START_DEADLINE,
+        heartbeat=HEARTBEAT,
+        heartbeat_deadline=HEARTBEAT_DEADLINE,
+    )
+
+
+def _proxies() -> ChildSpec:
+    arguments = supervisor_arguments(_supervision(PROXIES_INTENSITY, ()))
+    made = _actor("proxies", "supervisor.supervisor:Supervisor", **arguments)
+    return dataclasses.replace(made, stop_deadline=PROXIES_STOP_DEADLINE)
+
+
+def _supervision(intensity: int, children: tuple[ChildSpec, ...]) -> SupervisorSpec:
+    return SupervisorSpec(Strategy.ONE_FOR_ONE, intensity, WINDOW, BACKOFF_INITIAL, BACKOFF_LIMIT, children)
