@@ -39,6 +39,7 @@ class Boot:
         allow_faults: whether faults may be injected.
         log: how to log.
         factories: prefixes of the modules whose classes may be children.
+        incarnations: what each name had come to when the last tree was lost: numbers go on, so ids stay unique.
         generation: 1 for the first tree of a service, one more for each that is built after the loss of one.
     """
 
@@ -48,6 +49,7 @@ class Boot:
     log: LogSettings = dataclasses.field(default_factory=LogSettings)
     factories: tuple[str, ...] = ("actors.", "supervisor.")
     generation: int = 1
+    incarnations: tuple[tuple[str, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,10 @@
 Theory of operation. The run directory (0700, on a file system of this machine) holds::
 
     sockets/<pid>     the SOCK_SEQPACKET socket that the process listens on
-    names/<escaped>   a symbolic link whose text is `<state>:<incarnation>:<pid>:<owner>`
+    names/<escaped>   a symbolic link whose text is `<state>:<incarnation>:<pid>:<owner>:<name>`
 
 A link is read and replaced atomically (`readlink`, `rename`), so a reader never sees half an entry and needs no
-lock. `state` is `starting` or `ready`; `owner` is the escaped name of the supervisor that runs the actor, by which a
+lock. `state` is `starting` or `ready`; `owner` is the quoted name of the supervisor that runs the actor, by which a
 supervisor's successor finds what its predecessor left. The process behind a starting entry is 0 until it exists.
 
 Who writes: the supervisor of a name, and between its fork and its first own line of code the child itself (that
@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pathlib
 import stat
 import urllib.parse
 
-from protocol.errors import InvalidValueError, PeerupError
+from protocol.errors import PeerupError
 from supervisor.port import NameState
 
 LONGEST_ESCAPED = 240
-"""Bytes of an escaped name: NAME_MAX is 255, and there must be room for a temporary suffix."""
+"""Bytes of an escaped name that still can be a file name (NAME_MAX is 255)."""
 
 
 class RunDirectoryError(PeerupError):
@@ -47,22 +48,17 @@ class Entry:
 
 
 def escape(name: str) -> str:
-    """The file name that stands for an actor's name.
-
-    Raises:
-        InvalidValueError: the name is empty or too long.
-    """
-    escaped = urllib.parse.quote(name, safe="")
-    if escaped.startswith("."):
-        escaped = "%2E" + escaped[1:]
-    if not name or len(escaped) > LONGEST_ESCAPED:
-        raise InvalidValueError(f"{name[:60]!r} cannot be the name of an actor: it is empty or too long")
+    """The file name that stands for an actor's name. A very long one is cut and made unique by a hash."""
+    escaped = _quote(name)
+    if len(escaped) > LONGEST_ESCAPED:
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        escaped = f"{escaped[: LONGEST_ESCAPED - len(digest) - 1]}~{digest}"
     return escaped
 
 
-def unescape(escaped: str) -> str:
-    """The inverse of :func:`escape`."""
-    return urllib.parse.unquote(escaped)
+def _quote(name: str) -> str:
+    quoted = urllib.parse.quote(name, safe="")
+    return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
 
 
 class RunDirectory:
@@ -125,25 +121,26 @@ class RunDirectory:
 
     def read(self, name: str) -> Entry | None:
         """The entry of a name, or None."""
-        return self._read(escape(name))
+        found = self._read(escape(name))
+        return None if found is None else found[1]
 
-    def _read(self, escaped: str) -> Entry | None:
+    def _read(self, escaped: str) -> tuple[str, Entry] | None:
         try:
             text = os.readlink(escaped, dir_fd=self.names_fd)
         except OSError:
             return None
-        parts = text.split(":")
         try:
-            state, incarnation, pid, owner = NameState(parts[0]), int(parts[1]), int(parts[2]), unescape(parts[3])
-        except (ValueError, IndexError):
+            state, incarnation, pid, owner, name = text.split(":")
+            entry = Entry(NameState(state), int(incarnation), int(pid), urllib.parse.unquote(owner))
+        except ValueError:
             return None
-        return Entry(state, incarnation, pid, owner)
+        return urllib.parse.unquote(name), entry
 
     def write(self, name: str, entry: Entry) -> None:
         """Make this the entry of the name, atomically."""
         escaped = escape(name)
         temporary = f".{os.getpid()}"
-        text = f"{entry.state.value}:{entry.incarnation}:{entry.pid}:{escape(entry.owner)}"
+        text = f"{entry.state.value}:{entry.incarnation}:{entry.pid}:{_quote(entry.owner)}:{_quote(name)}"
         try:
             os.symlink(text, temporary, dir_fd=self.names_fd)
         except FileExistsError:  # left by an earlier process of this number that was killed between two lines
@@ -160,9 +157,10 @@ class RunDirectory:
         """All entries. A name that changes meanwhile is there in its old or its new form."""
         found = {}
         for escaped in os.listdir(self.names_fd):  # noqa: PTH208 - pathlib cannot list a descriptor
-            entry = None if escaped.startswith(".") else self._read(escaped)
-            if entry is not None:
-                found[unescape(escaped)] = entry
+            read = None if escaped.startswith(".") else self._read(escaped)
+            if read is not None:
+                name, entry = read
+                found[name] = entry
         return found
 
     def orphan(self, owner: str) -> list[str]:

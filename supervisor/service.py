@@ -191,8 +191,8 @@ class Service:
             else:
                 return
             finally:
-                self._end(tree)
-            boot = dataclasses.replace(boot, generation=boot.generation + 1)
+                incarnations = self._end(tree)
+            boot = dataclasses.replace(boot, generation=boot.generation + 1, incarnations=incarnations)
 
     # One tree
 
@@ -290,8 +290,11 @@ class Service:
         with contextlib.suppress(ChildProcessError):
             base.admin.reap()
 
-    def _end(self, tree: _Tree) -> None:
-        """Make sure that no process of the tree is left, and nothing in the run directory."""
+    def _end(self, tree: _Tree) -> tuple[tuple[str, int], ...]:
+        """Make sure that no process of the tree is left, and nothing in the run directory.
+
+        The result is what incarnation each name had come to.
+        """
         if tree.group:
             _kill_group(tree.group)
         if tree.root_pidfd >= 0:
@@ -303,7 +306,10 @@ class Service:
             if base.admin is not None and base.admin.pidfd >= 0:
                 os.close(base.admin.pidfd)
             base.transport.close()
+        before = dict(tree.boot.incarnations)
+        names = {name: entry.incarnation for name, entry in tree.boot.directory.names().items()}
         tree.boot.directory.clear()
+        return tuple({**before, **names}.items())
 
     # Signals
 

@@ -25,14 +25,11 @@ from supervisor import forking
 from supervisor.actor import Checkpoint
 from supervisor.boot import ROOT, SERVICE, Birth, Boot
 from supervisor.exchange import Exchange
-from supervisor.overseer import Overseer, supervisor_spec
+from supervisor.overseer import FACTORY, Overseer, supervisor_spec
 from supervisor.port import NameState
 from supervisor.process import LAST_FLUSH, Leaf, crash, enter, hang
 from supervisor.registry import Entry
 from supervisor.thespian_base import boot_of
-
-FACTORY = "supervisor.supervisor:Supervisor"
-"""What a child specification names in order to have a supervisor as a child."""
 
 GAVE_UP = 1
 """The exit status of a supervisor that could not keep its children running."""
@@ -103,6 +100,9 @@ class Supervisor(thespian.actors.Actor):
             self,
             random.Random(os.urandom(16)),  # noqa: S311 - jitter
             allow_faults=self._boot.allow_faults,
+            pid=os.getpid(),
+            log=log.logger,
+            last_incarnation=self._last_incarnation,
         )
         stop_read, stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(stop_write, warn_on_full_buffer=False)
@@ -122,6 +122,10 @@ class Supervisor(thespian.actors.Actor):
         for name, entry in directory.names().items():
             if entry.owner == self._name and name not in static and name != self._name:
                 directory.remove(name)
+
+    def _last_incarnation(self, name: str) -> int:
+        entry = self._boot.directory.read(name)
+        return entry.incarnation if entry is not None else dict(self._boot.incarnations).get(name, 0)
 
     def _describe(self) -> dict[str, Data]:
         return {"strategy": self._spec.strategy.value, "processes": len(self._processes)}

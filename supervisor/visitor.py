@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from protocol.messages import Message, Request
 from supervisor.errors import AskError, DeadlineExceededError
@@ -41,7 +41,7 @@ class Visitor:
         )
         self.transport.receiver = self.exchange
 
-    def __enter__(self) -> Visitor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

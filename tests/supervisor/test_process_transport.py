@@ -1,0 +1,432 @@
+"""The SEQPACKET transport between real processes: delivery, order, bounds, and what it refuses."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import random
+import resource
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from protocol.messages import Descriptor, Envelope, encode_body
+from protocol.messages.system import Ok
+from supervisor import linux
+from supervisor.port import NameState, NotDeliveredError
+from supervisor.registry import Entry, RunDirectory
+from supervisor.transport import INLINE_LIMIT, QUEUE_LIMIT, Transport
+from supervisor.visitor import Visitor
+from tests.supervisor.process_harness import forked, run_directory, visitor_ready
+from tests.supervisor.toy_actors import Counted, Echo, Echoed, Numbered, ReadCount, TakeDescriptor
+from tests.support.processes import descriptors, wait_until
+
+
+@pytest.fixture
+def path() -> Iterator[str]:
+    with run_directory() as made:
+        yield made
+
+
+def serve(path: str, name: str) -> None:
+    """A plain process that answers Echo, counts Numbered and writes to descriptors, until it is killed."""
+    with Visitor(path, name) as visitor:
+        seen: list[int] = []
+        exchange = visitor.exchange
+        exchange.on(Echo, lambda ask, envelope: exchange.answer(envelope, Echoed(ask.text, os.getpid(), 1)))
+        exchange.on(Numbered, lambda told, _: seen.append(told.number))
+        exchange.on(
+            ReadCount,
+            lambda _, envelope: exchange.answer(envelope, Counted(len(seen), seen == list(range(len(seen))))),
+        )
+
+        def take(told: TakeDescriptor, envelope: Envelope) -> None:
+            fd = told.descriptor.detach()
+            os.write(fd, told.text)
+            os.close(fd)
+            exchange.answer(envelope, Ok())
+
+        exchange.on(TakeDescriptor, take)
+        with contextlib.suppress(KeyboardInterrupt):
+            visitor.run(lambda: False, timeout=60)
+
+
+@contextlib.contextmanager
+def server(path: str, name: str = "server") -> Iterator[int]:
+    with forked(lambda: serve(path, name)) as pid:
+        wait_until(visitor_ready(path, name), within=10, what=f"{name} is registered")
+        yield pid
+
+
+@pytest.fixture
+def visitor(path: str) -> Iterator[Visitor]:
+    with Visitor(path, "tester") as made:
+        yield made
+
+
+def envelope(sender: str, target: str, text: bytes = b"x") -> Envelope:
+    body, _ = encode_body(Echo(text))
+    return Envelope(f"{sender}:1:1", None, None, sender, target, Echo.KIND, None, body)  # type: ignore[arg-type]
+
+
+def connect(path: str, pid: int) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(5)
+    sock.connect(f"{path}/sockets/{pid}")
+    return sock
+
+
+def test_a_request_is_answered(path: str, visitor: Visitor) -> None:
+    with server(path) as pid:
+        assert visitor.ask("server", Echo(b"hello")) == Echoed(b"hello", pid, 1)
+
+
+@pytest.mark.parametrize("size", [INLINE_LIMIT - 200, INLINE_LIMIT + 1, 1_000_000, 8_000_000])
+def test_large_messages_cross_whole(path: str, visitor: Visitor, size: int) -> None:
+    content = random.Random(size).randbytes(size)
+    with server(path) as pid:
+        before = len(descriptors(pid))
+        for _ in range(3):
+            assert visitor.ask("server", Echo(content)).text == content
+        assert len(descriptors(pid)) <= before + 1  # the link itself
+
+
+def test_a_long_path_of_the_run_directory_works(path: str) -> None:
+    deep = os.path.join(path, "a" * 100, "b" * 100)
+    os.makedirs(deep, mode=0o700)
+    with server(deep) as pid, Visitor(deep, "tester") as visitor:
+        assert visitor.ask("server", Echo(b"")).pid == pid
+
+
+def test_order_is_kept_when_the_kernel_buffer_is_full(path: str, visitor: Visitor) -> None:
+    with server(path) as pid:
+        visitor.ask("server", Echo(b""))
+        os.kill(pid, signal.SIGSTOP)
+        for number in range(QUEUE_LIMIT):
+            visitor.tell("server", Numbered(number))
+        assert not visitor.exchange.dead_letters().letters
+        os.kill(pid, signal.SIGCONT)
+        assert visitor.ask("server", ReadCount()) == Counted(QUEUE_LIMIT, in_order=True)
+
+
+def test_a_process_that_does_not_read_holds_up_nobody_else(path: str, visitor: Visitor) -> None:
+    with server(path, "stuck") as pid, server(path, "well") as other:
+        visitor.ask("stuck", Echo(b""))
+        os.kill(pid, signal.SIGSTOP)
+        for number in range(3 * QUEUE_LIMIT):
+            visitor.tell("stuck", Numbered(number))
+        assert visitor.exchange.dead_letters().letters[-1].reason.startswith("stuck does not read")
+        before = time.monotonic()
+        assert visitor.ask("well", Echo(b"")).pid == other
+        assert time.monotonic() - before < 1
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_what_was_queued_for_a_process_that_ends_is_reported(path: str, visitor: Visitor) -> None:
+    with server(path) as pid:
+        visitor.ask("server", Echo(b""))
+        os.kill(pid, signal.SIGSTOP)
+        for number in range(QUEUE_LIMIT):
+            visitor.tell("server", Numbered(number))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        visitor.run(lambda: bool(visitor.exchange.dead_letters().letters), timeout=5)
+        assert "the process ended" in visitor.exchange.dead_letters().letters[0].reason
+
+
+def test_descriptors_cross_and_none_is_left_behind(path: str, visitor: Visitor) -> None:
+    with server(path) as pid:
+        visitor.ask("server", Echo(b""))
+        here, there = len(descriptors(os.getpid())), len(descriptors(pid))
+        for number in range(200):
+            read, write = os.pipe()
+            text = f"through {number}".encode()
+            visitor.ask("server", TakeDescriptor(Descriptor(write), text))
+            assert os.read(read, 100) == text
+            assert os.read(read, 100) == b""  # no copy of the writing end is open anywhere
+            os.close(read)
+        assert len(descriptors(os.getpid())) == here
+        assert len(descriptors(pid)) == there
+
+
+def test_too_many_descriptors_are_refused_by_the_sender(path: str, visitor: Visitor) -> None:
+    with server(path):
+        copies = [Descriptor(os.dup(0)) for _ in range(17)]
+        with pytest.raises(NotDeliveredError, match="17 descriptors"):
+            visitor.transport.send(envelope("tester", "server"), copies)
+
+
+def test_unknown_and_starting_names(path: str, visitor: Visitor) -> None:
+    with pytest.raises(NotDeliveredError, match="no actor called nobody"):
+        visitor.transport.send(envelope("tester", "nobody"), ())
+    assert visitor.transport.state("nobody") is NameState.UNKNOWN
+    visitor.directory.write("slow", Entry(NameState.STARTING, 3, 0, "root"))
+    with pytest.raises(NotDeliveredError, match="is being started"):
+        visitor.transport.send(envelope("tester", "slow"), ())
+    assert visitor.transport.state("slow") is NameState.STARTING
+
+
+def test_a_ready_name_without_a_process_is_not_delivered_to(path: str, visitor: Visitor) -> None:
+    with forked(lambda: None) as pid:
+        os.waitpid(pid, 0)
+    visitor.directory.write("gone", Entry(NameState.READY, 1, pid, "root"))
+    with pytest.raises(NotDeliveredError, match="has ended"):
+        visitor.transport.send(envelope("tester", "gone"), ())
+
+
+def test_the_end_of_a_process_is_noticed_and_its_successor_found(path: str, visitor: Visitor) -> None:
+    downs: list[str] = []
+    ups: list[tuple[str, int]] = []
+    visitor.exchange.name_down = lambda name, reason: downs.append(name)  # type: ignore[method-assign]
+    visitor.exchange.name_up = lambda name, incarnation: ups.append((name, incarnation))  # type: ignore[method-assign]
+    visitor.transport.watch("server")
+    with server(path) as pid:
+        visitor.run(lambda: len(ups) == 1, timeout=5)
+        visitor.ask("server", Echo(b""))
+        os.kill(pid, signal.SIGKILL)
+        visitor.run(lambda: len(downs) == 1, timeout=5)
+        visitor.directory.write("server", Entry(NameState.STARTING, 1, 0, "tester"))
+    os.unlink(f"{path}/names/server")
+    with server(path) as successor:
+        visitor.run(lambda: len(ups) == 2, timeout=5)
+        assert visitor.ask("server", Echo(b"")).pid == successor
+    assert downs == ["server"]
+
+
+def refusals_of(path: str, attack: socket.socket | None, visitor: Visitor, reason: str) -> int:
+    """Handle what arrived until a refusal of this kind is counted."""
+    visitor.run(lambda: visitor.transport.refusals[reason] > 0, timeout=5)
+    return visitor.transport.refusals[reason]
+
+
+def test_nobody_can_speak_for_another(path: str, visitor: Visitor) -> None:
+    with server(path):
+        # This very process is not `server`, so what it says in that name is refused.
+        with connect(path, os.getpid()) as sock:
+            sock.send(b"E" + envelope("server", "tester").to_bytes())
+            assert refusals_of(path, sock, visitor, "forged-sender") == 1
+        # Nor can it change its name once it is known.
+        with connect(path, os.getpid()) as sock:
+            sock.send(b"E" + envelope("tester", "tester").to_bytes())
+            sock.send(b"E" + envelope("server", "tester").to_bytes())
+            visitor.run(lambda: visitor.transport.refusals["forged-sender"] == 2, timeout=5)
+
+
+def test_messages_for_somebody_else_are_refused(path: str, visitor: Visitor) -> None:
+    with connect(path, os.getpid()) as sock:
+        sock.send(b"E" + envelope("tester", "server").to_bytes())
+        assert refusals_of(path, sock, visitor, "misaddressed") == 1
+
+
+def test_a_false_listener_is_refused(path: str, visitor: Visitor) -> None:
+    """Somebody who binds the socket of another process's number does not get its messages."""
+    with forked(lambda: signal.pause()) as pid:
+        false = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        false.bind(f"{path}/sockets/{pid}")
+        false.listen()
+        visitor.directory.write("victim", Entry(NameState.READY, 1, pid, "root"))
+        with pytest.raises(NotDeliveredError, match="belongs to process"):
+            visitor.transport.send(envelope("tester", "victim"), ())
+        false.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_another_user_is_refused(path: str, visitor: Visitor) -> None:
+    """Even where the directory's permissions have been loosened."""
+    os.chmod(path, 0o755)
+    os.chmod(f"{path}/sockets", 0o755)
+    os.chmod(f"{path}/sockets/{os.getpid()}", 0o777)
+    parent = os.getpid()
+
+    def attack() -> None:
+        os.setgid(65534)
+        os.setuid(65534)
+        sock = connect(path, parent)
+        with contextlib.suppress(OSError):
+            sock.send(b"E" + envelope("tester", "tester").to_bytes())
+            sock.recv(1)
+
+    with forked(attack):
+        assert refusals_of(path, None, visitor, "foreign-user") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_another_user_cannot_even_connect(path: str, visitor: Visitor) -> None:
+    parent = os.getpid()
+
+    def attack() -> None:
+        os.setgid(65534)
+        os.setuid(65534)
+        with contextlib.suppress(PermissionError):
+            connect(path, parent)
+            os._exit(7)
+
+    with forked(attack) as pid:
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_garbage_is_counted_and_harms_nobody(path: str, visitor: Visitor, seed: int) -> None:
+    source = random.Random(seed)
+    valid = b"E" + envelope("tester", "tester").to_bytes()
+    with server(path) as pid:
+        visitor.ask("server", Echo(b""))
+        open_before = len(descriptors(pid))
+        with connect(path, pid) as sock:
+            for number in range(300):
+                if number % 3 == 0:
+                    frame = source.randbytes(source.randrange(1, 2000))
+                elif number % 3 == 1:
+                    damaged = bytearray(valid)
+                    damaged[source.randrange(len(damaged))] ^= 1 << source.randrange(8)
+                    frame = bytes(damaged[: source.randrange(1, len(damaged) + 1)])
+                else:
+                    frame = source.choice([b"T", b"M", b"E"]) + source.randbytes(source.randrange(64))
+                rights = array.array("i", [0] * source.randrange(3))
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
+                sock.sendmsg([frame], ancillary)
+            assert visitor.ask("server", Echo(b"alive")).text == b"alive"
+            wait_until(lambda: len(descriptors(pid)) <= open_before + 1, within=5, what="no descriptor is left open")
+
+
+def test_a_frame_over_the_limit_and_unsealed_memory_are_refused(path: str, visitor: Visitor) -> None:
+    with connect(path, os.getpid()) as sock:
+        sock.send(b"E" * (INLINE_LIMIT + 100))
+        assert refusals_of(path, sock, visitor, "truncated") == 1
+        unsealed = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+        os.write(unsealed, envelope("tester", "tester").to_bytes())
+        sock.sendmsg([b"M"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [unsealed]))])
+        assert refusals_of(path, sock, visitor, "malformed") == 1
+        os.close(unsealed)
+        pipe = os.pipe()
+        sock.sendmsg([b"M"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pipe[0]]))])
+        visitor.run(lambda: visitor.transport.refusals["malformed"] == 2, timeout=5)
+        for fd in pipe:
+            os.close(fd)
+
+
+def test_more_descriptors_than_a_message_may_have_are_closed(path: str, visitor: Visitor) -> None:
+    here = len(descriptors(os.getpid()))
+    with connect(path, os.getpid()) as sock:
+        rights = array.array("i", [0] * 100)
+        sock.sendmsg([b"E"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        assert refusals_of(path, sock, visitor, "truncated") == 1
+    visitor.transport.pump()
+    assert len(descriptors(os.getpid())) == here
+
+
+def test_want_of_descriptors_does_not_spin(path: str) -> None:
+    """With no descriptor left, connections are refused one by one instead of the loop running hot."""
+
+    def starved() -> None:
+        with Visitor(path, "starved") as visitor:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 2, 1000))
+            with contextlib.suppress(OSError):
+                while True:
+                    os.dup(0)
+            visitor.directory.write("hungry", Entry(NameState.READY, 1, os.getpid(), "starved"))
+            visitor.run(lambda: visitor.transport.refusals["no-descriptors"] >= 3, timeout=10)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000))
+
+    with forked(starved) as pid:
+        wait_until(visitor_ready(path, "hungry"), within=5, what="it has no descriptor left")
+        for _ in range(3):
+            with connect(path, pid) as sock:
+                assert sock.recv(1) == b""
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_control_frames_come_only_from_where_they_may(path: str) -> None:
+    from thespian.actors import ActorExitRequest
+    from thespian.system.messages.admin import PendingActor, SystemShutdown
+    from thespian.system.messages.multiproc import EndpointConnected
+
+    from protocol.messages import MessageError
+    from supervisor import control
+
+    for message in (ActorExitRequest(), SystemShutdown(), PendingActor("os.system", None, 1, None, None)):
+        body = control.encode(message)
+        assert type(control.decode(body, from_parent=True, from_child=False)) is type(message)
+        with pytest.raises(MessageError, match="must come from a parent"):
+            control.decode(body, from_parent=False, from_child=True)
+    body = control.encode(EndpointConnected(3))
+    assert control.decode(body, from_parent=False, from_child=True).childInstance == 3
+    with pytest.raises(MessageError, match="must come from a child"):
+        control.decode(body, from_parent=True, from_child=False)
+    for message in (object(), Echo(b""), struct.Struct("i")):
+        with pytest.raises(MessageError, match="may not leave"):
+            control.encode(message)
+    for body in (b"", b"\xc1", b"\x90", b"\x91\x01", b"\x92\xb1EndpointConnected\xa1x"):
+        with pytest.raises(MessageError):
+            control.decode(body, from_parent=True, from_child=True)
+
+
+def test_open_run_directories_are_refused(path: str) -> None:
+    from supervisor.registry import RunDirectoryError
+
+    os.chmod(path, 0o750)
+    with pytest.raises(RunDirectoryError, match="chmod 700"):
+        RunDirectory(path)
+    with pytest.raises(RunDirectoryError, match="cannot be opened"):
+        RunDirectory(path + "/missing")
+
+
+def test_closing_a_transport_leaves_no_descriptor(path: str) -> None:
+    before = len(descriptors(os.getpid()))
+    with server(path):
+        with Visitor(path, "tester") as visitor:
+            visitor.transport.watch("server")
+            visitor.ask("server", Echo(b""))
+        assert len(descriptors(os.getpid())) == before
+
+
+def test_sealed_memory_cannot_be_changed() -> None:
+    fd = linux.sealed_memory(b"content")
+    with pytest.raises(PermissionError):
+        os.pwrite(fd, b"x", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 0)
+    assert linux.read_sealed_memory(fd, 100) == b"content"
+    with pytest.raises(OSError, match="over the limit"):
+        linux.read_sealed_memory(fd, 3)
+    os.close(fd)
+
+
+def test_transports_of_one_process_number_replace_a_stale_socket(path: str) -> None:
+    """A socket file left by an earlier process of this number is in nobody's way."""
+    with open(f"{path}/stale", "w"):
+        pass
+    directory = RunDirectory(path)
+    os.rename(f"{path}/stale", f"{path}/sockets/{os.getpid()}")
+    Transport(directory).close()
+    directory.close()
+
+
+@pytest.mark.parametrize("name", ["gate", "proxy/home/ssh", ".", "..", ".hidden", "ü:%2F~" * 5, "/" * 200, "a" * 200])
+def test_any_name_can_be_registered(path: str, name: str) -> None:
+    directory = RunDirectory(path)
+    entry = Entry(NameState.READY, 7, 4711, "proxies/" + name)
+    directory.write(name, entry)
+    directory.write("other", entry)
+    assert directory.read(name) == entry
+    assert directory.names() == {name: entry, "other": entry}
+    directory.remove(name)
+    assert directory.read(name) is None
+    directory.close()
+
+
+def test_all_that_a_dead_supervisor_had_is_starting(path: str) -> None:
+    directory = RunDirectory(path)
+    for name, owner in (("top", "root"), ("below", "top"), ("deep", "below"), ("beside", "root")):
+        directory.write(name, Entry(NameState.READY, 2, 10, owner))
+    assert sorted(directory.orphan("top")) == ["below", "deep"]
+    assert directory.read("deep") == Entry(NameState.STARTING, 2, 0, "below")
+    assert directory.read("beside") == Entry(NameState.READY, 2, 10, "root")
+    directory.close()
