@@ -40,7 +40,7 @@ BACKOFF_LIMIT = 5.0
 """The longest wait in seconds: a person who has repaired the cause does not want to wait longer."""
 
 START_DEADLINE = 10.0
-"""Seconds for an actor to get ready. Each needs well below one, and some wait for another that may just be restarting."""
+"""Seconds for an actor to get ready. Each needs well below one; some wait for another that may just be restarting."""
 
 SWITCHBOARD_START_DEADLINE = 20.0
 """The switchboard waits for up to three others in turn."""
