@@ -245,18 +245,17 @@ def _parse(
 
 
 def _load_public(key_type: KeyType, data: bytes) -> _Public:
+    # libp2p writes secp256k1 keys compressed; taking both forms would give a key two peer ids.
+    if key_type is KeyType.SECP256K1 and len(data) != 33:
+        raise KeyFormatError("a secp256k1 public key has 33 bytes")
     try:
         match key_type:
             case KeyType.ED25519:
                 return ed25519.Ed25519PublicKey.from_public_bytes(data)
             case KeyType.SECP256K1:
-                if len(data) != 33:  # libp2p writes it compressed; taking both forms would give a key two ids
-                    raise KeyFormatError("a secp256k1 public key has 33 bytes")
                 return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256K1(), data)
             case KeyType.ECDSA | KeyType.RSA:
                 key = serialization.load_der_public_key(data)
-    except KeyFormatError:
-        raise  # it is a ValueError too, and says more
     except (ValueError, UnsupportedAlgorithm):
         raise KeyFormatError(f"not a public key of the kind {key_type.name}") from None
     if key_type is KeyType.RSA and isinstance(key, rsa.RSAPublicKey):
@@ -271,18 +270,16 @@ def _load_public(key_type: KeyType, data: bytes) -> _Public:
 
 
 def _load_private(key_type: KeyType, data: bytes) -> tuple[_Private, bytes]:
+    if key_type is KeyType.ED25519:
+        return _load_ed25519(data)
+    if key_type is KeyType.SECP256K1 and len(data) != 32:
+        raise KeyFormatError("a secp256k1 private key has 32 bytes")
     try:
         match key_type:
-            case KeyType.ED25519:
-                return _load_ed25519(data)
             case KeyType.SECP256K1:
-                if len(data) != 32:
-                    raise KeyFormatError("a secp256k1 private key has 32 bytes")
                 return ec.derive_private_key(int.from_bytes(data, "big"), ec.SECP256K1()), data
             case KeyType.ECDSA | KeyType.RSA:
                 key = serialization.load_der_private_key(data, password=None)
-    except KeyFormatError:
-        raise  # it is a ValueError too, and says more
     except (ValueError, TypeError, UnsupportedAlgorithm):
         # `from None`: the text and the traceback of the cause could show parts of the secret.
         raise KeyFormatError(f"not a private key of the kind {key_type.name}") from None
