@@ -51,11 +51,11 @@ class Muxed(Protocol):
         """Open a stream."""
         ...
 
-    def close(self, reason: str = ..., /) -> None:
+    def close(self, code: str = ..., reason: str = ...) -> None:
         """Close in good order."""
         ...
 
-    def abort(self) -> None:
+    def abort(self, code: str = ..., reason: str = ...) -> None:
         """Close at once."""
         ...
 
@@ -67,6 +67,7 @@ class Connection:
     Attributes:
         opened: on the monotonic clock; `opened_at` is the same moment on the wall clock.
         was_allowed: the policy has at some time allowed the peer; when it no longer does, the connection goes.
+        greeted: the peer's first words came together with the end of the handshake.
         identification: what the peer said of itself; None until then. `identify_failure` says why it did not.
         inbound_streams: streams of the peer that were handed out or are used here, with their protocol.
         drained_since: since when it has been without a stream while draining; None when it is not draining.
@@ -80,6 +81,7 @@ class Connection:
     opened: float
     opened_at: float
     was_allowed: bool = False
+    greeted: bool = False
     identification: Identification | None = None
     identify_failure: str = ""
     transport: str = "tcp"
@@ -100,7 +102,12 @@ class Connection:
     @property
     def heard(self) -> bool:
         """Whether the peer has said anything after the handshake, and so has accepted us."""
-        return self.link.received > 0
+        return self.greeted or self.link.received > 0
+
+    @property
+    def direction(self) -> str:
+        """`outbound` if we dialled."""
+        return "outbound" if self.outbound else "inbound"
 
     def info(self) -> ConnectionInfo:
         """What other actors are told."""
@@ -108,7 +115,7 @@ class Connection:
         return ConnectionInfo(
             id=self.id,
             peer=self.peer,
-            direction="outbound" if self.outbound else "inbound",
+            direction=self.direction,
             path=self.path,
             transport=self.transport,
             local_address=self.local_address,

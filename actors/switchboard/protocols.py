@@ -17,7 +17,7 @@ All of it happens in callbacks: a stream that negotiates is one small object and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from actors.switchboard.connections import Connection
 from actors.switchboard.errors import SwitchboardError, TooManyError
@@ -40,6 +40,15 @@ class ProtocolTakenError(SwitchboardError):
     """Another actor serves the protocol already."""
 
     code = "already-served"
+
+
+class Agreed(NamedTuple):
+    """The end of a negotiation: `actor` serves `protocol`, `rule` allows it, `unread` came behind the negotiation."""
+
+    protocol: str
+    actor: str
+    rule: str
+    unread: bytes
 
 
 class CancellableTimer(Protocol):
@@ -104,8 +113,7 @@ class InboundStreams:
         call_later: the reactor's timer.
         judge: the policy's decision on a protocol for the peer of a connection.
         may_connect: whether the peer of a connection may still be connected.
-        hand_out: gives an agreed stream to an actor: connection, channel, protocol, actor, rule, bytes behind
-            the negotiation.
+        hand_out: gives an agreed stream to an actor.
     """
 
     def __init__(
@@ -114,7 +122,7 @@ class InboundStreams:
         call_later: Callable[[float, Callable[[], None]], CancellableTimer],
         judge: Callable[[Connection, str], Decision],
         may_connect: Callable[[Connection], bool],
-        hand_out: Callable[[Connection, Channel, str, str, str, bytes], None],
+        hand_out: Callable[[Connection, Channel, Agreed], None],
     ) -> None:
         self.table = table
         self.call_later = call_later
@@ -184,7 +192,7 @@ class _Negotiation:
         assert handler is not None
         assert self._decision is not None
         if isinstance(handler, str):
-            room.hand_out(connection, channel, protocol, handler, self._decision.rule, leftover)
+            room.hand_out(connection, channel, Agreed(protocol, handler, self._decision.rule, leftover))
         else:
             handler(connection, channel, leftover)
 

@@ -1,0 +1,183 @@
+"""The client side of a tunnel: a local listener whose connections continue as streams to a peer's service.
+
+The actor `proxy/<peer>/<service>`. Each accepted socket asks the switchboard for a stream and is joined with it. While
+the switchboard is being restarted a new connection waits for it a little; any other failure is the switchboard's
+verdict, and the client sees a reset. The listening socket is left with the supervisor, so that the port stays open, and
+clients wait in its backlog, while this process is being replaced.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from actors.proxy.listening import address_of, inherit, listen
+from actors.proxy.tunnels import MAX_TUNNELS, Tunnels, close_with_reset, path_of
+from actors.reactor import READ, Reactor
+from protocol.messages import Data
+from protocol.messages.proxy import Attach
+from protocol.messages.switchboard import NeedPeer, OpenStream, StreamOpened
+from protocol.messages.system import ActorDown, ActorUp
+from protocol.peer_id import PeerId
+from protocol.service import service_protocol
+from protocol.stream_descriptor import ResetCode
+from supervisor.actor import Actor, Checkpoint, handles
+from supervisor.errors import (
+    ActorRestartingError,
+    AskError,
+    DeadlineExceededError,
+    NoSuchActorError,
+    RefusedError,
+)
+
+SWITCHBOARD = "switchboard"
+
+OPEN_DEADLINE = 30.0
+"""Seconds for the switchboard to connect and open a stream; its own deadlines are shorter."""
+RESTART_PATIENCE = 5.0
+"""Seconds that a new connection waits for a switchboard that is being restarted."""
+ACCEPT_BATCH = 16
+"""Connections accepted in a row before others get a turn."""
+PAUSE = 0.2
+"""Seconds without accepting when the process has no descriptor left."""
+
+
+class ProxyClient(Actor):
+    """See the module.
+
+    Arguments:
+        peer: the peer's id as text.
+        peer_name: what the person calls it.
+        service: the service's name.
+        listen: `host:port` to listen on; None: only sockets given by `Attach` are tunnelled.
+        limit: concurrent connections; more are refused.
+    """
+
+    def __init__(self, peer: str, peer_name: str, service: str, listen: str | None, limit: int = MAX_TUNNELS) -> None:
+        self._peer = PeerId.from_text(peer)
+        self._peer_name = peer_name
+        self._service = service
+        self._protocol = service_protocol(service)
+        self._listen = listen
+        self._limit = limit
+        self._listener: socket.socket | None = None
+
+    async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
+        """Listen."""
+        context = self.context
+        self._reactor = Reactor(context.now)
+        self._tunnels = Tunnels(context, self._reactor, self._service, "client", limit=self._limit)
+        context.nursery.start_soon(self._reactor.run)
+        address = ""
+        if self._listen is not None:
+            listener = inherit(checkpoint, self._listen) or listen(self._listen)
+            self._listener = listener
+            address = address_of(listener)
+            context.checkpoint({"wanted": self._listen, "listen": address}, [listener.fileno()])
+            self._reactor.register(listener.fileno(), READ, self._accept, self._accept_failed)
+        context.watch(SWITCHBOARD)
+        context.tell(SWITCHBOARD, NeedPeer(self._peer))
+        return {"listen": address}
+
+    async def stop(self, reason: str) -> None:
+        """Reset what runs and close the port."""
+        if self._listener is not None:
+            self._reactor.unregister(self._listener.fileno())
+            self._listener.close()
+        self._tunnels.abort(ResetCode.SHUTDOWN)
+
+    def describe(self) -> dict[str, Data]:
+        """Where it listens, where it leads, what runs."""
+        return {
+            "peer": str(self._peer),
+            "peer_name": self._peer_name,
+            "service": self._service,
+            "listen": address_of(self._listener) if self._listener is not None else "",
+            **self._tunnels.describe(),
+        }
+
+    @handles(Attach, concurrent=True)
+    async def attach(self, request: Attach) -> None:
+        """Tunnel a socket that somebody else has connected."""
+        local = socket.socket(fileno=request.socket.detach())
+        if not self._tunnels.reserve():
+            local.close()
+            raise RefusedError("limit-exceeded", f"{self._limit} connections are open, the limit")
+        try:
+            opened = await self._open()
+        except AskError as error:
+            self._tunnels.failed(self._peer, "", self._words(error), error.code)
+            local.close()
+            raise error if isinstance(error, RefusedError) else RefusedError(error.code, str(error)) from error
+        self._join(local, opened)
+
+    @handles(ActorUp)
+    async def actor_up(self, message: ActorUp) -> None:
+        """A new switchboard does not know that we need the peer."""
+        self.context.tell(SWITCHBOARD, NeedPeer(self._peer))
+
+    @handles(ActorDown)
+    async def actor_down(self, message: ActorDown) -> None:
+        """Its streams end by themselves."""
+
+    # ---- connections
+
+    def _accept(self, _: int) -> None:
+        listener = self._listener
+        assert listener is not None
+        for _ in range(ACCEPT_BATCH):
+            try:
+                local, _address = listener.accept()
+            except BlockingIOError:
+                return
+            if self._tunnels.reserve():
+                self.context.nursery.start_soon(self._serve, local)
+            else:
+                close_with_reset(local)
+                self._tunnels.refused(f"{self._limit} connections are open, the limit", "limit-exceeded")
+
+    def _accept_failed(self, error: Exception) -> None:
+        # Out of descriptors, or the caller was gone before it was accepted. Level-triggered: pause, or this loop spins.
+        listener = self._listener
+        assert listener is not None
+        self._tunnels.refused(f"cannot accept connections: {error}", "cannot-accept")
+        self._reactor.modify(listener.fileno(), 0)
+        self._reactor.call_later(PAUSE, self._accept_again)
+
+    def _accept_again(self) -> None:
+        if self._listener is not None and self._listener.fileno() >= 0:
+            self._reactor.modify(self._listener.fileno(), READ)
+
+    async def _serve(self, local: socket.socket) -> None:
+        try:
+            opened = await self._open()
+        except AskError as error:
+            self._tunnels.failed(self._peer, "", self._words(error), error.code)
+            close_with_reset(local)
+        except BaseException:
+            close_with_reset(local)
+            raise
+        else:
+            self._join(local, opened)
+
+    async def _open(self) -> StreamOpened:
+        context = self.context
+        request = OpenStream(self._peer, (self._protocol,))
+        patience = context.now() + RESTART_PATIENCE
+        while True:
+            try:
+                return await context.ask(SWITCHBOARD, request, timeout=OPEN_DEADLINE)
+            except (ActorRestartingError, NoSuchActorError) as error:
+                left = patience - context.now()
+                if left <= 0:
+                    raise
+                try:
+                    await context.wait_for(SWITCHBOARD, timeout=left)
+                except DeadlineExceededError:
+                    raise error from None
+
+    def _join(self, local: socket.socket, opened: StreamOpened) -> None:
+        stream = socket.socket(fileno=opened.stream.detach())
+        self._tunnels.run(local, stream, self._peer, path_of(opened.connection))
+
+    def _words(self, error: AskError) -> str:
+        return f"no stream to {self._service} at {self._peer_name}: {error}"

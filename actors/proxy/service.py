@@ -1,0 +1,233 @@
+"""The serving side of a tunnel: streams of peers continue as connections to a local TCP service.
+
+The actor `service/<name>`. The switchboard, which has asked the policy, sends each stream as a descriptor; the service
+is connected without waiting where the kernel can do it at once, as on loopback. A service that is not there resets the
+stream with a code that the client side can put into words.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from collections.abc import Sequence
+
+import trio
+
+from actors.proxy.tunnels import MAX_TUNNELS, Tunnels, path_of, reset_stream
+from actors.reactor import WRITE, Reactor, Timer
+from protocol.messages import Data
+from protocol.messages.switchboard import InboundStream, ServeProtocol
+from protocol.messages.system import ActorDown, ActorUp
+from protocol.service import ServiceAddress, service_protocol
+from protocol.stream_descriptor import ResetCode
+from supervisor.actor import Actor, Checkpoint, handles
+from supervisor.errors import ActorRestartingError, DeadlineExceededError, NoSuchActorError
+
+SWITCHBOARD = "switchboard"
+
+CONNECT_DEADLINE = 10.0
+"""Seconds for the service to accept, as in peer-up."""
+RESOLVE_DEADLINE = 5.0
+"""Seconds for the name of the service's host to resolve."""
+SERVE_DEADLINE = 5.0
+"""Seconds for the switchboard to note what we serve."""
+
+Target = tuple[int, tuple[str, int]]
+"""An address family and what `connect` takes."""
+
+
+class ServiceServer(Actor):
+    """See the module.
+
+    Arguments:
+        name: the service's name.
+        address: `host:port` of the local TCP service.
+        limit: concurrent connections; more are refused.
+    """
+
+    def __init__(self, name: str, address: str, limit: int = MAX_TUNNELS) -> None:
+        self._name = name
+        self._protocol = service_protocol(name)
+        self._address = ServiceAddress.parse(address)
+        self._targets = _targets_without_lookup(self._address)
+        self._limit = limit
+        self._serving = False
+
+    async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
+        """Tell the switchboard what we serve."""
+        context = self.context
+        self._reactor = Reactor(context.now)
+        self._tunnels = Tunnels(context, self._reactor, self._name, "server", limit=self._limit)
+        context.nursery.start_soon(self._reactor.run)
+        context.watch(SWITCHBOARD)
+        await self._serve()
+        return {"address": str(self._address)}
+
+    async def stop(self, reason: str) -> None:
+        """Reset what runs."""
+        self._tunnels.abort(ResetCode.SHUTDOWN)
+
+    def describe(self) -> dict[str, Data]:
+        """What it serves and what runs."""
+        return {
+            "service": self._name,
+            "address": str(self._address),
+            "registered": self._serving,
+            **self._tunnels.describe(),
+        }
+
+    @handles(ActorUp)
+    async def actor_up(self, message: ActorUp) -> None:
+        """A new switchboard does not know what we serve."""
+        await self._serve()
+
+    @handles(ActorDown)
+    async def actor_down(self, message: ActorDown) -> None:
+        """Its streams end by themselves."""
+        self._serving = False
+
+    @handles(InboundStream)
+    async def inbound_stream(self, message: InboundStream) -> None:
+        """Connect a stream to the service."""
+        stream = socket.socket(fileno=message.stream.detach())
+        if not self._tunnels.reserve():
+            self._tunnels.refused(f"{self._limit} connections are open, the limit", "limit-exceeded")
+            reset_stream(stream, ResetCode.LIMIT_EXCEEDED)
+        elif self._targets:
+            _Attempt(self, stream, message, self._targets)
+        else:
+            self.context.nursery.start_soon(self._look_up, stream, message)
+
+    async def _serve(self) -> None:
+        try:
+            await self.context.ask(SWITCHBOARD, ServeProtocol(self._protocol), timeout=SERVE_DEADLINE)
+        except (ActorRestartingError, NoSuchActorError, DeadlineExceededError) as error:
+            self.context.log.debug("the switchboard is not there, its start brings another try: {}", error)
+        else:
+            self._serving = True
+
+    async def _look_up(self, stream: socket.socket, message: InboundStream) -> None:
+        targets: list[Target] = []
+        reason = "no address"
+        try:
+            with trio.fail_after(RESOLVE_DEADLINE):
+                answers = await trio.socket.getaddrinfo(self._address.host, self._address.port, type=socket.SOCK_STREAM)
+            targets = [
+                (family, (str(sockaddr[0]), int(sockaddr[1])))
+                for family, _, _, _, sockaddr in answers
+                if family in (socket.AF_INET, socket.AF_INET6)
+            ]
+        except (OSError, UnicodeError, trio.TooSlowError) as error:
+            reason = str(error) or "no answer in time"
+        except BaseException:
+            stream.close()
+            raise
+        if targets:
+            _Attempt(self, stream, message, targets)
+        else:
+            self.unreachable(stream, message, f"the name {self._address.host} cannot be resolved: {reason}")
+
+    # ---- what an attempt calls
+
+    def connected(self, local: socket.socket, stream: socket.socket, message: InboundStream) -> None:
+        """The service has accepted: carry the bytes."""
+        self._tunnels.run(local, stream, message.peer, path_of(message.connection))
+
+    def unreachable(self, stream: socket.socket, message: InboundStream, reason: str) -> None:
+        """The service has not accepted: tell the peer."""
+        reset_stream(stream, ResetCode.SERVICE_UNREACHABLE)
+        self._tunnels.failed(
+            message.peer,
+            path_of(message.connection),
+            f"the service {self._name} at {self._address} cannot be reached: {reason}",
+            "service-unreachable",
+        )
+
+    @property
+    def reactor(self) -> Reactor:
+        """Where attempts wait."""
+        return self._reactor
+
+
+class _Attempt:
+    """Connects to the service at one address after another, by callbacks: no task, no wake-up where none is needed."""
+
+    __slots__ = ("_local", "_message", "_owner", "_stream", "_targets", "_timer")
+
+    def __init__(
+        self, owner: ServiceServer, stream: socket.socket, message: InboundStream, targets: Sequence[Target]
+    ) -> None:
+        self._owner = owner
+        self._stream = stream
+        self._message = message
+        self._targets = list(targets)
+        self._local: socket.socket | None = None
+        self._timer: Timer | None = None
+        self._next("no address")
+
+    def _next(self, reason: str) -> None:
+        while self._targets:
+            family, sockaddr = self._targets.pop(0)
+            try:
+                local = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            except OSError as error:
+                reason = _words(error.errno)
+                continue
+            number = local.connect_ex(sockaddr)
+            if number == 0:
+                self._owner.connected(local, self._stream, self._message)
+                return
+            if number == errno.EINPROGRESS:
+                self._wait(local)
+                return
+            local.close()
+            reason = _words(number)
+        self._owner.unreachable(self._stream, self._message, reason)
+
+    def _wait(self, local: socket.socket) -> None:
+        reactor = self._owner.reactor
+        self._local = local
+        self._timer = reactor.call_later(CONNECT_DEADLINE, self._too_slow)
+        reactor.register(local.fileno(), WRITE, self._decided, self._failed)
+
+    def _decided(self, _: int) -> None:
+        local = self._take()
+        number = local.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            local.close()
+            self._next(_words(number))
+        else:
+            self._owner.connected(local, self._stream, self._message)
+
+    def _too_slow(self) -> None:
+        self._take().close()
+        self._next(f"no answer within {CONNECT_DEADLINE:g} s")
+
+    def _failed(self, error: Exception) -> None:
+        if self._local is not None:
+            self._take().close()
+        self._next(str(error))
+
+    def _take(self) -> socket.socket:
+        local, self._local = self._local, None
+        assert local is not None
+        assert self._timer is not None
+        self._timer.cancel()
+        self._owner.reactor.unregister(local.fileno())
+        return local
+
+
+def _targets_without_lookup(address: ServiceAddress) -> tuple[Target, ...]:
+    if address.host == "localhost":
+        return (socket.AF_INET, ("127.0.0.1", address.port)), (socket.AF_INET6, ("::1", address.port))
+    try:
+        version = ipaddress.ip_address(address.host.partition("%")[0]).version
+    except ValueError:
+        return ()
+    return ((socket.AF_INET if version == 4 else socket.AF_INET6, (address.host, address.port)),)
+
+
+def _words(number: int | None) -> str:
+    return os.strerror(number).lower() if number else "unknown failure"
