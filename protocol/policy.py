@@ -74,7 +74,7 @@ class _Listed:
     expired: Decision
 
     def at(self, now_wall: float) -> Decision:
-        # Not `now >= expires`: should either be NaN, the peer stays outside.
+        # Not `now >= expires`: should the clock say NaN, the peer stays outside.
         return self.allowed if now_wall < self.expires else self.expired
 
 
@@ -107,8 +107,10 @@ class PolicyIndex:
             return
         for rule in policy.peers:
             expires = math.inf if rule.expires is None else rule.expires
+            if math.isnan(expires):
+                expires = -math.inf  # a time that is none must not become "never"
             present = self._listed.get(rule.peer)
-            if present is None or not present.expires <= expires:
+            if present is None or expires < present.expires:
                 self._listed[rule.peer] = _Listed(
                     expires,
                     Decision(allowed=True, rule=f"authorized_keys:{rule.line}"),
