@@ -232,7 +232,8 @@ class Multiaddr:
     def transport(self) -> str | None:
         """How the first hop is reached: `tcp`, `quic-v1`, `websocket`, `webtransport`; None where we know no way.
 
-        Only addresses whose components mean exactly that transport count: `/ip4/…/tcp/…/http` is none of these.
+        Only addresses whose components mean exactly that transport count: `/ip4/…/tcp/…/http` is none of these,
+        nor is `/ip4/…/tcp/…/tls`, which says that TLS begins at once, without multistream-select.
         """
         if self.endpoint is None:
             return None
@@ -268,8 +269,6 @@ class Multiaddr:
 
 _TRANSPORTS: Final[dict[tuple[str, ...], str]] = {
     ("tcp",): "tcp",
-    ("tcp", "tls"): "tcp",
-    ("tcp", "noise"): "tcp",
     ("tcp", "ws"): "websocket",
     ("tcp", "wss"): "websocket",
     ("tcp", "tls", "ws"): "websocket",

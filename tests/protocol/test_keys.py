@@ -92,6 +92,8 @@ def test_the_old_96_byte_form_becomes_the_64_byte_form():
         b"\x08\x02\x12\x20" + b"\xff" * 32,  # nor is what is beyond the order
         b"\x08\x02\x12\x1f" + bytes(31),
         b"\x12\x40" + ED25519[0][4:],
+        VECTORS["rsa"][0].replace(b"\x08\x00", b"\x08\x03", 1),  # an RSA key said to be ECDSA
+        VECTORS["ecdsa"][0].replace(b"\x08\x03", b"\x08\x00", 1),
         b"not a key at all",
         bytes(10_000),
     ],
@@ -194,6 +196,7 @@ def test_equality():
     assert key != other
     assert key != key.to_protobuf()
     assert key.public_key != other.public_key
+    assert repr(key.public_key) == f"PublicKey(ED25519, {key.peer_id})"
     assert len({key.public_key, PublicKey.from_protobuf(key.public_key.to_protobuf())}) == 1
     with pytest.raises(AttributeError):
         key.public_key.data = b""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ipaddress
+import pickle
 
 import pytest
 from hypothesis import given
@@ -241,6 +242,7 @@ def test_relayed_addresses():
         ("/ip4/1.2.3.4/udp/5/quic", Endpoint("ip4", "1.2.3.4", "udp", 5), None),
         ("/ip4/1.2.3.4/udp/5", Endpoint("ip4", "1.2.3.4", "udp", 5), None),
         ("/ip4/1.2.3.4/tcp/5/http", Endpoint("ip4", "1.2.3.4", "tcp", 5), None),
+        ("/ip4/1.2.3.4/tcp/5/tls", Endpoint("ip4", "1.2.3.4", "tcp", 5), None),
         ("/ip4/1.2.3.4/tcp/5/quic-v1", Endpoint("ip4", "1.2.3.4", "tcp", 5), None),
         ("/ip4/1.2.3.4", None, None),
         ("/dnsaddr/a.example", None, None),
@@ -278,6 +280,9 @@ def test_ip_addresses():
     assert Multiaddr("/ip4/192.0.2.1/tcp/1").ip == ipaddress.ip_address("192.0.2.1")
     assert Multiaddr("/ip6zone/x/ip6/fe80::1/tcp/1").ip == ipaddress.ip_address("fe80::1")
     assert Multiaddr("/dns/a/tcp/1").ip is None
+    assert Multiaddr("/dns/a/tcp/1/ip4/1.2.3.4").ip is None
+    assert repr(Multiaddr("/dns/a")) == "Multiaddr('/dns/a')"
+    assert pickle.loads(pickle.dumps(Multiaddr("/dns/a"))) == Multiaddr("/dns/a")
 
 
 def test_values_and_immutability():

@@ -243,7 +243,7 @@ def test_bytes_of_the_negotiation_are_counted():
 
 
 @pytest.mark.parametrize(
-    "protocols", [[], [f"/{n}" for n in range(MAX_TRIES + 1)], [""], ["/a\n"], ["x" * MAX_MESSAGE]]
+    "protocols", [[], [f"/{n}" for n in range(MAX_TRIES + 1)], [""], ["/a\n"], ["/\udcff"], ["x" * MAX_MESSAGE]]
 )
 def test_what_cannot_be_proposed(protocols):
     with pytest.raises(InvalidValueError):
