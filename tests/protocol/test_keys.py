@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -137,6 +138,15 @@ def _public(key_type, key):
 def test_weak_and_odd_keys_are_refused():
     with pytest.raises(KeyFormatError, match="1024"):
         _public(KeyType.RSA, rsa.generate_private_key(65537, 1024))
+    strong = rsa.generate_private_key(65537, 2048).public_key().public_numbers().n
+    for exponent, taken in (((1 << 31) - 1, True), ((1 << 31) + 1, False), ((1 << 2046) + 1, False)):
+        der = (
+            rsa.RSAPublicNumbers(exponent, strong)
+            .public_key()
+            .public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        )
+        with contextlib.nullcontext() if taken else pytest.raises(KeyFormatError, match="exponent"):
+            PublicKey(KeyType.RSA, der)
     with pytest.raises(KeyFormatError, match="curve"):
         _public(KeyType.ECDSA, ec.generate_private_key(ec.SECP256K1()))
     uncompressed = (
