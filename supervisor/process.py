@@ -25,7 +25,7 @@ from protocol.messages.system import LastWords
 from supervisor import forking, linux
 from supervisor.actor import Actor
 from supervisor.boot import Birth, Boot, LogSettings
-from supervisor.cell import Cell, failure_text
+from supervisor.cell import UNFORESEEN, Cell, failure_text
 from supervisor.exchange import Exchange
 from supervisor.logging import LogControl
 from supervisor.port import NameState
@@ -115,7 +115,12 @@ class Leaf(thespian.actors.Actor):
         try:
             trio.run(self._main, manager, cell)
         except Exception as error:  # noqa: BLE001 - let it crash: logged here, and the process ends
-            log.logger.opt(exception=error).critical("ended by an unhandled error: {}", failure_text(error)[1])
+            code, reason = failure_text(error)
+            if code == UNFORESEEN:
+                log.logger.opt(exception=error).critical("ended by an unhandled error: {}", reason)
+            else:  # it says all there is to say; where it was raised interests nobody but us
+                log.logger.error("ended: {}", reason)
+                log.logger.opt(exception=error).debug("ended from here")
             status = forking.CRASHED
         transport.flush(LAST_FLUSH)
         log.close()

@@ -149,20 +149,25 @@ class Service:
         directory = RunDirectory(self._path)
         try:
             _lock(directory)
-            directory.clear()
-            for module in self._preload:
-                importlib.import_module(module)
-            thespian_base.install()
-            linux.adopt_orphans()
-            self._log = open_log(SERVICE, self._log_settings)
+            try:
+                self._run_locked(directory)
+            finally:
+                directory.remove_tree()
+        finally:
+            directory.close()
+
+    def _run_locked(self, directory: RunDirectory) -> None:
+        directory.clear()
+        for module in self._preload:
+            importlib.import_module(module)
+        thespian_base.install()
+        linux.adopt_orphans()
+        self._log = open_log(SERVICE, self._log_settings)
+        try:
             with self._signal_handling():
                 self._keep_running(directory)
         finally:
-            if self._log is not None:
-                self._log.close()
-            with contextlib.suppress(OSError):
-                directory.remove_tree()
-            directory.close()
+            self._log.close()
 
     def _keep_running(self, directory: RunDirectory) -> None:
         lost: collections.deque[float] = collections.deque()

@@ -14,22 +14,23 @@ import os
 import random
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import thespian.actors
 
-from protocol.messages import Data
-from protocol.messages.system import ChildSpec, LastWords, Ready
+from protocol.messages import Data, Descriptor, Envelope
+from protocol.messages.system import ChildSpec, LastWords, Ready, Stop
 from supervisor import forking
 from supervisor.actor import Checkpoint
 from supervisor.boot import ROOT, SERVICE, Birth, Boot
 from supervisor.exchange import Exchange
 from supervisor.overseer import FACTORY, Overseer, supervisor_spec
-from supervisor.port import NameState
+from supervisor.port import NameState, NotDeliveredError
 from supervisor.process import LAST_FLUSH, Leaf, crash, enter, hang
 from supervisor.registry import Entry
 from supervisor.thespian_base import boot_of
+from supervisor.transport import Transport
 
 GAVE_UP = 1
 """The exit status of a supervisor that could not keep its children running."""
@@ -45,6 +46,24 @@ class _Process:
         self.incarnation = incarnation
         self.pid = pid
         self.supervises = supervises
+
+
+class _Port:
+    """The transport of a supervisor. A child that no message can reach yet is asked to stop by SIGTERM."""
+
+    def __init__(self, transport: Transport, terminate: Callable[[str], bool]) -> None:
+        self._transport = transport
+        self._terminate = terminate
+        self.state = transport.state
+        self.watch = transport.watch
+
+    def send(self, envelope: Envelope, descriptors: Sequence[Descriptor]) -> None:
+        """See :meth:`supervisor.port.Port.send`."""
+        try:
+            self._transport.send(envelope, descriptors)
+        except NotDeliveredError:
+            if envelope.kind != Stop.KIND or not self._terminate(envelope.target):
+                raise
 
 
 class Supervisor(thespian.actors.Actor):
@@ -77,7 +96,7 @@ class Supervisor(thespian.actors.Actor):
         exchange = Exchange(
             self._name,
             self._incarnation,
-            transport,
+            _Port(transport, self._terminate),
             supervisor=self._parent,
             now=time.monotonic,
             wall=time.time,
@@ -207,6 +226,13 @@ class Supervisor(thespian.actors.Actor):
         known = self._manager.processes.get(process.pid)
         if known is not None:
             known[0].kill(number)
+
+    def _terminate(self, name: str) -> bool:
+        process = self._by_name.get(name)
+        if process is None:
+            return False
+        self._signal(name, process.incarnation, signal.SIGTERM)
+        return True
 
     def publish(self, name: str, state: NameState, incarnation: int) -> None:
         """See :meth:`supervisor.overseer.Host.publish`."""

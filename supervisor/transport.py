@@ -263,7 +263,9 @@ class Transport:
             raise NotDeliveredError(f"there is no actor called {name}")
         link = self._by_pid.get(entry.pid)
         if link is None:
-            if entry.state is not NameState.READY or (name, entry.incarnation, entry.pid) in self._gone:
+            # Only its own supervisor may speak first to one that is starting.
+            reachable = entry.state is NameState.READY or (entry.owner == self.name and entry.pid > 0)
+            if not reachable or (name, entry.incarnation, entry.pid) in self._gone:
                 raise NotDeliveredError(f"{name} is being started")
             link = self._connect(entry.pid)
         elif link.broken:

@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import Self
 
 from protocol.messages import Message, encode_body, message
 from protocol.messages.system import ChildSpec, ChildStatus, ReadTree, Strategy, SupervisorSpec
 from supervisor.errors import AskError
 from supervisor.visitor import Visitor
 from tests.supervisor.toy_actors import Echo, Echoed
-from tests.support.processes import tree, wait_until
+from tests.support.processes import is_alive, tree, wait_until
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOY = "tests.supervisor.toy_actors:Toy"
@@ -64,7 +65,7 @@ def visitor_ready(path: str, name: str) -> Callable[[], bool]:
     """A condition: somebody is registered as `name` in this run directory."""
 
     def ready() -> bool:
-        return os.path.lexists(os.path.join(path, "names", name))
+        return (pathlib.Path(path) / "names" / name).is_symlink()
 
     return ready
 
@@ -187,19 +188,23 @@ class ToyService:
         return self.process.wait(deadline)
 
     def close(self) -> None:
-        """Whatever happened: nothing of it stays."""
+        """Stop it if it runs, and make sure that nothing of it stays."""
         self.leave()
         pids = self.pids()
-        self.process.kill()
-        self.process.wait(10)
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream is not None:
-                stream.close()
-        wait_until(
-            lambda: not [pid for pid in pids if os.path.exists(f"/proc/{pid}")], within=5, what="all processes are gone"
-        )
+        try:
+            if self.process.poll() is None:
+                self.process.terminate()
+                assert self.process.wait(20) == 0
+                assert not list(pathlib.Path(self.path).iterdir())
+        finally:
+            self.process.kill()
+            self.process.wait(10)
+            for stream in (self.process.stdout, self.process.stderr):
+                if stream is not None:
+                    stream.close()
+            wait_until(lambda: not [pid for pid in pids if is_alive(pid)], within=5, what="all processes are gone")
 
-    def __enter__(self) -> ToyService:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

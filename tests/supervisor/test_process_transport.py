@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import pathlib
 import random
 import resource
 import signal
@@ -97,8 +98,8 @@ def test_large_messages_cross_whole(path: str, visitor: Visitor, size: int) -> N
 
 
 def test_a_long_path_of_the_run_directory_works(path: str) -> None:
-    deep = os.path.join(path, "a" * 100, "b" * 100)
-    os.makedirs(deep, mode=0o700)
+    deep = f"{path}/{'a' * 100}/{'b' * 100}"
+    pathlib.Path(deep).mkdir(parents=True, mode=0o700)
     with server(deep) as pid, Visitor(deep, "tester") as visitor:
         assert visitor.ask("server", Echo(b"")).pid == pid
 
@@ -182,7 +183,7 @@ def test_a_ready_name_without_a_process_is_not_delivered_to(path: str, visitor: 
 def test_the_end_of_a_process_is_noticed_and_its_successor_found(path: str, visitor: Visitor) -> None:
     downs: list[str] = []
     ups: list[tuple[str, int]] = []
-    visitor.exchange.name_down = lambda name, reason: downs.append(name)  # type: ignore[method-assign]
+    visitor.exchange.name_down = lambda name, _: downs.append(name)  # type: ignore[method-assign]
     visitor.exchange.name_up = lambda name, incarnation: ups.append((name, incarnation))  # type: ignore[method-assign]
     visitor.transport.watch("server")
     with server(path) as pid:
@@ -191,7 +192,7 @@ def test_the_end_of_a_process_is_noticed_and_its_successor_found(path: str, visi
         os.kill(pid, signal.SIGKILL)
         visitor.run(lambda: len(downs) == 1, timeout=5)
         visitor.directory.write("server", Entry(NameState.STARTING, 1, 0, "tester"))
-    os.unlink(f"{path}/names/server")
+    visitor.directory.remove("server")
     with server(path) as successor:
         visitor.run(lambda: len(ups) == 2, timeout=5)
         assert visitor.ask("server", Echo(b"")).pid == successor
@@ -225,7 +226,7 @@ def test_messages_for_somebody_else_are_refused(path: str, visitor: Visitor) -> 
 
 def test_a_false_listener_is_refused(path: str, visitor: Visitor) -> None:
     """Somebody who binds the socket of another process's number does not get its messages."""
-    with forked(lambda: signal.pause()) as pid:
+    with forked(signal.pause) as pid:
         false = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         false.bind(f"{path}/sockets/{pid}")
         false.listen()
@@ -238,9 +239,9 @@ def test_a_false_listener_is_refused(path: str, visitor: Visitor) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_another_user_is_refused(path: str, visitor: Visitor) -> None:
     """Even where the directory's permissions have been loosened."""
-    os.chmod(path, 0o755)
-    os.chmod(f"{path}/sockets", 0o755)
-    os.chmod(f"{path}/sockets/{os.getpid()}", 0o777)
+    pathlib.Path(path).chmod(0o755)
+    pathlib.Path(f"{path}/sockets").chmod(0o755)
+    pathlib.Path(f"{path}/sockets/{os.getpid()}").chmod(0o777)
     parent = os.getpid()
 
     def attack() -> None:
@@ -326,7 +327,7 @@ def test_want_of_descriptors_does_not_spin(path: str) -> None:
 
     def starved() -> None:
         with Visitor(path, "starved") as visitor:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 2, 1000))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(descriptors(os.getpid())) + 2, 1000))
             with contextlib.suppress(OSError):
                 while True:
                     os.dup(0)
@@ -371,7 +372,7 @@ def test_control_frames_come_only_from_where_they_may(path: str) -> None:
 def test_open_run_directories_are_refused(path: str) -> None:
     from supervisor.registry import RunDirectoryError
 
-    os.chmod(path, 0o750)
+    pathlib.Path(path).chmod(0o750)
     with pytest.raises(RunDirectoryError, match="chmod 700"):
         RunDirectory(path)
     with pytest.raises(RunDirectoryError, match="cannot be opened"):
@@ -401,10 +402,8 @@ def test_sealed_memory_cannot_be_changed() -> None:
 
 def test_transports_of_one_process_number_replace_a_stale_socket(path: str) -> None:
     """A socket file left by an earlier process of this number is in nobody's way."""
-    with open(f"{path}/stale", "w"):
-        pass
     directory = RunDirectory(path)
-    os.rename(f"{path}/stale", f"{path}/sockets/{os.getpid()}")
+    pathlib.Path(f"{path}/sockets/{os.getpid()}").touch()
     Transport(directory).close()
     directory.close()
 

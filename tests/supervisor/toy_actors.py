@@ -181,7 +181,7 @@ class Toy(Actor):
 
     @handles(Block)
     async def block(self, request: Block) -> None:
-        time.sleep(request.seconds)
+        time.sleep(request.seconds)  # noqa: ASYNC251 - standing still is what is wanted
 
     @handles(Watch)
     async def watch(self, request: Watch) -> None:
