@@ -17,7 +17,7 @@ import math
 import os
 import random
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -46,6 +46,35 @@ _FAIRNESS = 64
 
 _FAILURE_LENGTH = 600
 """Characters of a failure's text that reach the supervisor."""
+
+
+class TimeKeeper:
+    """The trio task that runs an exchange's timers. `changed` belongs into the exchange as `timer_changed`."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._scope: trio.CancelScope | None = None
+
+    def changed(self, when: float) -> None:
+        """An earlier timer was made."""
+        if self._scope is not None:
+            self._scope.deadline = self._trio_time(when)
+
+    async def run(self, exchange: Exchange, before: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Run timers until cancelled; `before` is awaited each time before any of them."""
+        while True:
+            with trio.CancelScope() as scope:
+                when = exchange.next_timer()
+                scope.deadline = math.inf if when is None else self._trio_time(when)
+                self._scope = scope
+                await trio.sleep_forever()
+            self._scope = None
+            if before is not None:
+                await before()
+            exchange.handle_timers(self._now())
+
+    def _trio_time(self, when: float) -> float:
+        return trio.current_time() + (when - self._now())
 
 
 class Cell:
@@ -88,6 +117,7 @@ class Cell:
     ) -> None:
         self.actor = actor
         self.log = log if log is not None else loguru.logger.bind(actor=name)
+        self._time = TimeKeeper(now)
         self.exchange = Exchange(
             name,
             incarnation,
@@ -105,7 +135,7 @@ class Cell:
             crash=crash,
             hang=hang,
             allow_faults=allow_faults,
-            timer_changed=self._timer_changed,
+            timer_changed=self._time.changed,
             metrics=Registry(),
         )
         self._on_ready = on_ready if on_ready is not None else self._tell_ready
@@ -114,7 +144,6 @@ class Cell:
         self._stop_reason = ""
         self._started = False
         self._dispatcher: trio.lowlevel.Task | None = None
-        self._timer_scope: trio.CancelScope | None = None
         self._concurrent = 0
         actor.context = cast("Context", CellContext(self))
 
@@ -123,7 +152,7 @@ class Cell:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                nursery.start_soon(self._keep_time)
+                nursery.start_soon(self._time.run, self.exchange)
                 nursery.start_soon(self._live, checkpoint)
                 await self._stop.wait()
                 if self._started:
@@ -181,17 +210,6 @@ class Cell:
                 in_a_row = 0
                 await trio.lowlevel.checkpoint()
 
-    async def _keep_time(self) -> None:
-        exchange = self.exchange
-        while True:
-            with trio.CancelScope() as scope:
-                when = exchange.next_timer()
-                scope.deadline = math.inf if when is None else self._trio_time(when)
-                self._timer_scope = scope
-                await trio.sleep_forever()
-            self._timer_scope = None
-            exchange.handle_timers(exchange.now())
-
     # Handling
 
     async def _handle(self, item: Incoming, entry: HandlerEntry) -> None:
@@ -226,13 +244,6 @@ class Cell:
         task, self._dispatcher = self._dispatcher, None
         if task is not None:
             trio.lowlevel.reschedule(task)
-
-    def _timer_changed(self, when: float) -> None:
-        if self._timer_scope is not None:
-            self._timer_scope.deadline = self._trio_time(when)
-
-    def _trio_time(self, when: float) -> float:
-        return trio.current_time() + (when - self.exchange.now())
 
     def _tell_ready(self, state: dict[str, Data]) -> None:
         self.exchange.tell(self.exchange.supervisor, Ready(self.exchange.incarnation, state))
@@ -359,13 +370,17 @@ class CellContext:
         return "" if item is None else item.envelope.sender
 
 
+UNFORESEEN = "crash"
+"""The code of a failure that is no :class:`~protocol.errors.PeerupError`: a defect."""
+
+
 def failure_text(error: BaseException) -> tuple[str, str]:
     """(code, one line for people) for an exception or group: the class, the text and where it was raised.
 
     Of a group the first foreseen or unforeseen failure counts, not the cancellations that it caused.
     """
     leaf = _leaf(error)
-    code = leaf.code if isinstance(leaf, PeerupError) else "crash"
+    code = leaf.code if isinstance(leaf, PeerupError) else UNFORESEEN
     frames = traceback.extract_tb(leaf.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
     said = " ".join(str(leaf).split())

@@ -119,7 +119,7 @@ class Leaf(thespian.actors.Actor):
             if code == UNFORESEEN:
                 log.logger.opt(exception=error).critical("ended by an unhandled error: {}", reason)
             else:  # it says all there is to say; where it was raised interests nobody but us
-                log.logger.error("ended: {}", reason)
+                log.logger.log("ERROR", "ended: {}", reason)
                 log.logger.opt(exception=error).debug("ended from here")
             status = forking.CRASHED
         transport.flush(LAST_FLUSH)
