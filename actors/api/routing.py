@@ -149,6 +149,15 @@ class Call:
             raise HttpError(400, "bad-request", f"{key!r} must be a short text")
         return value
 
+    def flag(self, key: str) -> bool:
+        """Whether this switch is on."""
+        value = self._value(key)
+        if value in (None, False, "", "0", "false"):
+            return False
+        if value in (True, "1", "true"):
+            return True
+        raise HttpError(400, "bad-request", f"{key!r} must be true or false, not {value!r}")
+
     def number(self, key: str, default: float, *, low: float, high: float) -> float:
         """The number under this key, which must lie between `low` and `high`.
 

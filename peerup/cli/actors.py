@@ -131,6 +131,8 @@ def _leaf(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
     if value in ({}, []):
         return "none"
     return str(value)

@@ -28,6 +28,7 @@ from peerup.cli.output import size
 @click.option(
     "--rate", type=click.FloatRange(min=0.1), default=200.0, show_default=True, help="At most so many a second."
 )
+@click.option("--heartbeats", is_flag=True, help="Show heartbeats, too (hidden unless --kind asks for them).")
 def tap(
     session: Session,
     sender: str | None,
@@ -36,6 +37,8 @@ def tap(
     limit: int | None,
     seconds: float,
     rate: float,
+    *,
+    heartbeats: bool,
 ) -> None:
     """Watch messages between actors as they pass.
 
@@ -43,6 +46,8 @@ def tap(
     are counted, not shown. Copies never slow down the actors.
     """
     query = {"from": sender, "to": target, "kind": kind, "limit": limit, "seconds": seconds, "rate": rate}
+    if heartbeats:
+        query["heartbeats"] = "true"
     with contextlib.closing(session.client.lines("/v1/tap", **query)) as lines:
         for line in lines:
             raise_for_error(line)

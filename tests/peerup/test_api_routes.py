@@ -142,9 +142,9 @@ async def test_log_level_by_pattern(serve):
 # Taps
 
 
-def _tapped(tap: str, sequence: int, skipped: int = 0) -> Tapped:
-    body, _ = encode_body(Ping())
-    envelope = Envelope(f"gate:1:{sequence}", None, None, "gate", "root", Ping.KIND, None, body)
+def _tapped(tap: str, sequence: int, skipped: int = 0, kind=Describe) -> Tapped:
+    body, _ = encode_body(kind())
+    envelope = Envelope(f"gate:1:{sequence}", None, None, "gate", "root", kind.KIND, None, body)
     return Tapped(tap, 1.0, envelope.to_bytes(), False, skipped)
 
 
@@ -169,8 +169,21 @@ async def test_a_tap_reaches_all_actors_streams_and_is_withdrawn_at_its_limit(se
                 await node.actor.tapped(_tapped(rule.id, sequence))
         assert [line["id"] for line in results] == ["gate:1:0", "gate:1:1"]
         assert results[0]["body"] == {}
-        assert results[0]["kind"] == "system.ping"
+        assert results[0]["kind"] == "system.describe"
         await node.context.until(lambda: node.taps("gate") == ())
+
+
+@pytest.mark.parametrize(("query", "shown"), [({}, 1), ({"heartbeats": "true"}, 2), ({"kind": "system.*"}, 2)])
+async def test_heartbeats_are_hidden_unless_asked_for(serve, query, shown):
+    async with serve() as node:
+        results: list = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: _read_tap(node, results, limit=shown, seconds=30, **query))
+            await node.context.until(lambda: bool(node.taps("gate")))
+            await node.actor.tapped(_tapped(node.taps("gate")[0].id, 1, kind=Ping))
+            await node.actor.tapped(_tapped(node.taps("gate")[0].id, 2))
+        assert len(results) == shown
+        assert results[-1]["id"] == "gate:1:2"
 
 
 async def test_a_tap_ends_by_itself(serve):

@@ -16,7 +16,7 @@ from actors.api.present import body_of, plain
 from actors.api.routing import Answer, Call, Routes, data_response, lines_response
 from actors.api.watchers import Tap
 from protocol.messages import Data, Envelope
-from protocol.messages.system import EdgeFilter, JournalEntry, ReadJournal, Tapped
+from protocol.messages.system import EdgeFilter, JournalEntry, Ping, Pong, ReadJournal, Tapped
 from supervisor.errors import RefusedError
 
 LONGEST_TAP = 3600.0
@@ -24,6 +24,8 @@ LONGEST_TAP = 3600.0
 
 LONGEST_CHAIN = 64
 """Steps that `why` follows; real chains are shorter than ten."""
+
+HEARTBEATS = frozenset({Ping.KIND, Pong.KIND})
 
 routes = Routes()
 
@@ -35,11 +37,17 @@ async def tap(node: Node, call: Call) -> Answer:
     limit = call.whole("limit", 0, low=0, high=1_000_000)
     seconds = call.number("seconds", 10.0, low=0.1, high=LONGEST_TAP)
     rate = call.number("rate", 200.0, low=0.1, high=10_000)
+    # Heartbeats are most of an idle node's messages, and nobody who looks at all kinds wants to see them.
+    hidden = frozenset() if match.kind is not None or call.flag("heartbeats") else HEARTBEATS
     opened = await node.watchers.open_tap(match, seconds=seconds, rate=rate)
-    return lines_response(_copies(node, opened, limit, trio.current_time() + seconds, rate))
+    return lines_response(
+        _copies(node, opened, limit=limit, ends=trio.current_time() + seconds, rate=rate, hidden=hidden)
+    )
 
 
-async def _copies(node: Node, tap: Tap, limit: int, ends: float, rate: float) -> AsyncGenerator[Data]:
+async def _copies(
+    node: Node, tap: Tap, *, limit: int, ends: float, rate: float, hidden: frozenset[str]
+) -> AsyncGenerator[Data]:
     """The tap's lines. Each actor keeps the rate for itself; here it is kept for the sum of them."""
     sent = skipped = 0
     allowance, since = max(1.0, rate), trio.current_time()
@@ -50,15 +58,18 @@ async def _copies(node: Node, tap: Tap, limit: int, ends: float, rate: float) ->
                 copy = await tap.receive.receive()
             if copy is None:
                 break
-            now = trio.current_time()
-            allowance, since = min(max(1.0, rate), allowance + (now - since) * rate), now
             skipped += copy.skipped + tap.lost
             tap.lost = 0
+            envelope = Envelope.from_bytes(copy.envelope)
+            if envelope.kind in hidden:
+                continue
+            now = trio.current_time()
+            allowance, since = min(max(1.0, rate), allowance + (now - since) * rate), now
             if allowance < 1.0:
                 skipped += 1
                 continue
             allowance -= 1.0
-            yield _line(node, copy, skipped)
+            yield _line(node, copy, envelope, skipped)
             sent, skipped = sent + 1, 0
         if skipped:
             yield {"skipped": skipped}
@@ -66,8 +77,7 @@ async def _copies(node: Node, tap: Tap, limit: int, ends: float, rate: float) ->
         node.watchers.close_tap(tap)
 
 
-def _line(node: Node, copy: Tapped, skipped: int) -> dict[str, Data]:
-    envelope = Envelope.from_bytes(copy.envelope)
+def _line(node: Node, copy: Tapped, envelope: Envelope, skipped: int) -> dict[str, Data]:
     return {
         "at": node.wall_time(copy.at),
         "id": envelope.id,
