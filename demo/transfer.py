@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import socket
 import threading
 import time
 
@@ -41,17 +42,23 @@ class LongDownload:
 
     Attributes:
         finished: whole downloads with the right content.
-        broken: downloads that ended with an error (a connection through a killed process must end so).
+        broken: downloads that ended with an error after they had begun to arrive.
         wrong: downloads whose content was not what it should be. One of these is a defect, always.
         received: bytes so far.
     """
 
     def __init__(self, port: int, name: str, sha256: str) -> None:
         self.finished = self.broken = self.wrong = self.received = 0
+        self._delivers = False
         self._port, self._name, self._sha256 = port, name, sha256
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the present connection has delivered something."""
+        return self._delivers
 
     def stop(self) -> None:
         """End after the chunk under way."""
@@ -63,7 +70,8 @@ class LongDownload:
             try:
                 whole = self._download()
             except (OSError, http.client.HTTPException):
-                self.broken += 1
+                self.broken += self._delivers
+                self._delivers = False
                 self._stopping.wait(0.05)
             else:
                 if whole is True:
@@ -72,8 +80,12 @@ class LongDownload:
                     self.wrong += 1
 
     def _download(self) -> bool | None:
+        self._delivers = False
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
         try:
+            connection.connect()
+            # Little is buffered on this side, so that a broken tunnel shows soon and not megabytes later.
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, CHUNK)
             connection.request("GET", f"/{self._name}")
             response = connection.getresponse()
             digest = hashlib.sha256()
@@ -84,6 +96,7 @@ class LongDownload:
                     raise http.client.IncompleteRead(b"", left)
                 left -= len(chunk)
                 self.received += len(chunk)
+                self._delivers = True
                 digest.update(chunk)
                 self._stopping.wait(PACE)
             return None if left else digest.hexdigest() == self._sha256
