@@ -8,7 +8,7 @@ their length, fields with a telling name and PEM private keys are replaced, and 
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import os
 import re
@@ -125,7 +125,7 @@ def _no_format(_: loguru.Record) -> str:
 
 
 def _time(record: loguru.Record) -> str:
-    return record["time"].astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    return record["time"].astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
 def _fields(record: loguru.Record) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Port(Protocol):
 
         The descriptors are duplicated; the caller still owns its own.
         A process that is still starting can already ask others: answers (`reply_to` is set) and what its own
-        supervisor says reach it; everything else is refused until its name is READY.
+        supervisor or its own children say reach it; everything else is refused until its name is READY.
 
         Raises:
             NotDeliveredError: unknown or restarting target, or its queue is full.
