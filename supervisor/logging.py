@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from loguru import logger as _root
 
@@ -59,8 +59,8 @@ class LogControl:
         self._json = json
         self._sink = sink
         self._colour = colour if colour is not None else "NO_COLOR" not in os.environ and sink.isatty()
-        _root.remove()
-        self._handler = self._add(level)
+        self._install(level)
+        _State.active = self
 
     @property
     def logger(self) -> loguru.Logger:
@@ -73,28 +73,43 @@ class LogControl:
         Raises:
             RefusedError: there is no such level.
         """
-        added = self._add(level)
-        _root.remove(self._handler)
-        self._handler = added
+        self._install(level)
 
     def close(self) -> None:
         """Let go of the sink; what is logged later is lost."""
-        _root.remove(self._handler)
+        if _State.active is self:
+            _State.active = None
 
-    def _add(self, level: str) -> int:
+    @staticmethod
+    def _install(level: str) -> None:
         if level not in LEVELS:
             raise RefusedError("invalid-level", f"{level[:40]!r} is not a log level", f"use one of {', '.join(LEVELS)}")
-        return _root.add(
-            self._write, level=level.upper(), format=_no_format, colorize=False, backtrace=False, diagnose=False
-        )
+        if _State.level == level:
+            return
+        _root.remove()
+        _root.add(_write, level=level.upper(), format=_no_format, colorize=False, backtrace=False, diagnose=False)
+        _State.level = level
 
-    def _write(self, message: loguru.Message) -> None:
+    def write(self, message: loguru.Message) -> None:
+        """Write one record."""
         line = json_line(message.record) if self._json else text_lines(message.record, colour=self._colour)
         try:
             self._sink.write(line)
             self._sink.flush()
         except (OSError, ValueError):
             return  # nobody reads standard error any more: no reason for an actor to end
+
+
+class _State:
+    """What this process has set up. loguru takes 3 ms to add a handler, so a child goes on with its parent's."""
+
+    level: ClassVar[str] = ""
+    active: ClassVar[LogControl | None] = None
+
+
+def _write(message: loguru.Message) -> None:
+    if _State.active is not None:
+        _State.active.write(message)
 
 
 def text_lines(record: loguru.Record, *, colour: bool = False) -> str:
