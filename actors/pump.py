@@ -1,13 +1,42 @@
-"""The pump: carries bytes between a connected stream socket and a stream descriptor."""
+"""The pump: carries bytes between a connected stream socket and a stream descriptor.
+
+Theory of operation. Two directions, each of which is open or ended:
+
+    local -> stream   reads the local socket, sends D messages; end of file becomes F
+    stream -> local   reads messages, writes D to the local socket; F becomes a shutdown for writing
+
+Both ended: the pump is done, cleanly. A reset on either side ends both at once and crosses over: R makes the local
+socket close with RST, a failure of the local socket makes an R with `LOCAL_RESET`. Each direction holds at most what
+one read gave and the other side has not taken, and reads no more until it has: the kernel's buffers do the rest. A pump
+that waits holds no memory of its own; bytes pass through the reactor's scratch buffer.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import socket
+import struct
 from collections.abc import Callable
+from typing import Final
 
-from actors.reactor import Reactor
+from actors.reactor import ERROR, HANG_UP, READ, WRITE, Reactor
+from protocol.stream_descriptor import (
+    DATA,
+    FINISH,
+    FINISH_MESSAGE,
+    MAX_DATA,
+    MAX_MESSAGE,
+    ResetCode,
+    check_message,
+    parse_reset,
+    reset_message,
+)
+
+_ROUNDS: Final = 8  # reads of one callback: about half a megabyte
+_GATHER: Final = 4 * MAX_MESSAGE  # of one write to the local socket
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class Outcome(enum.Enum):
@@ -40,12 +69,29 @@ class Pump:
     """Takes ownership of both sockets; both are closed before `on_done` is called (exactly once, from the reactor).
 
     Attributes:
-        sent: bytes taken from the local socket and given to the stream so far.
-        received: bytes taken from the stream and given to the local socket so far.
+        sent: bytes taken from the local socket for the stream so far.
+        received: bytes taken from the stream for the local socket so far.
     """
 
-    sent: int
-    received: int
+    __slots__ = (
+        "_done",
+        "_local",
+        "_local_attached",
+        "_local_events",
+        "_local_fd",
+        "_local_finished",
+        "_on_done",
+        "_reactor",
+        "_stream",
+        "_stream_attached",
+        "_stream_events",
+        "_stream_fd",
+        "_stream_finished",
+        "_to_local",
+        "_to_stream",
+        "received",
+        "sent",
+    )
 
     def __init__(
         self,
@@ -54,8 +100,287 @@ class Pump:
         stream: socket.socket,
         on_done: Callable[[PumpResult], None],
     ) -> None:
-        raise NotImplementedError
+        self.sent = 0
+        self.received = 0
+        self._reactor = reactor
+        self._local = local
+        self._stream = stream
+        self._on_done = on_done
+        self._to_stream = b""  # a message that the stream did not take yet
+        self._to_local = b""  # bytes that the local socket did not take yet
+        self._local_finished = False  # end of file was read
+        self._stream_finished = False  # F was read
+        self._done = False
+        local.setblocking(False)
+        stream.setblocking(False)
+        if local.family in (socket.AF_INET, socket.AF_INET6):
+            local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._local_fd = local.fileno()
+        self._stream_fd = stream.fileno()
+        self._local_events = READ
+        self._stream_events = READ
+        self._local_attached = True
+        self._stream_attached = True
+        reactor.register(self._local_fd, READ, self._local_ready, self._local_failed)
+        reactor.register(self._stream_fd, READ, self._stream_ready, self._stream_failed)
 
     def abort(self, code: int) -> None:
         """Reset both sides now. `on_done` is called with `Outcome.ABORTED` before this returns."""
-        raise NotImplementedError
+        self._reset(Outcome.ABORTED, code, tell_stream=True)
+
+    # ---- local -> stream
+
+    def _local_ready(self, ready: int) -> None:
+        if ready & WRITE and self._to_local:
+            self._flush_local()
+        if self._done:
+            return
+        if ready & READ:
+            if self._local_events & READ:
+                self._read_local()
+        elif ready & ERROR:
+            number = self._local.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            self._local_failed(OSError(number, "the local connection failed"))
+        elif ready & HANG_UP:
+            if self._local_events & READ:
+                self._read_local()
+            else:
+                # both directions are shut; what is unread stays readable, and there is nothing to wait for until then
+                self._detach_local()
+
+    def _read_local(self) -> None:
+        local, stream, scratch = self._local, self._stream, self._reactor.scratch
+        body = scratch[1:MAX_MESSAGE]
+        for _ in range(_ROUNDS):
+            try:
+                length = local.recv_into(body)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._local_failed(error)
+                return
+            if not length:
+                self._local_finished = True
+                self._want_local(self._local_events & ~READ)
+                self._send_stream(FINISH_MESSAGE)
+                self._check_done()
+                return
+            self.sent += length
+            scratch[0] = DATA
+            try:
+                stream.send(scratch[: length + 1])
+            except BlockingIOError:
+                self._to_stream = bytes(scratch[: length + 1])
+                self._want_local(self._local_events & ~READ)
+                self._want_stream(self._stream_events | WRITE)
+                return
+            except OSError:
+                self._stream_gone()
+                return
+            if length < MAX_DATA >> 1:
+                return  # most likely all there was
+
+    def _send_stream(self, message: bytes) -> None:
+        """Send a message, or keep it until the stream takes it. Nothing is kept yet, unless it is data before F."""
+        if self._to_stream:
+            return  # _flush_stream sends F by itself after the data
+        try:
+            self._stream.send(message)
+        except BlockingIOError:
+            self._to_stream = message
+            self._want_stream(self._stream_events | WRITE)
+        except OSError:
+            self._stream_gone()
+
+    def _flush_stream(self) -> None:
+        message = self._to_stream
+        try:
+            self._stream.send(message)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._stream_gone()
+            return
+        self._to_stream = b""
+        self._want_stream(self._stream_events & ~WRITE)
+        if not self._local_finished:
+            self._want_local(self._local_events | READ)
+        elif message[0] != FINISH:
+            self._send_stream(FINISH_MESSAGE)
+        self._check_done()
+
+    def _stream_gone(self) -> None:
+        """Sending failed: the other end is closed. Why may still be there to read."""
+        self._to_stream = b""
+        self._want_local(self._local_events & ~READ)
+        self._want_stream(self._stream_events & ~WRITE)
+        if self._stream_finished:
+            self._reset(Outcome.STREAM_LOST, ResetCode.LOST, tell_stream=False)
+        elif self._stream_events & READ:
+            self._read_stream()
+
+    # ---- stream -> local
+
+    def _stream_ready(self, ready: int) -> None:
+        if ready & WRITE and self._to_stream:
+            self._flush_stream()
+        if self._done or not ready & (READ | HANG_UP | ERROR):
+            return
+        if self._stream_finished:
+            if self._local_finished and not self._to_stream:
+                self._detach_stream()  # all was said both ways; the local socket has yet to take the last of it
+            else:
+                self._reset(Outcome.STREAM_LOST, ResetCode.LOST, tell_stream=False)
+        elif self._stream_events & READ:
+            self._read_stream()
+        elif ready & HANG_UP:
+            # what is left in it is read when the local socket has taken what it was given
+            self._detach_stream()
+
+    def _read_stream(self) -> None:
+        """Take messages until there are no more or one write's worth; write their data in one go."""
+        stream, scratch = self._stream, self._reactor.scratch
+        for _ in range(2):
+            end = 1  # data is in scratch[1:end]; a message's type byte falls on the last byte of the data before it
+            control = -1
+            while end < _GATHER:
+                saved = scratch[end - 1]
+                try:
+                    length = stream.recv_into(scratch[end - 1 : end + MAX_MESSAGE])
+                except BlockingIOError:
+                    break
+                except ConnectionResetError:
+                    continue  # the other end was closed with messages unread; its own are still to be read
+                kind = scratch[end - 1]
+                if kind == DATA and length > 1:
+                    scratch[end - 1] = saved
+                    end += length - 1
+                    continue
+                control = end
+                if length:
+                    check_message(kind, length)
+                message = bytes(scratch[end - 1 : end - 1 + length])
+                scratch[end - 1] = saved
+                break
+            if control > 0 and not message:
+                # whatever came before it, this is not a clean end
+                self._reset(Outcome.STREAM_LOST, ResetCode.LOST, tell_stream=False)
+                return
+            if control > 0 and message[0] != FINISH:
+                self._reset(Outcome.STREAM_RESET, parse_reset(message), tell_stream=False)
+                return
+            if end > 1 and not self._write_local(scratch[1:end]):
+                self._stream_finished = control > 0
+                return
+            if control > 0:
+                self._stream_finished = True
+                self._want_stream(self._stream_events & ~READ)
+                self._shutdown_local()
+                return
+            if end < _GATHER:
+                return
+
+    def _write_local(self, data: memoryview) -> bool:
+        """Write; keep what is not taken and stop reading the stream. Whether all was taken."""
+        self.received += len(data)
+        try:
+            taken = self._local.send(data)
+        except BlockingIOError:
+            taken = 0
+        except OSError as error:
+            self._local_failed(error)
+            return False
+        if taken == len(data):
+            return True
+        self._to_local = bytes(data[taken:])
+        self._want_stream(self._stream_events & ~READ)
+        self._want_local(self._local_events | WRITE)
+        return False
+
+    def _flush_local(self) -> None:
+        try:
+            taken = self._local.send(self._to_local)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._local_failed(error)
+            return
+        self._to_local = self._to_local[taken:]
+        if self._to_local:
+            return
+        self._want_local(self._local_events & ~WRITE)
+        if self._stream_finished:
+            self._shutdown_local()
+        else:
+            self._want_stream(self._stream_events | READ)
+
+    def _shutdown_local(self) -> None:
+        try:
+            self._local.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self._local_failed(error)
+            return
+        self._check_done()
+
+    # ---- ends
+
+    def _check_done(self) -> None:
+        if self._local_finished and self._stream_finished and not self._to_local and not self._to_stream:
+            self._finish(Outcome.FINISHED, ResetCode.NONE)
+
+    def _local_failed(self, error: Exception) -> None:
+        self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET, tell_stream=True)
+
+    def _stream_failed(self, error: Exception) -> None:
+        self._reset(Outcome.STREAM_LOST, ResetCode.LOST, tell_stream=False)
+
+    def _reset(self, outcome: Outcome, code: int, *, tell_stream: bool) -> None:
+        if self._done:
+            return
+        if tell_stream:
+            # if it is full or gone: that it closes without F says the same, less exactly
+            with contextlib.suppress(OSError):
+                self._stream.send(reset_message(code))
+        with contextlib.suppress(OSError):
+            self._local.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self._finish(outcome, code)
+
+    def _finish(self, outcome: Outcome, code: int) -> None:
+        if self._done:
+            return
+        self._done = True
+        self._to_local = self._to_stream = b""
+        self._reactor.unregister(self._local_fd)
+        self._reactor.unregister(self._stream_fd)
+        self._local.close()
+        self._stream.close()
+        self._on_done(PumpResult(outcome, code, self.sent, self.received))
+
+    # ---- what to wait for
+
+    def _want_local(self, events: int) -> None:
+        if not self._local_attached:
+            if events:
+                self._local_attached = True
+                self._reactor.register(self._local_fd, events, self._local_ready, self._local_failed)
+        elif events != self._local_events:
+            self._reactor.modify(self._local_fd, events)
+        self._local_events = events
+
+    def _want_stream(self, events: int) -> None:
+        if not self._stream_attached:
+            if events:
+                self._stream_attached = True
+                self._reactor.register(self._stream_fd, events, self._stream_ready, self._stream_failed)
+        elif events != self._stream_events:
+            self._reactor.modify(self._stream_fd, events)
+        self._stream_events = events
+
+    def _detach_local(self) -> None:
+        """Hear of no hang-up until there is something to wait for again."""
+        self._reactor.unregister(self._local_fd)
+        self._local_attached = False
+
+    def _detach_stream(self) -> None:
+        self._reactor.unregister(self._stream_fd)
+        self._stream_attached = False

@@ -1,56 +1,288 @@
-"""Synchronous callbacks on descriptors, run by one trio task."""
+"""Synchronous callbacks on descriptors, served by one trio task: the loop that carries bytes.
+
+Theory of operation. A task per stream would cost two trio wake-ups for every hop of every byte. Instead all sockets of
+the data plane of one process are in one epoll set of our own, and plain callbacks are made for what is ready.
+
+How the loop shares its thread with trio: trio's documented instrument `before_io_wait` is called when no task can run
+and trio is about to sleep. There we sleep ourselves, in our own epoll set, of which trio's epoll descriptor is a
+member: whatever would have woken trio ends our sleep, and until then a ready socket costs one system call and its
+callback, and no step of trio's scheduler. Trio is never made to wait: its deadlines bound our sleep, and a task that a
+callback made runnable, or an event in trio's own set, ends the loop after the callbacks of one round (each of which
+does a bounded amount of work).
+
+Trio does not publish its epoll descriptor. Where it cannot be had, or trio's clock is not the real one (tests with
+virtual time), a task waits for our set to become readable instead: the same behaviour, a little slower a hop.
+"""
 
 from __future__ import annotations
 
+import heapq
+import math
+import os
+import select
+from collections import deque
 from collections.abc import Callable
+from typing import Final, NoReturn
 
-READ: int = 0x001
-WRITE: int = 0x004
+import trio
+
+from protocol.errors import PeerupError
+
+READ: Final = select.EPOLLIN
+WRITE: Final = select.EPOLLOUT
+HANG_UP: Final = select.EPOLLHUP
+ERROR: Final = select.EPOLLERR
+
+SCRATCH_SIZE: Final = 512 * 1024
+"""Room to receive into; shared by all callbacks, since they run one at a time and keep nothing in it."""
+
+_MAX_EVENTS: Final = 64  # of one round, so that no round is long
+
+Ready = Callable[[int], None]
+Failed = Callable[[Exception], None]
 
 
 class Timer:
     """A call that will be made. `cancel` it at will; cancelling twice or too late does nothing."""
 
+    __slots__ = ("_due", "_function", "_order")
+
+    def __init__(self, due: float, order: int, function: Callable[[], None]) -> None:
+        self._due = due
+        self._order = order
+        self._function: Callable[[], None] | None = function
+
     def cancel(self) -> None:
         """Do not make the call."""
-        raise NotImplementedError
+        self._function = None
+
+    def __lt__(self, other: Timer) -> bool:
+        return (self._due, self._order) < (other._due, other._order)
+
+
+def _trio_epoll() -> int | None:
+    """The descriptor that trio itself sleeps on, if this trio has one and sleeps in real time."""
+    if not isinstance(trio.lowlevel.current_clock(), _real_clock()):
+        return None
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT  # see the module's docstring
+
+        descriptor: object = GLOBAL_RUN_CONTEXT.runner.io_manager._epoll.fileno()  # noqa: SLF001  # likewise
+    except (ImportError, AttributeError):
+        return None
+    return descriptor if isinstance(descriptor, int) else None
+
+
+def _real_clock() -> type:
+    from trio._core._run import SystemClock  # not public either, and as easily done without
+
+    return SystemClock
 
 
 class Reactor:
-    """One per process. All methods but `run` are called from the thread and trio run that `run` is in."""
+    """One per process. All methods are called from the thread and the trio run that `run` is in.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        raise NotImplementedError
+    `clock` gives seconds of a monotonic clock. `direct=False` forbids the shortcut that the module describes.
 
-    async def run(self) -> None:
-        """Serve until cancelled. An exception from a callback that nobody foresaw is raised from here."""
-        raise NotImplementedError
+    Attributes:
+        clock: the one given.
+        scratch: the shared room to receive into; good within one callback.
+        rounds: how often the loop has looked for ready descriptors.
+    """
 
-    def register(
-        self, fd: int, events: int, callback: Callable[[int], None], on_error: Callable[[Exception], None]
-    ) -> None:
+    def __init__(self, clock: Callable[[], float], *, direct: bool = True) -> None:
+        self.clock = clock
+        self.scratch = memoryview(bytearray(SCRATCH_SIZE))
+        self.rounds = 0
+        self._epoll = select.epoll()
+        self._handlers: dict[int, tuple[Ready, Failed]] = {}
+        self._soon: deque[Callable[[], None]] = deque()
+        self._timers: list[Timer] = []
+        self._timer_order = 0
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake, READ)
+        self._allow_direct = direct
+        self._direct = False
+        self._trio_epoll = -1
+        self._dispatching = False
+        self._failure: BaseException | None = None
+        self._failed = trio.Event()
+        self._buffers: list[memoryview] = []
+
+    # ---- what callbacks and tasks use
+
+    def register(self, fd: int, events: int, callback: Ready, on_error: Failed) -> None:
         """Call `callback(ready)` whenever one of `events` (READ | WRITE) holds, level-triggered.
 
-        A PeerupError or OSError that the callback raises goes to `on_error`, any other ends `run`.
+        HANG_UP and ERROR are always told. A PeerupError or OSError that the callback raises goes to `on_error`;
+        anything else that it raises, or that `on_error` raises, is a defect and is raised from `run`.
         """
-        raise NotImplementedError
+        self._epoll.register(fd, events)
+        self._handlers[fd] = (callback, on_error)
 
     def modify(self, fd: int, events: int) -> None:
-        """Wait for other events on a registered descriptor; 0 keeps it registered and silent (but for hang-ups)."""
-        raise NotImplementedError
+        """Wait for other events on a registered descriptor; with 0 only HANG_UP and ERROR are told."""
+        self._epoll.modify(fd, events)
 
     def unregister(self, fd: int) -> None:
         """Forget a descriptor. Do this before closing it. Unknown descriptors are ignored."""
-        raise NotImplementedError
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
 
     def call_soon(self, function: Callable[[], None]) -> None:
-        """Call it from the loop, after the callbacks that are being made."""
-        raise NotImplementedError
+        """Call it from the loop, after the callbacks of this round. Errors are raised from `run`."""
+        self._soon.append(function)
+        if not self._dispatching:
+            self._interrupt()
 
     def call_later(self, delay: float, function: Callable[[], None]) -> Timer:
-        """Call it in `delay` seconds."""
-        raise NotImplementedError
+        """Call it in `delay` seconds. Errors are raised from `run`."""
+        self._timer_order += 1
+        timer = Timer(self.clock() + delay, self._timer_order, function)
+        heapq.heappush(self._timers, timer)
+        if not self._dispatching:
+            self._interrupt()
+        return timer
+
+    def take_buffer(self, size: int) -> memoryview:
+        """A buffer of at least `size` bytes that may be kept across callbacks; give it back to be used again."""
+        if self._buffers and len(self._buffers[-1]) >= size:
+            return self._buffers.pop()
+        return memoryview(bytearray(size))
+
+    def return_buffer(self, buffer: memoryview) -> None:
+        """Give back what `take_buffer` gave."""
+        if len(self._buffers) < 4:
+            self._buffers.append(buffer)
+
+    # ---- the loop
+
+    async def run(self) -> NoReturn:
+        """Serve until cancelled.
+
+        Raises:
+            Exception: whatever a callback raised that nobody foresaw.
+        """
+        descriptor = _trio_epoll() if self._allow_direct else None
+        self._failed = trio.Event()
+        self._failure = None
+        if descriptor is None:
+            await self._run_as_task()
+        self._trio_epoll = descriptor
+        self._epoll.register(descriptor, READ)
+        self._direct = True
+        self._token = trio.lowlevel.current_trio_token()
+        instrument = _Sleeper(self)
+        trio.lowlevel.add_instrument(instrument)
+        try:
+            await self._failed.wait()
+            assert self._failure is not None
+            raise self._failure
+        finally:
+            self._direct = False
+            trio.lowlevel.remove_instrument(instrument)
+            self._epoll.unregister(descriptor)
 
     def close(self) -> None:
-        """Release the reactor's own descriptor. Registered descriptors stay their owners'."""
-        raise NotImplementedError
+        """Release the reactor's own descriptors. Registered descriptors stay their owners'."""
+        self._handlers.clear()
+        self._epoll.close()
+        os.close(self._wake)
+
+    async def _run_as_task(self) -> NoReturn:
+        while True:
+            with trio.move_on_after(self._seconds_to_timer()):
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
+            self._round(0)
+            self._raise_failure()
+            await trio.lowlevel.checkpoint()
+
+    def _has_failed(self) -> bool:
+        return self._failure is not None
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _sleep_for_trio(self, timeout: float) -> None:
+        """Serve descriptors for as long as trio would sleep. Raises nothing."""
+        if self._failure is not None:
+            return
+        deadline = self.clock() + timeout if timeout else 0.0
+        while True:
+            trio_ready = self._round(timeout)
+            if self._has_failed():
+                self._failed.set()  # makes a task runnable
+            elif not timeout or trio_ready:
+                return
+            if trio.lowlevel.current_statistics().tasks_runnable:
+                # trio has decided already how long it will sleep; this makes it look again at once
+                self._token.run_sync_soon(_nothing)
+                return
+            if timeout != math.inf:
+                timeout = deadline - self.clock()
+                if timeout <= 0:
+                    return
+
+    def _round(self, timeout: float) -> bool:
+        """Sleep until something is ready, at most `timeout` seconds; make the calls. Whether trio's set is ready."""
+        handlers = self._handlers
+        trio_ready = False
+        try:
+            timeout = 0 if self._soon else min(timeout, self._seconds_to_timer())
+            events = self._epoll.poll(None if timeout == math.inf else timeout, _MAX_EVENTS)
+            self.rounds += 1
+            self._dispatching = True
+            for fd, ready in events:
+                handler = handlers.get(fd)
+                if handler is None:
+                    if fd == self._trio_epoll:
+                        trio_ready = True
+                    elif fd == self._wake:
+                        os.eventfd_read(self._wake)
+                    continue
+                try:
+                    handler[0](ready)
+                except (PeerupError, OSError) as error:
+                    handler[1](error)
+            if self._timers:
+                self._run_timers()
+            for _ in range(len(self._soon)):
+                self._soon.popleft()()
+        except BaseException as error:  # noqa: BLE001  # raised again from `run`; trio would only log it here
+            self._failure = error
+        finally:
+            self._dispatching = False
+        return trio_ready
+
+    def _run_timers(self) -> None:
+        timers = self._timers
+        now = self.clock()
+        while timers and timers[0]._due <= now:  # noqa: SLF001  # Timer is this module's own
+            function = heapq.heappop(timers)._function  # noqa: SLF001  # likewise
+            if function is not None:
+                function()
+
+    def _seconds_to_timer(self) -> float:
+        timers = self._timers
+        while timers and timers[0]._function is None:  # noqa: SLF001  # likewise
+            heapq.heappop(timers)
+        return max(0.0, timers[0]._due - self.clock()) if timers else math.inf  # noqa: SLF001  # likewise
+
+    def _interrupt(self) -> None:
+        """Make a loop that runs as a task look at timers and calls. A direct one looks before each sleep."""
+        if not self._direct:
+            os.eventfd_write(self._wake, 1)
+
+
+class _Sleeper(trio.abc.Instrument):
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Trio is about to sleep."""
+        self._reactor._sleep_for_trio(timeout)  # noqa: SLF001  # part of the reactor
+
+
+def _nothing() -> None:
+    pass

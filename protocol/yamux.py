@@ -31,7 +31,7 @@ import dataclasses
 import enum
 import struct
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from protocol.errors import LimitExceededError, ProtocolError
 from protocol.stream_descriptor import ResetCode
@@ -175,7 +175,7 @@ class Stream:
         self.flags = ACK if inbound else SYN  # to travel with the next frame of this stream
         self.refilled_at = now
         self.stalled = False  # the reader fell behind since the window was last refilled
-        self.owner: object = None
+        self.owner: Any = None
 
     def __repr__(self) -> str:
         return f"<Stream {self.id}{' inbound' if self.inbound else ''}{' closed' if self.closed else ''}>"

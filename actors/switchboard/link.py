@@ -1,81 +1,86 @@
-"""A link: one secured, multiplexed connection to a peer, on a reactor."""
+"""A link: one secured, multiplexed connection to a peer, on a reactor.
+
+Theory of operation. A link owns a non-blocking TCP socket whose Noise handshake is done, and runs yamux over it:
+
+    socket -> scratch buffer -> decrypt in place -> yamux -> channels        (as the socket becomes readable)
+    channels -> a buffer, laid out as frames -> encrypt in place -> socket   (once a round of the reactor)
+
+A byte is copied by the kernel only, and within user space only when somebody does not keep up.
+
+Sending. Channels that have something to send stand in a queue. Once a round the link goes round that queue, one
+message of each at a time, until about four Noise messages are full; small frames of several streams share one Noise
+message, and all go out with one `send`. What the socket does not take is kept with its buffer, and nothing more is read
+from any descriptor until it has gone. A stream whose window is used up leaves the queue until the peer grants more.
+
+The life of a link: alive, until one of the ends of :class:`LinkEnd`; then it resets what is open, closes its socket and
+tells `on_end` from the loop. There is no state in between.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
+from collections import deque
 from collections.abc import Callable
+from typing import Final
 
-from actors.reactor import Reactor
-from protocol.errors import PeerupError
-from protocol.noise import CipherState
-from protocol.yamux import Role
+from actors.reactor import READ, WRITE, Reactor, Timer
+from actors.switchboard.channel import Channel, LinkClosedError
+from protocol import yamux
+from protocol.errors import PeerupError, ProtocolError
+from protocol.noise import MAX_PLAINTEXT, TAG_LENGTH, CipherState, NoiseError
+from protocol.stream_descriptor import ResetCode
+from protocol.yamux import GoAwayCode, Role
 
+__all__ = ["Channel", "Link", "LinkClosedError", "LinkEnd"]
 
-class LinkClosedError(PeerupError):
-    """The link is closed or closing: no stream can be opened on it."""
+KEEPALIVE_INTERVAL: Final = 15.0
+"""Seconds between pings: shorter than the 30 s after which the least patient NATs forget a TCP connection."""
 
-    code = "link-closed"
+KEEPALIVE_TIMEOUT: Final = 20.0
+"""Seconds of silence after a ping that end the link: a few retransmissions of TCP, no longer than a person waits."""
+
+SEND_TIMEOUT: Final = 60.0
+"""Seconds in which the socket must take something while something waits: a peer may be slow, but not for ever."""
+
+_PREFIX: Final = 2  # length of a Noise message
+_HEADER: Final = yamux.HEADER_LENGTH
+_FULL: Final = _PREFIX + MAX_PLAINTEXT  # where a message must end that begins at 0
+_FRAME: Final = _PREFIX + MAX_PLAINTEXT + TAG_LENGTH
+_BATCH: Final = 4 * _FRAME  # of one send
+_SEND_BUFFER: Final = _BATCH + 2 * _FRAME  # a message is read before it is known how long it is
+_RECEIVE: Final = 4 * _FRAME  # of one recv
+_SEND_ROUNDS: Final = 4  # batches of one round of the reactor
+_RECEIVE_ROUNDS: Final = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class LinkEnd:
-    """Why a link ended: a stable `code` (`local-close`, `remote-close`, `keepalive-timeout`, `protocol-error`, ...)."""
+    """Why a link ended.
+
+    Attributes:
+        code: `remote-close`, `remote-go-away`, `connection-lost`, `keepalive-timeout`, `send-timeout`, the code of a
+            protocol error of the peer's, or what `close` or `abort` was given.
+        reason: the same in words.
+    """
 
     code: str
     reason: str
 
 
-class Channel:
-    """One stream, used in memory by the switchboard itself, or handed over as a descriptor.
-
-    Callbacks are plain attributes; set them before returning to the reactor:
-    `on_data(bytes)`, `on_finish()` (the peer will send no more), `on_reset(code)` (over, whoever did it but you).
-
-    Attributes:
-        id: the yamux stream id.
-        inbound: the peer opened it.
-    """
-
-    id: int
-    inbound: bool
-    on_data: Callable[[bytes], None]
-    on_finish: Callable[[], None]
-    on_reset: Callable[[int], None]
-
-    def send(self, data: bytes) -> None:
-        """Send; what the peer's window does not admit is queued, at most 1 MiB (then LimitExceededError)."""
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        """Half-close: nothing more will be sent, after what is queued."""
-        raise NotImplementedError
-
-    def reset(self, code: int) -> None:
-        """End the stream both ways at once."""
-        raise NotImplementedError
-
-    def hand_over(self, unread: bytes = b"") -> socket.socket:
-        """Attach the stream to a new socket pair and return the other end, non-blocking, for somebody else.
-
-        `unread` (bytes that came with the negotiation and belong to the application) are delivered first. From now on no
-        callback but `on_closed` is made.
-        """
-        raise NotImplementedError
-
-
 class Link:
-    """Takes over a connected non-blocking TCP socket after the Noise handshake and muxer negotiation.
+    """Takes over a connected TCP socket after the Noise handshake and muxer negotiation, in both roles alike.
+
+    `received` is ciphertext that came in with the last handshake message. `on_stream` is called for each stream
+    that the peer opens; `on_end` once, from the loop, when the link is gone and its socket closed.
 
     Attributes:
-        sent, received: bytes on the wire (since the link was made).
+        reactor, session: what its channels work with.
+        sent, received: bytes on the wire since the link was made.
         rtt: seconds, smoothed; None until measured.
-        streams: open streams, both directions.
+        end: why the link ended; None while it lives.
     """
-
-    sent: int
-    received: int
-    rtt: float | None
 
     def __init__(
         self,
@@ -88,28 +93,351 @@ class Link:
         received: bytes,
         on_stream: Callable[[Channel], None],
         on_end: Callable[[LinkEnd], None],
+        limits: yamux.Limits = yamux.DEFAULT_LIMITS,
     ) -> None:
-        """`received`: ciphertext that came in with the last handshake message."""
-        raise NotImplementedError
+        now = reactor.clock()
+        self.reactor = reactor
+        self.session = yamux.Session(role, self, now=now, limits=limits)
+        self.sent = 0
+        self.received = len(received)
+        self.rtt: float | None = None
+        self.end: LinkEnd | None = None
+        self._clock = reactor.clock
+        self._socket = sock
+        self._fd = sock.fileno()
+        self._send_cipher = send_cipher
+        self._receive_cipher = receive_cipher
+        self._tail = received  # the beginning of a Noise message
+        self._on_stream = on_stream
+        self._on_end = on_end
+        self._queue: deque[Channel] = deque()
+        self._flush_planned = False
+        self._unsent: memoryview | None = None  # sealed, not taken by the socket yet; within `_unsent_buffer`
+        self._unsent_buffer: memoryview | None = None
+        self._now = now  # when the last bytes came
+        self._progress_at = now  # when the socket last took something
+        self._ping_value = 0
+        self._ping_at: float | None = None
+        sock.setblocking(False)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        reactor.register(self._fd, READ, self._socket_ready, self._failed)
+        self._timer: Timer = reactor.call_later(KEEPALIVE_INTERVAL, self._tick)
+        self._ping()
+        if received:
+            reactor.call_soon(self._open_first)
+
+    def __repr__(self) -> str:
+        return f"<Link {self._fd}{'' if self.end is None else ' ' + self.end.code}>"
+
+    # ---- what others use
 
     @property
     def streams(self) -> int:
         """Open streams, both directions."""
-        raise NotImplementedError
+        return self.session.streams
 
     def open_stream(self) -> Channel:
         """Open a stream; usable at once.
 
         Raises:
-            LinkClosedError: closed, closing, or the peer said go away.
+            LinkClosedError: closed, or one side said go away.
             LimitExceededError: too many streams, or too many not yet acknowledged.
         """
-        raise NotImplementedError
+        if self.end is not None:
+            raise LinkClosedError(f"the connection is closed: {self.end.reason}")
+        try:
+            stream = self.session.open(self._clock())
+        except yamux.GoneAwayError as error:
+            raise LinkClosedError(str(error)) from error
+        stream.owner = channel = Channel(self, stream)
+        self.plan_flush()
+        return channel
 
-    def close(self, reason: str = "local-close") -> None:
-        """Say go away, reset what is open, send what is queued within a bound, close the socket. `on_end` follows."""
-        raise NotImplementedError
+    def close(self, code: str = "local-close", reason: str = "closed by this node") -> None:
+        """Say go away, reset what is open, close the socket. `on_end` follows from the loop. Twice is once."""
+        self._finish(LinkEnd(code, reason), ResetCode.SHUTDOWN, GoAwayCode.NORMAL)
 
-    def abort(self) -> None:
-        """Close the socket now, without a word to the peer."""
-        raise NotImplementedError
+    def abort(self, code: str = "local-abort", reason: str = "cut off by this node") -> None:
+        """Close the socket now, without a word to the peer. `on_end` follows from the loop. Twice is once."""
+        self._finish(LinkEnd(code, reason), ResetCode.CONNECTION_LOST, None)
+
+    def enqueue(self, channel: Channel) -> None:
+        """The channel may have something to send."""
+        if not channel.queued and self.end is None:
+            channel.queued = True
+            self._queue.append(channel)
+            if not self._flush_planned:
+                self.plan_flush()
+
+    def plan_flush(self) -> None:
+        """Something waits to be sent: do it at the end of this round."""
+        if not self._flush_planned and self._unsent is None and self.end is None:
+            self._flush_planned = True
+            self.reactor.call_soon(self._flush)
+
+    # ---- socket -> channels
+
+    def _socket_ready(self, ready: int) -> None:
+        if ready & WRITE and self._unsent is not None:
+            self._send_unsent()
+        if ready & ~WRITE and self.end is None:
+            self._read_socket()
+
+    def _read_socket(self) -> None:
+        scratch = self.reactor.scratch
+        for _ in range(_RECEIVE_ROUNDS):
+            tail = self._tail
+            start = len(tail)
+            if start:
+                scratch[:start] = tail
+            try:
+                length = self._socket.recv_into(scratch[start : start + _RECEIVE])
+            except BlockingIOError:
+                return
+            if not length:
+                self._finish(LinkEnd("remote-close", "the peer closed the connection"), ResetCode.CONNECTION_LOST, None)
+                return
+            self.received += length
+            self._open_messages(scratch, start + length)
+            if length < _RECEIVE or self.end is not None:
+                return
+
+    def _open_first(self) -> None:
+        """Take what came with the handshake, unless it was taken with what came after it."""
+        if self.end is None and self._tail:
+            scratch, tail = self.reactor.scratch, self._tail
+            scratch[: len(tail)] = tail
+            try:
+                self._open_messages(scratch, len(tail))
+            except (PeerupError, OSError) as error:
+                self._failed(error)
+
+    def _open_messages(self, scratch: memoryview, end: int) -> None:
+        """Decrypt the whole messages of `scratch[:end]`, then give them to yamux; keep the rest.
+
+        First all of one, then all of the other: so those who wait for the data wake once for all of it.
+        """
+        self._now = now = self._clock()
+        opened, receive = self._receive_cipher.open, self.session.receive
+        plain: list[tuple[int, int]] = []
+        failure = None
+        position = 0
+        while end - position >= _PREFIX:
+            stop = position + _PREFIX + (scratch[position] << 8 | scratch[position + 1])
+            if stop > end:
+                break
+            position += _PREFIX
+            try:
+                plain.append((position, position + opened(scratch[position:stop])))
+            except NoiseError as error:
+                failure = error  # what came before it is good
+                break
+            position = stop
+        self._tail = bytes(scratch[position:end])
+        for start, stop in plain:
+            receive(scratch, start, stop, now)
+            if self.end is not None:
+                return
+        if failure is not None:
+            raise failure
+        if self.session.has_control:
+            self.plan_flush()
+
+    # ---- channels -> socket
+
+    def _flush(self) -> None:
+        self._flush_planned = False
+        if self.end is not None or self._unsent is not None:
+            return
+        buffer = self.reactor.take_buffer(_SEND_BUFFER)
+        try:
+            for _ in range(_SEND_ROUNDS):
+                end = self._lay_out(buffer)
+                if not end:
+                    break
+                try:
+                    taken = self._socket.send(buffer[:end])
+                except BlockingIOError:
+                    taken = 0
+                self.sent += taken
+                if taken < end:
+                    self._unsent, self._unsent_buffer = buffer[taken:end], buffer
+                    self._progress_at = self._clock()
+                    self.reactor.modify(self._fd, READ | WRITE)
+                    return
+                if not self._queue:
+                    break
+            else:
+                self.plan_flush()
+        except (PeerupError, OSError) as error:
+            self._failed(error)
+        self.reactor.return_buffer(buffer)
+
+    def _send_unsent(self) -> None:
+        unsent = self._unsent
+        assert unsent is not None
+        try:
+            taken = self._socket.send(unsent)
+        except BlockingIOError:
+            return
+        self.sent += taken
+        self._progress_at = self._clock()
+        if taken < len(unsent):
+            self._unsent = unsent[taken:]
+            return
+        self._release_unsent()
+        self.reactor.modify(self._fd, READ)
+        if self._queue or self.session.has_control:
+            self.plan_flush()
+
+    def _release_unsent(self) -> None:
+        self._unsent = None
+        if self._unsent_buffer is not None:
+            self.reactor.return_buffer(self._unsent_buffer)
+            self._unsent_buffer = None
+
+    def _lay_out(self, buffer: memoryview) -> int:
+        """Fill `buffer` with sealed messages ready to send. Returns how many bytes they are."""
+        session, queue = self.session, self._queue
+        begin, position = self._lay_out_control(buffer, 0, _PREFIX)
+        while queue and begin < _BATCH:
+            channel = queue[0]
+            start = position + _HEADER
+            if position - begin == _PREFIX:
+                length = channel.fetch(buffer, start)
+            else:
+                # how long the frame is shows when it is read; so it is read to where it must go if it does not fit here
+                far = start + TAG_LENGTH + _PREFIX
+                length = channel.fetch(buffer, far)
+                if length > 0:
+                    if start + length <= begin + _FULL:
+                        buffer[start : start + length] = buffer[far : far + length]
+                    else:
+                        begin = self._seal(buffer, begin, position)
+                        position = begin + _PREFIX
+            if length > 0:
+                session.data_header(buffer, position, channel.stream, length)
+                position += _HEADER + length
+                if position + _HEADER >= begin + _FULL:
+                    begin = self._seal(buffer, begin, position)
+                    position = begin + _PREFIX
+                if len(queue) > 1:
+                    queue.rotate(-1)
+            elif length == 0:
+                channel.queued = False
+                queue.popleft()
+                if session.has_control:  # it finished, or was reset
+                    begin, position = self._lay_out_control(buffer, begin, position)
+        return self._seal(buffer, begin, position) if position - begin > _PREFIX else begin
+
+    def _lay_out_control(self, buffer: memoryview, begin: int, position: int) -> tuple[int, int]:
+        """Lay out all control frames (SYNs are among them, which must go before any data). The new place."""
+        session = self.session
+        while session.has_control:
+            position += session.take_control(buffer, position, begin + _FULL - position)
+            if session.has_control:
+                begin = self._seal(buffer, begin, position)
+                position = begin + _PREFIX
+        return begin, position
+
+    def _seal(self, buffer: memoryview, begin: int, end: int) -> int:
+        """Encrypt the message at `begin`, whose plaintext ends at `end`. Returns where the next one begins."""
+        start = begin + _PREFIX
+        length = self._send_cipher.seal(buffer[start : end + TAG_LENGTH], end - start)
+        buffer[begin] = length >> 8
+        buffer[begin + 1] = length & 0xFF
+        return start + length
+
+    # ---- what yamux tells
+
+    def stream_opened(self, stream: yamux.Stream) -> None:
+        """The peer opened a stream."""
+        if self.end is not None:
+            self.session.reset(stream, ResetCode.SHUTDOWN)  # `close` was called while this message is being read
+            return
+        stream.owner = channel = Channel(self, stream)
+        self._on_stream(channel)
+
+    def stream_data(self, stream: yamux.Stream, buffer: memoryview, start: int, end: int) -> None:
+        """Bytes of a stream; straight on to whoever has it."""
+        stream.owner.deliver(buffer, start, end, self._now)
+
+    def stream_finished(self, stream: yamux.Stream) -> None:
+        """The peer will send no more on this stream."""
+        stream.owner.peer_finished()
+
+    def stream_reset(self, stream: yamux.Stream, code: int) -> None:
+        """The peer ended this stream."""
+        stream.owner.over(code)
+
+    def window_opened(self, stream: yamux.Stream) -> None:
+        """More may be sent on this stream than before."""
+        stream.owner.window_opened()
+
+    def pong(self, value: int) -> None:
+        """The answer to a ping of ours."""
+        if self._ping_at is not None and value == self._ping_value:
+            sample = self._now - self._ping_at
+            self._ping_at = None
+            self.rtt = sample if self.rtt is None else 0.875 * self.rtt + 0.125 * sample
+            self.session.rtt = self.rtt
+
+    def gone_away(self, code: int) -> None:
+        """The peer takes no more streams, or ends all of them."""
+        if code != GoAwayCode.NORMAL:
+            reason = f"the peer ended the connection with code {code}"
+            self._finish(LinkEnd("remote-go-away", reason), ResetCode.CONNECTION_LOST, None)
+
+    # ---- life and death
+
+    def _ping(self) -> None:
+        self._ping_value = (self._ping_value + 1) & 0xFFFF_FFFF
+        self._ping_at = self._clock()
+        self.session.ping(self._ping_value)
+        self.plan_flush()
+
+    def _tick(self) -> None:
+        now = self._clock()
+        if self._ping_at is not None and now - max(self._ping_at, self._now) >= KEEPALIVE_TIMEOUT:
+            self._finish(LinkEnd("keepalive-timeout", "the peer is silent"), ResetCode.CONNECTION_LOST, None)
+            return
+        if self._unsent is not None and now - self._progress_at >= SEND_TIMEOUT:
+            self._finish(LinkEnd("send-timeout", "the peer takes no bytes"), ResetCode.CONNECTION_LOST, None)
+            return
+        if self._ping_at is None:
+            self._ping()
+        self._timer = self.reactor.call_later(KEEPALIVE_INTERVAL, self._tick)
+
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, ProtocolError):
+            self._finish(LinkEnd(error.code, str(error)), ResetCode.CONNECTION_LOST, GoAwayCode.PROTOCOL_ERROR)
+        elif isinstance(error, PeerupError):
+            self._finish(LinkEnd(error.code, str(error)), ResetCode.CONNECTION_LOST, GoAwayCode.INTERNAL_ERROR)
+        else:
+            self._finish(LinkEnd("connection-lost", str(error)), ResetCode.CONNECTION_LOST, None)
+
+    def _finish(self, end: LinkEnd, code: ResetCode, go_away: GoAwayCode | None) -> None:
+        if self.end is not None:
+            return
+        self.end = end
+        self._timer.cancel()
+        self._queue.clear()
+        if go_away is not None and self._unsent is None:
+            self._say_go_away(go_away)
+        self._release_unsent()
+        self.reactor.unregister(self._fd)
+        self._socket.close()
+        for stream in self.session:
+            self.session.reset(stream, code)
+            stream.owner.over(code)
+        self.reactor.call_soon(lambda: self._on_end(end))
+
+    def _say_go_away(self, code: GoAwayCode) -> None:
+        """The last words, if the socket takes them at once."""
+        buffer = self.reactor.take_buffer(_SEND_BUFFER)
+        with contextlib.suppress(OSError, PeerupError):
+            if not self.session.local_gone:
+                self.session.go_away(code)
+            self.sent += self._socket.send(buffer[: self._lay_out(buffer)])
+        self.reactor.return_buffer(buffer)

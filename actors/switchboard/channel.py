@@ -1,0 +1,462 @@
+"""A channel: one stream of a link, in memory at first, then as a descriptor that another actor has.
+
+Theory of operation. In memory (the switchboard negotiates a protocol on it, or answers pings itself) bytes come and go
+by callbacks and `send`. `hand_over` makes a socket pair, whose one end, the seam, stays here; then:
+
+    seam -> peer   The seam becomes readable: the channel stands in the link's queue; the link fetches its messages, one
+                   each time round, while the peer's window lasts; when it does not, the seam is not read, nor watched.
+    peer -> seam   The link delivers. What the seam does not take is kept, at most one window, since it is not reported
+                   to yamux as consumed before it has been taken.
+
+The seam's other end may close at any time. When it does while the seam is not being read, what is left in it is read at
+once (a kernel buffer at most), so that a reset never waits behind data that the peer may never admit.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from actors.reactor import HANG_UP, READ, WRITE, Reactor
+from protocol import yamux
+from protocol.errors import LimitExceededError, PeerupError
+from protocol.stream_descriptor import (
+    DATA,
+    FINISH_MESSAGE,
+    MAX_DATA,
+    MAX_MESSAGE,
+    RESET,
+    ResetCode,
+    parse_reset,
+    reset_message,
+)
+
+CHANNEL_QUEUE: Final = 1024 * 1024
+"""Bytes that a channel in memory may have waiting for the peer's window."""
+
+SEAM_BUFFER: Final = 1024 * 1024
+"""Bytes of kernel buffer asked for on each end of a stream descriptor; the kernel may give less."""
+
+
+class LinkClosedError(PeerupError):
+    """The link, or the stream, is closed or closing: nothing more can be done on it."""
+
+    code = "link-closed"
+
+
+class Carrier(Protocol):
+    """What a channel needs of its link."""
+
+    @property
+    def reactor(self) -> Reactor:
+        """Where the seam is registered."""
+        ...
+
+    @property
+    def session(self) -> yamux.Session:
+        """Whose stream it is."""
+        ...
+
+    def enqueue(self, channel: Channel) -> None:
+        """The channel may have something to send."""
+
+    def plan_flush(self) -> None:
+        """Something waits to be sent."""
+
+
+def _nothing() -> None:
+    pass
+
+
+class Channel:
+    """One stream. Callbacks are plain attributes, made from the reactor; set them before control returns to it.
+
+    - `on_data(data)`: bytes from the peer. They count as consumed: keep no more of them than you can bound.
+    - `on_finish()`: the peer will send no more. Unless set, the answer is to finish, too, as every protocol without
+      half-close needs it (js-libp2p counts a stream as open until then).
+    - `on_reset(code)`: the stream is over, by the peer or with the link; not called for your own `reset`.
+    - `on_closed()`: the stream has left the link and its descriptor is closed, however it ended. The last call made.
+
+    Attributes:
+        id: the yamux stream id.
+        inbound: the peer opened it.
+        sent, received: bytes of the stream's data.
+        queued: it stands in the link's queue (the link's to change).
+        stream: yamux's record of it.
+    """
+
+    __slots__ = (
+        "_attached",
+        "_closed_told",
+        "_events",
+        "_finishing",
+        "_link",
+        "_pending",
+        "_seam",
+        "_seam_fd",
+        "_unsent",
+        "_unsent_bytes",
+        "inbound",
+        "on_closed",
+        "on_data",
+        "on_finish",
+        "on_reset",
+        "queued",
+        "received",
+        "sent",
+        "stream",
+    )
+
+    on_data: Callable[[bytes], None]
+    on_finish: Callable[[], None]
+    on_reset: Callable[[int], None]
+    on_closed: Callable[[], None]
+
+    def __init__(self, link: Carrier, stream: yamux.Stream) -> None:
+        self.inbound = stream.inbound
+        self.sent = 0
+        self.received = 0
+        self.stream = stream
+        self.queued = False
+        self.on_data = lambda _: None
+        self.on_finish = self.finish
+        self.on_reset = lambda _: None
+        self.on_closed = _nothing
+        self._link = link
+        self._seam: socket.socket | None = None
+        self._seam_fd = -1
+        self._attached = False  # the reactor watches the seam
+        self._events = 0  # for what
+        self._pending: deque[bytes] = deque()  # messages that the seam did not take yet
+        self._unsent: deque[bytes] = deque()  # data that the peer's window does not admit yet
+        self._unsent_bytes = 0
+        self._finishing = False  # finish, or have finished, after `_unsent`
+        self._closed_told = False
+
+    def __repr__(self) -> str:
+        return f"<Channel {self.stream.id} of {self._link!r}>"
+
+    @property
+    def id(self) -> int:
+        """The yamux stream id."""
+        return self.stream.id
+
+    @property
+    def closed(self) -> bool:
+        """Both directions are finished, or it was reset."""
+        return self.stream.closed
+
+    # ---- used in memory
+
+    def send(self, data: bytes) -> None:
+        """Send; what the peer's window does not admit yet is queued.
+
+        Raises:
+            LimitExceededError: more than 1 MiB would be queued.
+            LinkClosedError: the stream is finished, reset, or handed over.
+        """
+        if self.stream.closed or self._finishing or self._seam is not None:
+            raise LinkClosedError("nothing can be sent on this stream any more")
+        if self._unsent_bytes + len(data) > CHANNEL_QUEUE:
+            raise LimitExceededError("the peer does not read what is sent to it")
+        for start in range(0, len(data), MAX_DATA):
+            self._unsent.append(data[start : start + MAX_DATA])
+        self._unsent_bytes += len(data)
+        self._link.enqueue(self)
+
+    def finish(self) -> None:
+        """Half-close: nothing more will be sent, after what is queued. Twice is once."""
+        if not self._finishing and not self.stream.closed:
+            self._finishing = True
+            self._link.enqueue(self)
+
+    def reset(self, code: int) -> None:
+        """End the stream both ways at once. Whoever has the descriptor, if it was handed over, is told the code."""
+        if not self.stream.closed:
+            self._link.session.reset(self.stream, code)
+            self._link.plan_flush()
+        self._drop(code)
+
+    def hand_over(self, unread: bytes = b"") -> socket.socket:
+        """Attach the stream to a new socket pair and return the other end, non-blocking, for somebody else.
+
+        `unread` (bytes that came with the negotiation and belong to the application) are delivered first. From now on
+        no callback but `on_closed` is made.
+
+        Raises:
+            LinkClosedError: the stream is closed or finished.
+            OSError: no descriptors are left.
+        """
+        if self.stream.closed or self._finishing or self._seam is not None:
+            raise LinkClosedError("the stream cannot be handed over any more")
+        seam, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        for end in (seam, other):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEAM_BUFFER)
+        self._seam = seam
+        self._seam_fd = seam.fileno()
+        self._events = READ
+        for start in range(0, len(unread), MAX_DATA):
+            self._tell(b"D" + unread[start : start + MAX_DATA])
+        if self.stream.remote_finished:
+            self._tell(FINISH_MESSAGE)
+        self._attached = True
+        self._link.reactor.register(self._seam_fd, self._events, self._seam_ready, self._seam_failed)
+        self._link.session.acknowledge(self.stream)
+        self._link.plan_flush()
+        return other
+
+    # ---- seam -> peer, called by the link
+
+    def fetch(self, buffer: memoryview, start: int) -> int:
+        """Move one message's worth of data for the peer to `buffer[start:]`, no more than its window.
+
+        Returns the length; 0 when there is nothing to send or it may not be sent (leave the queue), -1 when it is worth
+        asking again. `buffer[start - 1]` and what is after the data, as far as a message reaches, are overwritten.
+        """
+        stream = self.stream
+        window = stream.send_window
+        if self._unsent and not stream.closed:
+            if not window:
+                return 0
+            return self._fetch_unsent(buffer, start, window)
+        if self._finishing:
+            if not stream.local_finished and not stream.closed:
+                self._link.session.finish(stream)
+                self._check_closed()
+            return 0
+        seam = self._seam
+        if seam is None or stream.closed:
+            return 0
+        if not window:
+            self._want(self._events & ~READ)
+            return 0
+        try:
+            length = seam.recv_into(buffer[start - 1 : start + MAX_MESSAGE])
+        except BlockingIOError:
+            self._want(self._events | READ)
+            return 0
+        except ConnectionResetError:
+            return -1  # the other end was closed with messages unread; its own are still to be read
+        except OSError:
+            self.reset(ResetCode.LOST)
+            return 0
+        if length < 2 or buffer[start - 1] != DATA:
+            self._take_control(bytes(buffer[start - 1 : start - 1 + length]))
+            return 0
+        length -= 1
+        if length > MAX_DATA:
+            self.reset(ResetCode.PROTOCOL_VIOLATION)
+            return 0
+        if length > window:
+            rest = bytes(buffer[start + window : start + length])
+            self._unsent.append(rest)
+            self._unsent_bytes += len(rest)
+            length = window
+        self.sent += length
+        return length
+
+    def _fetch_unsent(self, buffer: memoryview, start: int, window: int) -> int:
+        data = self._unsent.popleft()
+        if len(data) > window:
+            self._unsent.appendleft(data[window:])
+            data = data[:window]
+        length = len(data)
+        self._unsent_bytes -= length
+        buffer[start : start + length] = data
+        self.sent += length
+        return length
+
+    def window_opened(self) -> None:
+        """More may be sent than before."""
+        if self._unsent or self._seam is not None:
+            self._link.enqueue(self)
+
+    def _take_control(self, message: bytes) -> None:
+        """F, R, the end of the seam, or nonsense."""
+        if message == FINISH_MESSAGE:
+            self._finishing = True
+            self._want(self._events & ~READ)
+            self._link.session.finish(self.stream)
+            self._check_closed()
+        else:
+            self.reset(self._code_of(message))
+
+    @staticmethod
+    def _code_of(message: bytes) -> int:
+        """Why a stream ends that ends with this message."""
+        if not message:
+            return ResetCode.LOST
+        return parse_reset(message) if message[0] == RESET and len(message) == 5 else ResetCode.PROTOCOL_VIOLATION
+
+    # ---- peer -> seam, called by the link
+
+    def deliver(self, buffer: memoryview, start: int, end: int, now: float) -> None:
+        """`buffer[start:end]` came from the peer. `buffer[start - 1]` is overwritten."""
+        self.received += end - start
+        if self._seam is None:
+            self._link.session.consumed(self.stream, end - start, now)
+            self.on_data(bytes(buffer[start:end]))
+            return
+        while end - start > MAX_DATA:
+            self._deliver_message(buffer, start, start + MAX_DATA, now)
+            start += MAX_DATA
+        self._deliver_message(buffer, start, end, now)
+
+    def _deliver_message(self, buffer: memoryview, start: int, end: int, now: float) -> None:
+        seam = self._seam
+        if seam is None:
+            return  # it was lost a moment ago
+        buffer[start - 1] = DATA
+        if not self._pending:
+            try:
+                seam.send(buffer[start - 1 : end])
+            except BlockingIOError:
+                self._want(self._events | WRITE)
+            except OSError:
+                self._other_end_closed()
+                return
+            else:
+                self._link.session.consumed(self.stream, end - start, now)
+                return
+        self._pending.append(bytes(buffer[start - 1 : end]))
+
+    def peer_finished(self) -> None:
+        """The peer will send no more."""
+        if self._seam is None:
+            self.on_finish()
+        else:
+            self._tell(FINISH_MESSAGE)
+        self._check_closed()
+
+    def over(self, code: int) -> None:
+        """The peer reset the stream, or the link is gone."""
+        handed_over = self._seam is not None
+        self._drop(code)
+        if not handed_over:
+            self.on_reset(code)
+
+    # ---- the seam
+
+    def _seam_ready(self, ready: int) -> None:
+        if ready & WRITE and self._pending:
+            self._flush_pending()
+            if self._seam is None:
+                return
+        if not ready & ~WRITE:
+            return
+        if self.stream.closed:
+            if ready & HANG_UP:
+                self._close_seam()  # nobody is left to take what is pending
+        elif self._events & READ and not self.queued:
+            self._link.enqueue(self)
+        elif ready & HANG_UP:
+            self._other_end_closed()
+        else:
+            # it waits for its turn: do not tell again
+            self._want(self._events & ~READ)
+
+    def _seam_failed(self, error: Exception) -> None:
+        self.reset(ResetCode.LOST if isinstance(error, OSError) else ResetCode.PROTOCOL_VIOLATION)
+
+    def _other_end_closed(self) -> None:
+        """Read what is left in the seam, whatever the peer's window, to learn how it ended."""
+        seam, stream = self._seam, self.stream
+        assert seam is not None
+        message = b""
+        while not self._finishing:
+            try:
+                message = seam.recv(MAX_MESSAGE + 1)
+            except ConnectionResetError:
+                continue
+            except OSError:
+                message = b""
+            if len(message) < 2 or message[0] != DATA:
+                break
+            self._unsent.append(message[1:])
+            self._unsent_bytes += len(message) - 1
+        if message == FINISH_MESSAGE and stream.remote_finished and not self._pending:
+            # both directions ended well; only what it sent last has yet to go to the peer
+            self._finishing = True
+            self._close_seam()
+            self._link.enqueue(self)
+        else:
+            # there is nobody left to hear what the peer may still say
+            self.reset(ResetCode.LOST if message == FINISH_MESSAGE else self._code_of(message))
+
+    def _flush_pending(self) -> None:
+        seam, pending, stream, session = self._seam, self._pending, self.stream, self._link.session
+        assert seam is not None
+        now = self._link.reactor.clock()
+        try:
+            while pending:
+                seam.send(pending[0])
+                message = pending.popleft()
+                if message[0] == DATA:
+                    session.consumed(stream, len(message) - 1, now, behind=True)
+        except BlockingIOError:
+            pass
+        except OSError:
+            pending.clear()
+            if stream.closed:
+                self._close_seam()
+            else:
+                self._other_end_closed()
+            return
+        if session.has_control:
+            self._link.plan_flush()
+        if not pending:
+            self._want(self._events & ~WRITE)
+            self._check_closed()
+
+    def _tell(self, message: bytes) -> None:
+        """Send a message to the seam's other end, now or when it takes it."""
+        seam = self._seam
+        assert seam is not None
+        if not self._pending:
+            try:
+                seam.send(message)
+            except BlockingIOError:
+                self._want(self._events | WRITE)
+            except OSError:
+                return  # the reactor tells that it has hung up
+            else:
+                return
+        self._pending.append(message)
+
+    def _drop(self, code: int) -> None:
+        """The stream is over: forget what waits, tell the other end of the seam, close."""
+        self._pending.clear()
+        self._unsent.clear()
+        self._unsent_bytes = 0
+        if self._seam is not None:
+            self._tell(reset_message(code))
+        self._check_closed()
+
+    def _check_closed(self) -> None:
+        if self.stream.closed and not self._pending:
+            self._close_seam()
+            self._tell_closed()
+
+    def _close_seam(self) -> None:
+        seam, self._seam = self._seam, None
+        if seam is not None:
+            self._pending.clear()
+            if self._attached:
+                self._attached = False
+                self._link.reactor.unregister(self._seam_fd)
+            seam.close()
+        if self.stream.closed:
+            self._tell_closed()
+
+    def _tell_closed(self) -> None:
+        if not self._closed_told:
+            self._closed_told = True
+            self.on_closed()
+
+    def _want(self, events: int) -> None:
+        if events != self._events:
+            self._events = events
+            if self._attached:
+                self._link.reactor.modify(self._seam_fd, events)
