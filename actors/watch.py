@@ -45,7 +45,8 @@ async def _watch_directories(
     path: Path, directories: list[Path], watched: list[tuple[int, int] | None], changed: Callable[[], Awaitable[None]]
 ) -> bool:
     """Return True when the file is in other directories now, False when the kernel does not let us watch."""
-    stop = trio.Event()
+    stop, gone = trio.Event(), trio.Event()
+    own = {str(directory) for directory in directories}
     names = {path.name, _target(path).name, *(directory.name for directory in directories)}
     wake, woken = trio.open_memory_channel[None](1)
 
@@ -69,7 +70,9 @@ async def _watch_directories(
         # RuntimeError is the base of the watcher's own error; both tell that a watch could not be set up or read.
         with wake, contextlib.suppress(OSError, RuntimeError):
             async with contextlib.aclosing(changes):
-                async for _ in changes:
+                async for seen in changes:
+                    if any(name in own and change is watchfiles.Change.deleted for change, name in seen):
+                        gone.set()  # one made anew may even have the same inode, but is not watched
                     with contextlib.suppress(trio.WouldBlock):  # a look is due already
                         wake.send_nowait(None)
 
@@ -86,7 +89,9 @@ async def _watch_directories(
             except trio.EndOfChannel:
                 break
             await changed()
-            in_place = _directories(path) == directories and list(map(_identity, directories)) == watched
+            in_place = (
+                not gone.is_set() and _directories(path) == directories and list(map(_identity, directories)) == watched
+            )
         nursery.cancel_scope.cancel()
     return not in_place
 
