@@ -112,6 +112,16 @@ def test_a_second_signal_does_not_wait(path: str, start: Start) -> None:
     assert left_in(path) == []
 
 
+def test_a_child_that_is_still_starting_stops_at_once(path: str, start: Start) -> None:
+    service = start(spec(toy("a")))
+    service.visitor.exchange.ask("root", StartChild(toy("slow", start_delay=30.0)), timeout=30, answer=lambda _: None)
+    wait_until(lambda: service.visitor.directory.read("slow"), within=5, what="it is being started")
+    before = time.monotonic()
+    assert service.stop() == 0
+    assert time.monotonic() - before < 3
+    assert left_in(path) == []
+
+
 def test_unknown_names_and_watched_ends(start: Start) -> None:
     service = start(spec(toy("a"), toy("b")))
     with pytest.raises(NoSuchActorError):
@@ -290,6 +300,16 @@ def test_everything_is_rebuilt_when_admin_or_root_dies(start: Start, victim: str
     assert again.incarnation > incarnation
     assert not [pid for pid in old if read_process(pid) is not None]
     assert len(tree(service.pid)) == 8
+
+
+def test_everything_is_rebuilt_when_the_root_stands_still(start: Start) -> None:
+    service = start(spec(toy("a")))
+    root, pid = service.entry_pid("root"), service.echo("a").pid
+    service.leave()
+    os.kill(root, signal.SIGSTOP)
+    service.wait_ready(2)
+    assert service.echo("a").pid != pid
+    assert read_process(root) is None
 
 
 def test_nothing_survives_the_main_process(path: str, start: Start) -> None:
