@@ -101,6 +101,7 @@ def run(
         log=log,
         on_ready=ready,
         on_stopping=lambda: notify("STOPPING=1"),
+        on_alive=lambda: notify("WATCHDOG=1"),
     )
     service.run()
     with contextlib.suppress(OSError):

@@ -6,7 +6,8 @@ those pages), starts Thespian's admin and has it start the root supervisor. It t
     a signal               SIGTERM, SIGINT: the root stops its children in reverse order; a second one: at once
     the end of the admin   by pidfd: everything left is killed and the tree is built anew
     the end of the root    the same; if it had given up before it was ever ready, the service ends with its reason
-    messages to `main`     the root's Ready and LastWords
+    messages to `main`     the root's Ready and LastWords, faults for the root
+    the root's heartbeat   one ping at a time; without an answer the root is taken for hung, and its end follows
 
 All actors are in the admin's process group and die with their parents, and orphans become this process's
 children, so at the end it can make sure that nothing is left.
@@ -34,9 +35,21 @@ from thespian.actors import ActorSystem, ActorSystemException
 
 from protocol.errors import PeerupError
 from protocol.messages import Envelope
-from protocol.messages.system import LastWords, Ready, Stop, SupervisorSpec
+from protocol.messages.system import (
+    Hang,
+    InjectProcessFault,
+    LastWords,
+    Ok,
+    Ping,
+    Pong,
+    ProcessFault,
+    Ready,
+    Stop,
+    SupervisorSpec,
+)
 from supervisor import linux, thespian_base
 from supervisor.boot import ROOT, SERVICE, Boot, LogSettings
+from supervisor.errors import AskError, DeadlineExceededError, RefusedError
 from supervisor.exchange import Exchange
 from supervisor.logging import LogControl
 from supervisor.port import NameState
@@ -51,6 +64,15 @@ ADMIN_DEADLINE = 3.0
 
 LOCK_PATIENCE = 2.0
 """Seconds to wait for the processes of a killed predecessor to be gone; they take milliseconds."""
+
+HEARTBEAT = 1.0
+"""Seconds between the answer to one ping of the root and the next."""
+
+HEARTBEAT_DEADLINE = 3.0
+"""Seconds without an answer after which the root counts as hung: it only ever forks, which takes milliseconds."""
+
+LATENESS = 0.5
+"""Seconds by which the end of that deadline may be noticed late before it is this process that did not run."""
 
 REBUILDS = 5
 """So many rebuilds within REBUILD_WINDOW seconds are borne; after one more the service ends."""
@@ -112,6 +134,7 @@ class Service:
         factories: prefixes of the modules whose classes may be actors.
         on_ready: called each time the whole tree is ready (again).
         on_stopping: called when an ordered stop begins.
+        on_alive: called after each answered heartbeat of the root, about once a second.
     """
 
     def __init__(
@@ -125,6 +148,7 @@ class Service:
         factories: tuple[str, ...] = ("actors.", "supervisor."),
         on_ready: Callable[[], None] | None = None,
         on_stopping: Callable[[], None] | None = None,
+        on_alive: Callable[[], None] | None = None,
     ) -> None:
         self._path = run_directory
         self._root = root
@@ -134,6 +158,7 @@ class Service:
         self._factories = factories
         self._on_ready = on_ready
         self._on_stopping = on_stopping
+        self._on_alive = on_alive
         self._signals: list[int] = []
         self._wakeup = -1
         self._log: LogControl | None = None
@@ -240,6 +265,7 @@ class Service:
         )
         exchange.on(Ready, functools.partial(self._root_ready, tree))
         exchange.on(LastWords, functools.partial(self._root_failed, tree))
+        exchange.on(InjectProcessFault, functools.partial(self._inject, tree))
         wire.name = SERVICE
         wire.receiver = exchange
         transport.timers = exchange
@@ -261,6 +287,47 @@ class Service:
         tree.ready = True
         if first and self._on_ready is not None:
             self._on_ready()
+        if first:
+            self._ping_root(tree)
+
+    def _ping_root(self, tree: _Tree) -> None:
+        if tree.stopping or tree.exchange is None:
+            return
+        due = time.monotonic() + HEARTBEAT_DEADLINE
+        answered = functools.partial(self._root_answered, tree, due)
+        try:
+            tree.exchange.ask(ROOT, Ping(), timeout=HEARTBEAT_DEADLINE, answer=answered)
+        except AskError as error:
+            answered(error)
+
+    def _root_answered(self, tree: _Tree, due: float, answer: object) -> None:
+        if tree.stopping or tree.exchange is None:
+            return
+        # Where we ourselves did not run (stopped, or starved) the answer may be there and only not be read yet.
+        if isinstance(answer, DeadlineExceededError) and time.monotonic() < due + LATENESS:
+            _lose(f"the root supervisor did not answer its heartbeat for {HEARTBEAT_DEADLINE:g} s")
+        if isinstance(answer, Pong) and self._on_alive is not None:
+            self._on_alive()
+        tree.exchange.call_at(time.monotonic() + HEARTBEAT, functools.partial(self._ping_root, tree))
+
+    def _inject(self, tree: _Tree, message: InjectProcessFault, envelope: Envelope) -> None:
+        """A fault for the root, which nobody else supervises."""
+        assert tree.exchange is not None
+        if not self._allow_faults:
+            refusal = RefusedError(
+                "faults-not-allowed", "this node does not take faults", "start it with faults allowed"
+            )
+            tree.exchange.refuse(envelope, refusal)
+        elif message.name != ROOT:
+            tree.exchange.refuse(envelope, RefusedError("no-such-actor", f"{SERVICE} supervises {ROOT} alone"))
+        elif message.fault is ProcessFault.HANG:
+            tree.exchange.answer(envelope, Ok())
+            tree.exchange.tell(ROOT, Hang())
+        else:
+            tree.exchange.answer(envelope, Ok())
+            number = signal.SIGKILL if message.fault is ProcessFault.KILL else signal.SIGSTOP
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(tree.root_pidfd, number)
 
     def _root_failed(self, tree: _Tree, message: LastWords, envelope: Envelope) -> None:
         if envelope.sender == ROOT:

@@ -24,6 +24,9 @@ R = TypeVar("R", bound=Message)
 ROOT = "root"
 """The registered name of the supervisor on top of the tree."""
 
+SERVICE = "main"
+"""The registered name of the service that runs the root."""
+
 ANSWER_DEADLINE = 3.0
 """Seconds that one actor gets to answer a question of ours: a healthy one needs less than a millisecond, a restart
 well under a second; whoever waits at the command line should not wait longer for one that hangs."""

@@ -331,13 +331,14 @@ def succeeds(listen: str) -> bool:
         return False
 
 
-def test_the_death_of_the_root_and_of_the_whole_tree_is_survived(pair):
+@pytest.mark.parametrize("fault", ["kill", "stop", "hang"])
+def test_the_loss_of_the_root_and_with_it_of_the_whole_tree_is_survived(pair, fault):
     laptop, home = pair
     with web_server() as port:
         home.run("service", "add", "web", f"127.0.0.1:{port}")
         listen = laptop.json("proxy", "home", "web", "0")["listen"]
         root = laptop.actors()["root"]["pid"]
-        os.kill(root, signal.SIGKILL)
+        assert laptop.json("fault", fault, "root")["pid"] == root
         wait_for(lambda: again(laptop, "api", -1) and laptop.actors()["root"]["pid"] != root, "a new tree")
         wait_for(lambda: succeeds(listen), "the same proxy at the same port")
 
@@ -502,8 +503,9 @@ def test_the_daemon_tells_systemd_and_a_descriptor(node, tmp_path):
         assert "READY=1" in systemd.recv(1000).decode().splitlines()
         assert os.read(read, 100) == b"ready\n"
         os.close(read)
+        assert systemd.recv(1000) == b"WATCHDOG=1"
         daemon.send_signal(signal.SIGTERM)
-        assert "STOPPING=1" in systemd.recv(1000).decode().splitlines()
+        wait_for(lambda: systemd.recv(1000) == b"STOPPING=1", "STOPPING=1")
         assert daemon.wait(STOP_SECONDS) == 0
     for line in one.log.read_text().splitlines():
         assert json.loads(line)

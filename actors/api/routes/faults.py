@@ -8,7 +8,7 @@ DELETE /v1/faults[/{id}]         end all, or one
 
 from __future__ import annotations
 
-from actors.api.node import ROOT, Node
+from actors.api.node import ROOT, SERVICE, Node
 from actors.api.present import plain
 from actors.api.routing import Answer, Call, Routes, data_response, data_then
 from protocol.messages import Data
@@ -53,7 +53,7 @@ async def process_fault(node: Node, call: Call) -> Answer:
 
         async def act() -> None:
             try:
-                await node.context.ask(ROOT, request, timeout=FAULT_DEADLINE)
+                await node.context.ask(SERVICE if name == ROOT else ROOT, request, timeout=FAULT_DEADLINE)
             except AskError as error:
                 node.context.log.warning("the {} of {} failed: {}", fault.value, name, error)
 
