@@ -344,6 +344,9 @@ class CellContext:
         """Return as soon as an actor of this name is ready."""
         ready = trio.Event()
         take_back = self._exchange.when_ready(name, ready.set)
+        if ready.is_set():
+            await trio.lowlevel.checkpoint()
+            return
         try:
             with trio.fail_after(timeout):
                 await ready.wait()
@@ -383,7 +386,7 @@ def failure_text(error: BaseException) -> tuple[str, str]:
     code = leaf.code if isinstance(leaf, PeerupError) else UNFORESEEN
     frames = traceback.extract_tb(leaf.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-    said = " ".join(str(leaf).split())
+    said = "".join(char if char.isprintable() else "?" for char in " ".join(str(leaf).split()))
     if isinstance(leaf, PeerupError):
         return code, said[:_FAILURE_LENGTH] or type(leaf).__name__
     return code, f"{type(leaf).__name__}: {said[:_FAILURE_LENGTH]}{place}"
