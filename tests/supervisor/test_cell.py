@@ -210,16 +210,21 @@ async def test_sequential_handlers_keep_order_concurrent_ones_do_not_hold_it_up(
         actor.events.append("slow")
         return Done("")
 
-    actor = Scripted(slow=slow)
+    async def slower(actor):
+        await trio.sleep(1.5)
+        actor.events.append("slower")
+        return Done("")
+
+    actor = Scripted(slow=slow, slower=slower)
     stage.open("a", actor)
     context = stage.open("b", Scripted()).actor.context
     await settle()
-    context.tell("a", DoBeside("slow"))
+    context.tell("a", DoBeside("slower"))
     context.tell("a", Note("after beside"))
     context.tell("a", Do("slow"))
     context.tell("a", Note("after slow"))
     await trio.sleep(5)
-    assert actor.events == ["after beside", "slow", "slow", "after slow"]
+    assert actor.events == ["after beside", "slow", "after slow", "slower"]
 
 
 async def test_concurrent_handlers_are_bounded_by_the_mailbox_limit(stage, autojump_clock):
