@@ -26,7 +26,6 @@ from actors.switchboard.errors import (
     AddressError,
     ConnectionLostError,
     SwitchboardError,
-    TooManyError,
     UnreachableError,
     WrongPeerError,
 )
@@ -120,6 +119,7 @@ class Switchboard(Actor):
         self._record: bytes | None = None
         self._record_seq = 0
         self._described: tuple[object, ...] = ()
+        self._stopping = False
 
     async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
         """Get the identity signed, learn the policy, listen."""
@@ -178,6 +178,7 @@ class Switchboard(Actor):
 
     async def stop(self, reason: str) -> None:
         """Say goodbye to every peer."""
+        self._stopping = True
         self._reception.close()
         for connection in self._table:
             connection.link.close("shutdown", "this node is stopping")
@@ -435,9 +436,11 @@ class Switchboard(Actor):
     def _establish(self, sock: socket.socket, upgraded: Upgraded, *, outbound: bool) -> Connection:
         now = self.context.now()
         try:
+            if self._stopping:
+                raise ConnectionLostError("this node is stopping")
             self._table.check_room(upgraded.peer)
             local, remote = local_multiaddr(sock), remote_multiaddr(sock)
-        except TooManyError:
+        except SwitchboardError:
             sock.close()
             raise
         except OSError as error:

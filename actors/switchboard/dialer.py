@@ -15,7 +15,14 @@ from typing import Generic, TypeVar
 
 import trio
 
-from actors.switchboard.errors import NoAddressesError, SwitchboardError, UnreachableError, WrongPeerError
+from actors.switchboard.errors import (
+    NoAddressesError,
+    NotAuthorisedError,
+    SwitchboardError,
+    TooManyError,
+    UnreachableError,
+    WrongPeerError,
+)
 from protocol.errors import PeerupError
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
@@ -28,6 +35,8 @@ MAX_ATTEMPTS = 8
 """Attempts of one dial that run at once."""
 MAX_ADDRESSES = 32
 """Addresses of one dial; what is ranked lower is not tried."""
+
+_VERDICTS = (WrongPeerError, NotAuthorisedError, TooManyError)
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -43,10 +52,11 @@ class Dialed(Generic[R]):
 
 
 class _Dial(Generic[R]):
-    """One dial under way and where its result goes."""
+    """One dial under way and where its result goes. `add` has it try further addresses, too."""
 
     def __init__(self) -> None:
         self.done = trio.Event()
+        self.add: Callable[[Sequence[Multiaddr]], None] = _too_early
         self.result: Dialed[R] | SwitchboardError | None = None
 
 
@@ -60,6 +70,10 @@ def rank(address: Multiaddr) -> int:
     if host.is_private or host.is_link_local:
         return 1
     return 2 if host.version == 6 else 3
+
+
+def _too_early(_: Sequence[Multiaddr]) -> None:
+    """The race has not begun, or is over."""
 
 
 class Dialer(Generic[C, R]):
@@ -110,7 +124,9 @@ class Dialer(Generic[C, R]):
             UnreachableError: nothing led to a connection.
         """
         dial = self._dials.get(peer)
-        if dial is None:
+        if dial is not None:
+            dial.add(addresses)
+        else:
             if not addresses:
                 raise NoAddressesError("no address of the peer is known")
             dial = self._dials[peer] = _Dial()
@@ -125,31 +141,45 @@ class Dialer(Generic[C, R]):
     async def _run(self, peer: PeerId, addresses: Sequence[Multiaddr], dial: _Dial[R]) -> None:
         try:
             dial.result = UnreachableError("the dial was cancelled")
-            dial.result = await self._race(peer, addresses)
+            dial.result = await self._race(peer, addresses, dial)
         except SwitchboardError as error:
             dial.result = error
         finally:
             del self._dials[peer]
             dial.done.set()
 
-    async def _race(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> Dialed[R]:
+    async def _race(self, peer: PeerId, addresses: Sequence[Multiaddr], dial: _Dial[R]) -> Dialed[R]:
         began = self._now()
         tried: dict[Multiaddr, str] = {}
         failures: list[PeerupError] = []
         winner: list[C] = []
         room = trio.CapacityLimiter(MAX_ATTEMPTS)
 
+        working = 0  # tasks in the nursery; without any it is closing, and takes no more
+
+        def start(function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+            nonlocal working
+            working += 1
+            nursery.start_soon(run, function, arguments)
+
+        async def run(function: Callable[..., Awaitable[None]], arguments: tuple[object, ...]) -> None:
+            nonlocal working
+            try:
+                await function(*arguments)
+            finally:
+                working -= 1
+
         async def launch(some: Sequence[Multiaddr]) -> None:
             for address in some:
                 if address not in tried:
+                    tried[address] = f"{address}: no answer"
                     ended = trio.Event()
-                    nursery.start_soon(attempt, address, ended)
+                    start(attempt, address, ended)
                     with trio.move_on_after(self._head_start):
                         await ended.wait()
 
         async def attempt(address: Multiaddr, ended: trio.Event) -> None:
             at = self._now()
-            tried[address] = f"{address}: no answer"
             try:
                 async with room:
                     concrete = await self._resolve(address)
@@ -174,13 +204,13 @@ class Dialer(Generic[C, R]):
 
         with trio.move_on_after(self._deadline) as deadline:
             async with trio.open_nursery() as nursery:
-                await launch(addresses)
+                dial.add = lambda more: start(launch, more) if working else None
+                start(launch, addresses)
         story = tuple(tried.values())
         if winner:
             return Dialed(self._establish(winner[0]), self._now() - began, story)
-        if failures and all(isinstance(error, WrongPeerError) for error in failures):
-            raise failures[0]
-        if len(failures) == 1 and len(addresses) == 1 and isinstance(failures[0], SwitchboardError):
-            raise failures[0]
+        verdict = next((error for error in failures if isinstance(error, _VERDICTS)), None)
+        if verdict is not None and all(type(error) is type(verdict) for error in failures):
+            raise verdict  # every address that answered says the same, and it is more than "unreachable"
         reason = f"no answer within {self._deadline:g} s" if deadline.cancelled_caught else "no address answered"
         raise UnreachableError(reason, story)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import trio
 
 from actors.switchboard.admission import Admission, Limits, Place
-from actors.switchboard.errors import HandshakeError, TooManyError
+from actors.switchboard.errors import HandshakeError, SwitchboardError
 from actors.switchboard.protocols import CancellableTimer
 from actors.switchboard.transports import accept_tcp
 from actors.switchboard.upgrade import RefusedPeerError, Upgraded, Upgrader
@@ -27,7 +27,7 @@ class Reception:
         nursery: where accepting and handshakes run.
         upgrader: does the handshakes.
         judge: whether this peer, at this socket, may connect; called once its id is proven.
-        welcome: takes over the socket of a peer that may; raises TooManyError where there is no room.
+        welcome: takes over the socket of a peer that may; raises a SwitchboardError where there is no room.
         refused: told of each caller that did not get in, by one of a few reasons.
         now, call_later: clock and timer.
         limits: see `actors.switchboard.admission`.
@@ -130,8 +130,8 @@ class Reception:
             self._refused("not-authorised")
         except HandshakeError as error:
             self._refused(error.stage)
-        except TooManyError:
-            self._refused("limit-exceeded")
+        except SwitchboardError as error:
+            self._refused(error.code)
         finally:
             if not handed_over:
                 sock.close()

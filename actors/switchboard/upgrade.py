@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from actors.switchboard.errors import HandshakeError, NotAuthorisedError, WrongPeerError
 from protocol import noise
 from protocol.errors import ProtocolError
-from protocol.multistream import Initiator, Responder
+from protocol.multistream import HEADER, Initiator, Responder
 from protocol.noise import CipherState, NoiseHandshake, NoiseResult
 from protocol.peer_id import PeerId
 from protocol.yamux import Role
@@ -109,7 +109,7 @@ class Upgrader:
                 security = Initiator((NOISE,))
                 await exchange.send(security.data_to_send() + handshake.data_to_send())
                 while security.result is None:
-                    security.receive_data(await exchange.receive())
+                    security.receive_data(await exchange.receive_opening())
             with exchange.stage("handshake"):
                 if security.leftover:
                     handshake.receive_data(security.leftover)
@@ -148,7 +148,7 @@ class Upgrader:
             with exchange.stage("security"):
                 security = Responder((NOISE,), listed=(NOISE,))
                 while security.result is None:
-                    security.receive_data(await exchange.receive())
+                    security.receive_data(await exchange.receive_opening())
                     await exchange.send(security.data_to_send())
             with exchange.stage("handshake"):
                 async with self._turn:
@@ -197,6 +197,7 @@ class _Exchange:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._stage = "connection"
+        self._opening = b""
 
     @contextlib.contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
@@ -217,6 +218,18 @@ class _Exchange:
             raise WrongPeerError(name, str(error)) from error
         except ProtocolError as error:
             raise HandshakeError(name, str(error)) from error
+
+    async def receive_opening(self) -> bytes:
+        """As `receive`; what can never become multistream-select's header is refused at its first byte.
+
+        Otherwise the first byte of an HTTP request, say, would be a length, and the rest of it waited for.
+        """
+        data = await self.receive()
+        if len(self._opening) < len(HEADER):
+            self._opening += data[: len(HEADER)]
+            if not HEADER.startswith(self._opening[: len(HEADER)]):
+                raise HandshakeError(self._stage, f"no libp2p peer: it begins with {self._opening[:12]!r}")
+        return data
 
     async def receive(self) -> bytes:
         """The next bytes; never empty."""

@@ -113,7 +113,7 @@ async def test_a_name_that_does_not_resolve_is_one_failed_attempt(autojump_clock
         raise AddressError("the name home.example cannot be resolved")
 
     async with trio.open_nursery() as nursery:
-        with pytest.raises(AddressError, match="cannot be resolved"):
+        with pytest.raises(UnreachableError, match="cannot be resolved"):
             await dialer(nursery, Transport({}), resolve).dial(PEER, [name])
 
 
@@ -168,3 +168,20 @@ def test_the_order_of_attempts():
     ]
     ranked = sorted((Multiaddr(text) for text in addresses), key=rank)
     assert [str(address) for address in ranked] == list(reversed(addresses))
+
+
+async def test_an_address_that_is_learned_meanwhile_joins_the_race(autojump_clock):
+    transport = Transport({SLOW: (60, None), FAST: (0.1, None)})
+    results = []
+
+    async with trio.open_nursery() as nursery:
+        shared = dialer(nursery, transport)
+
+        async def ask(*addresses):
+            results.append((await shared.dial(PEER, addresses)).connection)
+
+        nursery.start_soon(ask, SLOW)
+        await trio.sleep(2)
+        nursery.start_soon(ask, SLOW, FAST)
+    assert results == [FAST, FAST]
+    assert [address for _, address in transport.attempts] == [SLOW, FAST]

@@ -139,9 +139,10 @@ async def test_garbage_is_refused_at_once(kind, autojump_clock):
         left.settimeout(5)
         with contextlib.suppress(TimeoutError):
             left.sendall(GARBAGE[kind])
+        began = trio.current_time()
         with pytest.raises(HandshakeError):
             await upgrader_of("bob").inbound(right, everybody)
-    assert trio.current_time() < upgrade.UPGRADE_DEADLINE + 1
+    assert trio.current_time() - began < 1, "no deadline was needed"
 
 
 async def test_plaintext_is_never_agreed_to():
@@ -184,12 +185,13 @@ async def test_a_wrong_signature_is_refused():
             await upgrade.Upgrader(static, forged).outbound(left, peer_of("bob"))
 
 
-async def test_a_server_that_speaks_something_else_is_told_in_words(autojump_clock):
+async def test_a_server_that_speaks_something_else_is_told_in_words():
     with closing(*tcp_pair()) as (left, right):
         right.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
         with pytest.raises(HandshakeError) as caught:
             await upgrader_of("alice").outbound(left, peer_of("bob"))
     assert caught.value.stage == "security"
+    assert "SSH-2.0" in str(caught.value)
 
 
 async def test_muxer_bytes_behind_the_negotiation_are_kept(monkeypatch):
