@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import socket
 import struct
 from collections.abc import Collection
@@ -66,6 +67,14 @@ def forbid_new_privileges() -> None:
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ended, so that none is left as a zombie of init's."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def raise_descriptor_limit(wanted: int = 65536) -> None:
+    """Allow this process and its children so many descriptors, or as many as the system grants without privileges."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    granted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < granted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
 
 
 def set_process_name(name: str) -> None:

@@ -148,10 +148,17 @@ class Leaf(thespian.actors.Actor):
 
     async def _main(self, manager: Any, cell: Cell) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._pump, manager)
+            nursery.start_soon(self._pump_or_report, manager)
             nursery.start_soon(self._obey_signals, cell)
             await cell.run(self._birth.checkpoint)
             nursery.cancel_scope.cancel()
+
+    async def _pump_or_report(self, manager: Any) -> None:
+        try:
+            await self._pump(manager)
+        except Exception as error:
+            self._report(manager.transport.wire, error)  # the cell only reports what the actor did
+            raise
 
     @staticmethod
     async def _pump(manager: Any) -> None:

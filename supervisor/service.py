@@ -187,6 +187,7 @@ class Service:
             importlib.import_module(module)
         thespian_base.install()
         linux.adopt_orphans()
+        linux.raise_descriptor_limit()
         self._log = open_log(SERVICE, self._log_settings)
         try:
             with self._signal_handling():
@@ -445,7 +446,9 @@ def _empty(fd: int) -> None:
 
 
 def _ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _reap(group: int) -> None:

@@ -171,6 +171,7 @@ class Transport:
 
     def drain(self, pid: int) -> None:
         """Deliver everything that a process which has ended had still sent, and drop its links."""
+        self._accept()  # it may have connected, spoken and ended since the last look
         for link in [link for link in self._links.values() if link.pid == pid]:
             while self._links.get(link.fd) is link and self._read(link):
                 pass
