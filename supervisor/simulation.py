@@ -178,6 +178,7 @@ class World:
         self._random = random.Random(f"{self.seed}/world")  # noqa: S311  # repeatable on purpose
         self._pids = 1000
         self._entries: dict[str, tuple[NameState, int]] = {}
+        self._owners: dict[str, str] = {}
         self._incarnations: dict[str, int] = {}
         self._processes: dict[str, SimulatedProcess] = {}
         self._arrivals: dict[tuple[str, str], float] = {}
@@ -316,12 +317,12 @@ class World:
         self._nursery.start_soon(self._run_events)
         self._nursery.start_soon(self._keeper.run, self.exchange)
         self._root = name
-        self.publish(name, NameState.STARTING, 1)
+        self.publish(name, NameState.STARTING, 1, owner=WORLD)
         self.spawn(ChildSpec(name, FACTORY, supervisor_arguments(root)), 1, WORLD, None, self._root_exited)
         async with trio.open_nursery() as nursery:
             for event in (self._root_ready, self._root_ended):
                 nursery.start_soon(_cancel_after, event, nursery.cancel_scope)
-        self.publish(name, NameState.READY, 1)
+        self.publish(name, NameState.READY, 1, owner=WORLD)
 
     async def end_in_order(self) -> None:
         """Stop the tree as the service does, and wait for it."""
@@ -330,13 +331,15 @@ class World:
             with trio.fail_after(SHUTDOWN_DEADLINE):
                 await self._root_ended.wait()
 
-    def publish(self, name: str, state: NameState, incarnation: int) -> None:
-        """The registry's entry of a name changes."""
+    def publish(self, name: str, state: NameState, incarnation: int, *, owner: str) -> None:
+        """The registry's entry of a name changes; `owner` is the supervisor that says so."""
         self.note(f"name {name} {state.value} {incarnation}")
         if state is NameState.UNKNOWN:
             self._entries.pop(name, None)
+            self._owners.pop(name, None)
             return
         self._entries[name] = (state, incarnation)
+        self._owners[name] = owner
         if state is NameState.READY:
             for other in self._processes.values():
                 if other.knows(name):
@@ -484,6 +487,7 @@ class World:
             last_incarnation=self.incarnation,
         )
         process.attach(exchange)
+        self._take_over(process.name, supervisor_spec(spec))
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(keeper.run, exchange, process.while_frozen)
@@ -494,6 +498,12 @@ class World:
             overseer.close()
             exchange.close()
         return host.failed, host.reason
+
+    def _take_over(self, supervisor: str, spec: SupervisorSpec) -> None:
+        """Free the names of children that only a predecessor of this supervisor knew."""
+        static = {child.name for child in spec.children}
+        for name in [name for name, owner in self._owners.items() if owner == supervisor and name not in static]:
+            self.publish(name, NameState.UNKNOWN, 0, owner=supervisor)
 
     async def _run_events(self) -> None:
         while True:
@@ -584,7 +594,7 @@ class _Host:
             self._world.freeze(name)
 
     def publish(self, name: str, state: NameState, incarnation: int) -> None:
-        self._world.publish(name, state, incarnation)
+        self._world.publish(name, state, incarnation, owner=self._process.name)
 
     def ready(self) -> None:
         self._exchange.tell(self._process.supervisor, Ready(self._process.incarnation, {}))
