@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import trio
 
@@ -101,12 +101,12 @@ class Dialer(Generic[C, R]):
         deadline: float = DIAL_DEADLINE,
     ) -> None:
         self._nursery = nursery
-        self._resolve = resolve
-        self._attempt = attempt
+        self.resolve = resolve
+        self.attempt = attempt
         self._establish = establish
-        self._discard = discard
-        self._now = now
-        self._head_start = head_start
+        self.discard = discard
+        self.now = now
+        self.head_start = head_start
         self._deadline = deadline
         self._dials: dict[PeerId, _Dial[R]] = {}
 
@@ -149,68 +149,87 @@ class Dialer(Generic[C, R]):
             dial.done.set()
 
     async def _race(self, peer: PeerId, addresses: Sequence[Multiaddr], dial: _Dial[R]) -> Dialed[R]:
-        began = self._now()
-        tried: dict[Multiaddr, str] = {}
-        failures: list[PeerupError] = []
-        winner: list[C] = []
-        room = trio.CapacityLimiter(MAX_ATTEMPTS)
-
-        working = 0  # tasks in the nursery; without any it is closing, and takes no more
-
-        def start(function: Callable[..., Awaitable[None]], *arguments: object) -> None:
-            nonlocal working
-            working += 1
-            nursery.start_soon(run, function, arguments)
-
-        async def run(function: Callable[..., Awaitable[None]], arguments: tuple[object, ...]) -> None:
-            nonlocal working
-            try:
-                await function(*arguments)
-            finally:
-                working -= 1
-
-        async def launch(some: Sequence[Multiaddr]) -> None:
-            for address in some:
-                if address not in tried:
-                    tried[address] = f"{address}: no answer"
-                    ended = trio.Event()
-                    start(attempt, address, ended)
-                    with trio.move_on_after(self._head_start):
-                        await ended.wait()
-
-        async def attempt(address: Multiaddr, ended: trio.Event) -> None:
-            at = self._now()
-            try:
-                async with room:
-                    concrete = await self._resolve(address)
-                    if list(concrete) == [address]:
-                        win(await self._attempt(peer, address))
-                        tried[address] = f"{address}: connected in {(self._now() - at) * 1000:.0f} ms"
-                        return
-                tried[address] = f"{address}: {', '.join(map(str, concrete))}"
-                await launch(sorted(concrete, key=rank))
-            except PeerupError as error:
-                tried[address] = f"{address}: {error}"
-                failures.append(error)
-            finally:
-                ended.set()
-
-        def win(candidate: C) -> None:
-            if winner:
-                self._discard(candidate)
-            else:
-                winner.append(candidate)
-                nursery.cancel_scope.cancel()
-
+        began = self.now()
         with trio.move_on_after(self._deadline) as deadline:
             async with trio.open_nursery() as nursery:
-                dial.add = lambda more: start(launch, more) if working else None
-                start(launch, addresses)
-        story = tuple(tried.values())
-        if winner:
-            return Dialed(self._establish(winner[0]), self._now() - began, story)
-        verdict = next((error for error in failures if isinstance(error, _VERDICTS)), None)
-        if verdict is not None and all(type(error) is type(verdict) for error in failures):
+                race = _Race(self, peer, nursery)
+                dial.add = race.add
+                race.start(addresses)
+        if race.winner:
+            return Dialed(self._establish(race.winner[0]), self.now() - began, tuple(race.tried.values()))
+        verdict = next((error for error in race.failures if isinstance(error, _VERDICTS)), None)
+        if verdict is not None and all(type(error) is type(verdict) for error in race.failures):
             raise verdict  # every address that answered says the same, and it is more than "unreachable"
         reason = f"no answer within {self._deadline:g} s" if deadline.cancelled_caught else "no address answered"
-        raise UnreachableError(reason, story)
+        raise UnreachableError(reason, tuple(race.tried.values()))
+
+
+class _Race(Generic[C]):
+    """The attempts of one dial, in a nursery that closes when none is left or one has won.
+
+    Attributes:
+        tried: what became of each address, in words, in the order of the attempts.
+    """
+
+    def __init__(self, dialer: Dialer[C, Any], peer: PeerId, nursery: trio.Nursery) -> None:
+        self.tried: dict[Multiaddr, str] = {}
+        self.failures: list[PeerupError] = []
+        self.winner: list[C] = []
+        self._dialer = dialer
+        self._peer = peer
+        self._nursery = nursery
+        self._room = trio.CapacityLimiter(MAX_ATTEMPTS)
+        self._working = 0  # tasks in the nursery; without any it is closing, and takes no more
+
+    def start(self, addresses: Sequence[Multiaddr]) -> None:
+        """Try these, one after another with head starts."""
+        self._spawn(self._launch, addresses)
+
+    def add(self, addresses: Sequence[Multiaddr]) -> None:
+        """Try these, too, unless the race is over."""
+        if self._working:
+            self._spawn(self._launch, addresses)
+
+    def _spawn(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        self._working += 1
+        self._nursery.start_soon(self._run, function, arguments)
+
+    async def _run(self, function: Callable[..., Awaitable[None]], arguments: tuple[object, ...]) -> None:
+        try:
+            await function(*arguments)
+        finally:
+            self._working -= 1
+
+    async def _launch(self, addresses: Sequence[Multiaddr]) -> None:
+        for address in addresses:
+            if address not in self.tried:
+                self.tried[address] = f"{address}: no answer"
+                ended = trio.Event()
+                self._spawn(self._attempt, address, ended)
+                with trio.move_on_after(self._dialer.head_start):
+                    await ended.wait()
+
+    async def _attempt(self, address: Multiaddr, ended: trio.Event) -> None:
+        dialer = self._dialer
+        began = dialer.now()
+        try:
+            async with self._room:
+                concrete = await dialer.resolve(address)
+                if list(concrete) == [address]:
+                    self._win(await dialer.attempt(self._peer, address))
+                    self.tried[address] = f"{address}: connected in {(dialer.now() - began) * 1000:.0f} ms"
+                    return
+            self.tried[address] = f"{address}: {', '.join(map(str, concrete))}"
+            await self._launch(sorted(concrete, key=rank))
+        except PeerupError as error:
+            self.tried[address] = f"{address}: {error}"
+            self.failures.append(error)
+        finally:
+            ended.set()
+
+    def _win(self, candidate: C) -> None:
+        if self.winner:
+            self._dialer.discard(candidate)
+        else:
+            self.winner.append(candidate)
+            self._nursery.cancel_scope.cancel()
