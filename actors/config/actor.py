@@ -134,7 +134,7 @@ class Config(Actor):
             present = self._desired.get(wanted.actor) or self._passing.get(wanted.actor)
             if present is not None and present.peer == wanted.peer and _serves(present, request.listen):
                 if not self._reconciler.is_started(present.actor):
-                    await self._reconciler.start(proxy_child(present))
+                    await self._reconciler.start(self._proxy_child(present))
                 return ProxyAdded(self._entry(present, "running"), created=False)
             if present is not None and wanted.actor not in self._passing:
                 raise RefusedError(
@@ -147,13 +147,13 @@ class Config(Actor):
             if present is not None:  # it had no listener and is to get one
                 await self._reconciler.stop(present.actor)
                 del self._passing[present.actor]
-            ready = await self._reconciler.start(proxy_child(wanted))
+            ready = await self._reconciler.start(self._proxy_child(wanted))
             added = dataclasses.replace(wanted, listen=str(ready.get("listen") or ""))
             if request.listen is None:
                 self._passing[added.actor] = added
             else:
                 await self._keep(added)
-            self._reconciler.adopt(proxy_child(added))
+            self._reconciler.adopt(self._proxy_child(added))
         self.context.log.info("{} listens at {}", added.actor, added.listen or "nothing")
         return ProxyAdded(self._entry(added, "running"), created=True)
 
@@ -333,8 +333,12 @@ class Config(Actor):
 
     def _wanted_children(self) -> dict[str, ChildSpec]:
         """Every child that the supervisor of proxies should have."""
-        services = [service_child(service) for service in self._snapshot.services if service.enabled]
-        return {child.name: child for child in (*services, *map(proxy_child, self._all_proxies()))}
+        limit = self._config.limits.connections_per_service
+        services = [service_child(service, limit) for service in self._snapshot.services if service.enabled]
+        return {child.name: child for child in (*services, *map(self._proxy_child, self._all_proxies()))}
+
+    def _proxy_child(self, proxy: DesiredProxy) -> ChildSpec:
+        return proxy_child(proxy, self._config.limits.connections_per_service)
 
     def _entry(self, proxy: DesiredProxy, state: str) -> ProxyEntry:
         listen = "" if proxy.listen.endswith(":0") else proxy.listen

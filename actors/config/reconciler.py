@@ -39,20 +39,23 @@ LAST_RETRY = 60.0
 """Seconds between attempts to start what could not be started: a port in use rarely gets free within a second."""
 
 
-def proxy_child(proxy: DesiredProxy) -> ChildSpec:
-    """The child that listens for this proxy (or, without `listen`, waits for `Attach`)."""
+def proxy_child(proxy: DesiredProxy, limit: int) -> ChildSpec:
+    """The child that listens for this proxy (without `listen`: waits for `Attach`), with at most `limit` tunnels."""
     arguments = {
         "peer": str(proxy.peer),
         "peer_name": proxy.peer_name,
         "service": proxy.service,
         "listen": proxy.listen or None,
+        "limit": limit,
     }
     return ChildSpec(proxy.actor, PROXY_FACTORY, arguments)
 
 
-def service_child(service: ServiceEntry) -> ChildSpec:
-    """The child that serves this local service to peers."""
-    return ChildSpec(f"service/{service.name}", SERVICE_FACTORY, {"name": service.name, "address": service.address})
+def service_child(service: ServiceEntry, limit: int) -> ChildSpec:
+    """The child that serves this local service to peers, with at most `limit` tunnels."""
+    return ChildSpec(
+        f"service/{service.name}", SERVICE_FACTORY, {"name": service.name, "address": service.address, "limit": limit}
+    )
 
 
 class Reconciler:
@@ -189,8 +192,7 @@ class Reconciler:
         self._failures = {name: reason for name, reason in self._failures.items() if name in wanted}
         fine = True
         for name in sorted(present):
-            same = name in wanted and self.started.get(name, wanted[name].arguments) == wanted[name].arguments
-            if not same:
+            if name not in wanted or not _same(self.started.get(name), wanted[name].arguments):
                 fine &= await self._try(name, self.stop(name))
                 present.discard(name)
         for name, spec in wanted.items():
@@ -228,3 +230,11 @@ class Reconciler:
             del self.started[name]
         if known:
             self._changed()
+
+
+def _same(started: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
+    """Whether a child that was started with these arguments (None: unknown) is what is wanted.
+
+    A changed limit alone is not worth the tunnels that a new start would cut.
+    """
+    return started is None or {**started, "limit": 0} == {**wanted, "limit": 0}
