@@ -189,7 +189,11 @@ class Channel:
             LinkClosedError: the stream is closed or finished.
             OSError: no descriptors are left.
         """
-        if self.stream.closed or self._finishing or self._seam is not None:
+        if self.stream.closed:
+            raise LinkClosedError(
+                "the peer ended the stream as soon as it was open; most likely the service behind it is not running"
+            )
+        if self._finishing or self._seam is not None:
             raise LinkClosedError("the stream cannot be handed over any more")
         seam, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         for end in (seam, other):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from typing import Any
 
 import click
 
 from peerup.cli.framework import DURATION, DefaultGroup, Failure, Session, command, examples
-from peerup.cli.output import Column, good, span, styled, table
+from peerup.cli.output import Column, good, span, styled, table, width
 
 TREE_COLUMNS = (
     Column("NAME", fold=True),
@@ -19,8 +20,12 @@ TREE_COLUMNS = (
     Column("RST", right=True),
     Column("MBOX", right=True),
     Column("HANDLED", right=True),
-    Column("LAST FAILURE", fold=True),
 )
+FAILURE_COLUMN = Column("LAST FAILURE", fold=True)
+ROOMY = 120
+"""Columns from which on the last failure has a column of its own; below, the names need the room, and it is told
+under the table."""
+
 _STATE_STYLES = {"running": "green", "starting": "yellow", "stopping": "yellow", "backing-off": "red", "failed": "red"}
 
 
@@ -61,7 +66,9 @@ def list_actors(session: Session, *, watch: bool, interval: float) -> None:
 def print_tree(tree: list[dict[str, Any]]) -> None:
     """Print the tree, children indented below their supervisor."""
     depth: dict[str, int] = {}
-    rows = []
+    rows: list[tuple[Any, ...]] = []
+    failures = {actor["name"]: actor["last_failure"] for actor in tree if actor["last_failure"]}
+    beside = width() >= ROOMY
     for actor in tree:
         depth[actor["name"]] = depth.get(actor["supervisor"], -1) + 1
         rows.append(
@@ -73,10 +80,15 @@ def print_tree(tree: list[dict[str, Any]]) -> None:
                 actor["restarts"],
                 actor["mailbox"],
                 actor["handled"],
-                actor["last_failure"],
+                *([actor["last_failure"]] if beside else []),
             )
         )
-    table(TREE_COLUMNS, rows)
+    table((*TREE_COLUMNS, FAILURE_COLUMN) if beside else TREE_COLUMNS, rows)
+    if failures and not beside:
+        click.echo("\nlast failures:")
+        for name, failure in failures.items():
+            text = f"{name}: {failure}"
+            click.echo(textwrap.fill(text, width(), initial_indent="  ", subsequent_indent="    "))
 
 
 @command(

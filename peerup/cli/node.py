@@ -42,6 +42,7 @@ def _print(data: dict[str, Any]) -> None:
         lines.append(("faults", f"allowed, {data['faults']} in force"))
     lines.extend(("not running", name) for name in data.get("actors_not_running", []))
     lines.extend(("problem", problem) for problem in data["problems"])
+    lines.extend(("warning", warning) for warning in data["warnings"])
     for title, text in lines:
         click.echo(f"{title:<12} {text}")
 

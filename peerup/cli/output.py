@@ -83,7 +83,7 @@ def styled(text: str, style: str) -> Any:
 
 def good(text: str) -> None:
     """Say that something was done."""
-    click.secho(text, fg="green" if colours() else None)
+    click.echo(click.style(text, fg="green") if colours() else text)
 
 
 def note(text: str) -> None:

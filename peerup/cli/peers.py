@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from peerup.cli.framework import DURATION, EXIT_FAILURE, EXIT_INTERRUPTED, Session, command, examples
-from peerup.cli.output import Column, good, short_id, size, span, table
+from peerup.cli.output import Column, good, short_id, size, table
 from peerup.cli.trace import raise_for_error
 
 
@@ -67,7 +67,8 @@ def _show_own_statistics(session: Session, sent: int, answered: list[float]) -> 
 
 def _ping_line(line: dict[str, Any]) -> str:
     if line["rtt_ms"] is None:
-        return f"seq={line['seq']} lost: {line['error']['reason']}"
+        advice = f" (to do: {line['error']['action']})" if line["error"]["action"] else ""
+        return f"seq={line['seq']} lost: {line['error']['reason']}{advice}"
     connected = f" (connected in {line['connected_in_ms']:.1f} ms)" if line["connected_in_ms"] is not None else ""
     return f"seq={line['seq']} rtt={line['rtt_ms']:.2f} ms {line['path']} {line['address']}{connected}"
 
@@ -116,9 +117,8 @@ def connect(session: Session, peer: str) -> None:
     session.wait_message(f"connecting to {peer}...")
     data = session.client.post(f"/v1/peers/{segment(peer)}/connect")
     path = data["connection"]
-    text = (
-        f"connected to {peer}: {path['path']} {path['transport']} {path['remote_address']} in {span(data['elapsed'])}"
-    )
+    way = f"{path['path']} {path['transport']} {path['remote_address']}"
+    text = f"connected to {peer}: {way} in {data['elapsed'] * 1000:.0f} ms"
     session.show(data, lambda: good(text))
 
 

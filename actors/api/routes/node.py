@@ -17,7 +17,7 @@ from protocol.messages.config import ReadProxies, ReloadConfig
 from protocol.messages.gate import Reload
 from protocol.messages.keyring import ReadIdentity
 from protocol.messages.switchboard import ReadStatus, SwitchboardStatus
-from protocol.messages.system import Describe, Description
+from protocol.messages.system import Describe
 from supervisor.errors import AskError
 
 RELOAD_DEADLINE = 10.0
@@ -28,7 +28,11 @@ routes = Routes()
 
 @routes.on("GET", "/v1/status")
 async def status(node: Node, call: Call) -> Answer:
-    """Who and how the node is. Parts that do not answer are named in `problems`; the rest is told all the same."""
+    """Who and how the node is.
+
+    Parts that do not answer are named in `problems`, and the rest is told all the same; what parts find wrong with
+    their files is in `warnings`.
+    """
     problems: list[str] = []
     result: dict[str, Data] = {
         "version": node.launch.version,
@@ -47,8 +51,12 @@ async def status(node: Node, call: Call) -> Answer:
         problems.append(f"{ROOT}: {error}")
     await _identity(node, result, problems)
     await _connections(node, result, problems)
-    gate, _ = await node.ask_each(["gate"], Describe())
-    result["gate"] = plain(gate.get("gate", Description({})).state)
+    described, silent = await node.ask_each(["gate", "config"], Describe())
+    problems.extend(f"{name}: {reason}" for name, reason in silent.items())
+    result["gate"] = plain(described["gate"].state) if "gate" in described else {}
+    result["warnings"] = [
+        f"{name}: {problem}" for name, told in described.items() for problem in told.state.get("problems", [])
+    ]
     try:
         proxies = (await node.context.ask("config", ReadProxies(), timeout=ANSWER_DEADLINE)).proxies
         result["proxies"] = plain(proxies)
