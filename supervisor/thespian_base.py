@@ -218,7 +218,7 @@ class ActorSystemBase(systemBase):
     """What `ActorSystem(NAME, capabilities)` makes in the starting process."""
 
     def __init__(self, system: Any, logDefs: Any = None) -> None:  # noqa: N803 - Thespian's name
-        # Not through system/multiprocCommon.py:73-83, which makes a multiprocessing context that is not used here.
+        # Not through system/multiprocCommon.py:73-83 (`__init__`), which makes a multiprocessing context.
         system.capabilities["Thespian ActorSystem Name"] = NAME
         system.capabilities["Thespian ActorSystem Version"] = 1
         self.transport = ThespianTransport(ExternalInterfaceTransportInit(), system.capabilities)
@@ -240,11 +240,12 @@ class ActorSystemBase(systemBase):
         return self.admin is not None and self.admin.pid == pid
 
     def _startAdmin(self, adminAddr: Any, addrOfStarter: Any, capabilities: Any, logDefs: Any) -> None:  # noqa: N802, N803 - Thespian's names
-        """Corrects system/multiprocCommon.py:86-117 and 147-205.
+        """Corrects how an admin is made.
 
-        There the admin is forked twice, so that it outlives whoever started it and nobody can wait for it, and it
-        catches signals that should end it. Here it is our child, leads the process group of all actors, and dies with
-        us.
+        In system/multiprocCommon.py:86-116 (`_startAdmin`) and system/multiprocCommon.py:150-208 (`startAdmin`)
+        the admin is forked twice, so that it outlives whoever started it and nobody can wait for it, and it
+        catches signals that should end it. Here it is our child, leads the process group of all actors, and
+        dies with us.
         """
         starter = os.getpid()
         directory = self.transport.directory
@@ -255,7 +256,7 @@ class ActorSystemBase(systemBase):
             transport = ThespianTransport(EndpointPreparation(0, directory, starter))
             admin = Admin(transport, transport.myAddress, capabilities, ALLOWED)
             transport.scheduleTransmit(None, TransmitIntent(address_of(starter), EndpointConnected(0)))
-            admin._activate()  # noqa: SLF001 - as system/multiprocCommon.py:431 does once the logger is there
+            admin._activate()  # noqa: SLF001 - as `h_LoggerConnected` does
             admin.run()
             return 0
 
@@ -267,7 +268,10 @@ class ActorSystemBase(systemBase):
 
 
 def install() -> None:
-    """Make the base known to Thespian, which looks for `thespian.system.<name>` (actors.py:666)."""
+    """Make the base known to Thespian.
+
+    It imports `thespian.system.<name>`: actors.py:647-684 (`_startupActorSys`).
+    """
     module = types.ModuleType(f"thespian.system.{NAME}")
     module.__dict__["ActorSystemBase"] = ActorSystemBase
     sys.modules[module.__name__] = module

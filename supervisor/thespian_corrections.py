@@ -1,6 +1,7 @@
 """Every correction of Thespian 4.0.1 that the runtime needs, as subclasses of its classes; nothing is patched in place.
 
-Each says the file and lines that it corrects (paths below `thespian/`) and why. They rest on internal names of
+Each says the file, lines and function that it corrects (paths below `thespian/`; a test compares them with the
+installed files) and why. They rest on internal names of
 exactly this version, so another version is refused when this module is imported.
 """
 
@@ -51,10 +52,10 @@ def _installed_version() -> str:
 check_version(_installed_version())
 assert thespian
 
-# system/utilis.py:89-140 appends the repr of messages to /tmp/thespian.log, a fixed name in a directory of everybody.
+# system/utilis.py:98-147 (`thesplog`) appends the repr of messages to /tmp/thespian.log, a fixed name for everybody.
 utilis.thesplog_control(logging.CRITICAL + 1, useLogging=False, tmpFileMaxSize=0)
 
-# system/admin/adminCore.py:61 calls logging.info, which gives the root logger a handler if it has none.
+# system/admin/adminCore.py:40-72 (`__init__`) calls logging.info, which gives the root logger a handler if it has none.
 logging.getLogger().addHandler(logging.NullHandler())
 
 
@@ -68,7 +69,7 @@ class Replicator(MultiProcReplicator):
     _pendingActorReady: Any  # noqa: N815
 
     def init_replicator(self, transport: Any, concurrency_context: Any) -> None:
-        """Corrects system/multiprocCommon.py:270-275: children are kept by pid, not in a list."""
+        """Corrects system/multiprocCommon.py:279-280 (`init_replicator`): children are kept by pid, not in a list."""
         super().init_replicator(transport, concurrency_context)
         self.processes: dict[int, tuple[forking.Child, int]] = {}
         self.ended: dict[int, int] = {}
@@ -89,11 +90,13 @@ class Replicator(MultiProcReplicator):
         sourceHash: str | None = None,  # noqa: N803
         sourceToLoad: Any = None,  # noqa: N803
     ) -> None:
-        """Corrects system/multiprocCommon.py:278-355 and 568-650.
+        """Corrects how a child is made.
 
-        There a child is a `multiprocessing.Process` whose death is told by SIGCHLD and polling, it keeps its parent's
-        sockets, outlives its parent, catches every signal, also SIGSEGV (it then spins for ever), and any class of
-        any module can be named. Here it is a plain fork with a pidfd, see :func:`supervisor.forking.fork`.
+        In system/multiprocCommon.py:283-371 (`_startChildActor`) and system/multiprocCommon.py:615-696
+        (`startChild`) it is a `multiprocessing.Process` whose death is told by SIGCHLD and polling, it keeps
+        its parent's sockets, outlives its parent, catches every signal, also SIGSEGV (it then spins for ever),
+        and any class of any module can be named. Here it is a plain fork with a pidfd, see
+        :func:`supervisor.forking.fork`.
         """
         if sourceHash or globalName:
             raise ActorSystemFailure("actors come from the installed program and are named by their supervisors")
@@ -134,7 +137,7 @@ class Replicator(MultiProcReplicator):
         return None if exported is None else pid_of(exported)
 
     def _child_ended(self, pid: int) -> None:
-        """Corrects system/multiprocCommon.py:357-401.
+        """Corrects system/multiprocCommon.py:398-415 (`childDied`) and system/actorManager.py:244-252 (`_sayGoodbye`).
 
         There one SIGCHLD drops all children that are dead by then and reports one (5 to 24 of 100 are never reported
         when siblings die together), and an actor that says good-bye is reported twice. Here each process is reported
@@ -145,7 +148,7 @@ class Replicator(MultiProcReplicator):
         self.transport.wire.drain(pid)
         self.transport.directory.remove_socket(pid)
         self.ended[pid] = child.reap()
-        # system/addressManager.py:118 keeps the address of every child ever made.
+        # system/addressManager.py:85-89 (`createLocalAddress`) keeps the address of every child ever made.
         self._addrManager._managed[instance] = None  # noqa: SLF001 - Thespian has no other way
         self.transport.deliver(ReceiveEnvelope(self.transport.myAddress, ChildActorExited(address_of(pid))))
 
@@ -157,11 +160,11 @@ class Replicator(MultiProcReplicator):
         return pid, self.ended.pop(pid, 0)
 
     def childDied(self) -> bool:  # noqa: N802 - Thespian's name
-        """Corrects system/multiprocCommon.py:374-401, see :meth:`_child_ended`: SIGCHLD means nothing any more."""
+        """Corrects system/multiprocCommon.py:398-415 (`childDied`), see `_child_ended`: SIGCHLD means nothing now."""
         return True
 
     def h_EndpointConnected(self, envelope: Any) -> bool:  # noqa: N802 - Thespian's name
-        """Corrects system/multiprocCommon.py:403-411: the number must belong to the process that sends it."""
+        """Corrects system/multiprocCommon.py:417-425 (`h_EndpointConnected`): anybody could name any child."""
         pid = pid_of(envelope.sender)
         known = self.processes.get(pid) if pid is not None else None
         if known is not None and known[1] == envelope.message.childInstance:
@@ -169,10 +172,11 @@ class Replicator(MultiProcReplicator):
         return True
 
     def _send_intent(self, intent: Any, curtime: Any = None) -> None:
-        """Corrects system/systemCommon.py:141-149 and 171-203.
+        """Corrects how a message is sent.
 
-        There each message goes through a throttle that sleeps, is made a string for a debug line, and one that cannot
-        be serialised comes back as a poison message. Here that is a defect and raises.
+        In system/systemCommon.py:131-137 (`_send_intent`) and system/systemCommon.py:163-196
+        (`_send_intent_to_transport`) it goes through a throttle that sleeps, is made a string for a debug line,
+        and one that cannot be serialised comes back as a poison message. Here that is a defect and raises.
         """
         try:
             self.transport.scheduleTransmit(self._addrManager, intent)
@@ -187,12 +191,12 @@ class Admin(Replicator, ThespianAdmin):
         """`allowed` are the class names that may be started."""
         self._allowed = frozenset(allowed)
         super().__init__(transport, address, capabilities, None, None)
-        # system/multiprocCommon.py:208-232 starts a logger process, whose death ends the admin (line 377 asks for
-        # self.logDefs, and the attribute is logdefs). There is none here: the admin counts as having a logger.
+        # system/multiprocCommon.py:211-234 (`_startLogger`) starts a logger process, whose death ends the admin (line
+        # 403 asks for self.logDefs, and the attribute is logdefs). There is none here; this says that there is.
         self.asLogger = address
 
     def h_PendingActor(self, envelope: Any) -> Any:  # noqa: N802 - Thespian's name
-        """Corrects system/admin/adminCore.py:283-360: any class of any importable module was started for anybody."""
+        """Corrects system/admin/adminCore.py:275-362 (`h_PendingActor`): it started any importable class."""
         if envelope.message.actorClassName not in self._allowed:
             self._sendPendingActorResponse(
                 envelope,
@@ -204,7 +208,7 @@ class Admin(Replicator, ThespianAdmin):
         return super().h_PendingActor(envelope)
 
     def _child_ended(self, pid: int) -> None:
-        """Corrects system/admin/adminCore.py:260-275: one who waits for a child that died early waited 50 seconds."""
+        """Corrects system/admin/adminCore.py:262-272 (`_handleChildExited`): who waited for it was never answered."""
         _, instance = self.processes[pid]
         waiting = self._pendingChildren.pop(instance, None) if isinstance(self._pendingChildren, dict) else None
         super()._child_ended(pid)
@@ -218,11 +222,11 @@ class Admin(Replicator, ThespianAdmin):
             )
 
     def _cleanupAdmin(self, finish_cleanup: Callable[[], None]) -> None:  # noqa: N802 - Thespian's name
-        """Corrects system/multiprocCommon.py:456-488: there is no logger to wait for."""
+        """Corrects system/multiprocCommon.py:477-491 (`_cleanupAdmin`): there is no logger to wait for."""
         finish_cleanup()
 
     def run(self) -> None:
-        """Corrects system/admin/convention.py:763-798: an exception was swallowed and the admin ended with status 0."""
+        """Corrects system/admin/convention.py:740-770 (`run`): an exception was swallowed and the status was 0."""
         while not getattr(self, "shutdown_completed", False):
             self.transport.run(self.handleIncoming, None)
 
@@ -235,14 +239,16 @@ class Manager(Replicator, ActorManager):
         self.asLogger = self._adminAddr
 
     def run(self) -> int:
-        """Corrects system/actorManager.py:55-118: exceptions were swallowed there, and the status was always 0.
+        """Corrects system/actorManager.py:53-80 (`_createInstance`) and system/actorManager.py:83-116 (`run`).
+
+        There exceptions were swallowed, and the status was always 0.
 
         The actor lives in its own way (see `live` of the supervisor and of the leaf); its result is the exit status.
         """
         self.actorInst = utilis.withPossibleInitArgs(
             capabilities=self.capabilities, requirements=self._childReqs
         ).create(utilis.actualActorClass(self._actorClass))
-        self.actorInst._myRef = self  # noqa: SLF001 - as system/actorManager.py:80 does
+        self.actorInst._myRef = self  # noqa: SLF001 - as `_createInstance` does
         live = getattr(self.actorInst, "live", None)
         if live is None:
             raise InvalidActorSpecification(self._actorClass, "only supervisors and leaves can be started")
@@ -250,7 +256,7 @@ class Manager(Replicator, ActorManager):
         return status
 
     def _handleOneMessage(self, envelope: Any) -> Any:  # noqa: N802 - Thespian's name
-        """Corrects system/actorManager.py:129-212.
+        """Corrects system/actorManager.py:128-212 (`_handleOneMessage`).
 
         There an exception in a handler ran the handler a second time and then went to the sender, and the actor lived
         on with whatever state it was in. Here it ends the process: let it crash.
@@ -270,4 +276,4 @@ class Manager(Replicator, ActorManager):
         return True
 
     def _sayGoodbye(self) -> None:  # noqa: N802 - Thespian's name
-        """Corrects system/actorManager.py:252-261: the end of a process is told by the kernel alone, once."""
+        """Corrects system/actorManager.py:244-252 (`_sayGoodbye`): the kernel alone tells of an end, once."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib.util
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -425,6 +428,26 @@ def test_another_version_of_thespian_is_refused() -> None:
     check_version("4.0.1")
     with pytest.raises(ThespianVersionError):
         check_version("4.0.2")
+
+
+def test_the_corrections_name_the_lines_that_they_correct() -> None:
+    """Each `path.py:first-last (`function`)` in them is a function of the installed Thespian at just these lines."""
+    installed = pathlib.Path(importlib.util.find_spec("thespian").origin).parent  # type: ignore[union-attr, arg-type]
+    cited = set()
+    for source in ("thespian_corrections.py", "thespian_base.py"):
+        text = (ROOT / "supervisor" / source).read_text()
+        found = re.findall(r"((?:system/)?\w[\w/]*\.py):(\d+)-(\d+)\s+\(`(\w+)`\)", text)
+        assert len(found) == len(re.findall(r"\.py:\d", text)), "every citation names its function"
+        cited.update(found)
+    assert len(cited) > 15
+    for path, first, last, function in cited:
+        nodes = ast.walk(ast.parse((installed / path).read_text()))
+        places = [
+            (node.lineno, node.end_lineno)
+            for node in nodes
+            if isinstance(node, ast.FunctionDef) and node.name == function
+        ]
+        assert (int(first), int(last)) in places, (path, function, places)
 
 
 def test_the_runtime_does_not_load_the_stock_transports() -> None:
