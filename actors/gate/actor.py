@@ -12,7 +12,10 @@ What is broken never widens and never silently narrows what is allowed:
 - A file that is missing or unreadable, or that others may write to, is treated the same way, with no right lines.
 
 A peer whose `expires` passes is cut off by republishing at that moment: subscribers then judge every live
-connection anew. A successor of this actor begins with the version its predecessor left, so versions always grow.
+connection anew.
+
+A successor of this actor begins with the policy that its predecessor left, so versions always grow, and what was in
+force stays so when the file is broken, or the configuration not to be had, at the moment of a restart.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ from protocol.messages.gate import (
     TunnelEnded,
 )
 from protocol.messages.system import ActorDown, ActorUp
-from protocol.policy import Policy, PolicyIndex, ServiceRule
+from protocol.peer_id import PeerId
+from protocol.policy import PeerRule, Policy, PolicyIndex, ServiceRule
 from protocol.service import service_of_protocol
 from supervisor.actor import Actor, Checkpoint, handles
 from supervisor.errors import AskError
@@ -56,6 +60,10 @@ SYNC_SECONDS = 5.0
 
 WARN_SECONDS = 60.0
 """A full disk is said once in so many seconds, not once for each event."""
+
+
+CHECKPOINT_BYTES = 12 * 1024
+"""A checkpoint stays small: some 200 peers. Of what is more, a successor has only the file to go by."""
 
 
 class Gate(Actor):
@@ -83,8 +91,8 @@ class Gate(Actor):
 
     async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
         """Read both sources; then the policy can be subscribed to."""
-        version = checkpoint.state.get("version", 0) if checkpoint is not None else 0
-        self._policy = dataclasses.replace(self._policy, version=version)
+        if checkpoint is not None:
+            self._policy, self._good = _unpack(checkpoint.state)
         self.context.watch(CONFIG)
         await self._subscribe_config(publish=False)
         self._read_file(publish=False)
@@ -263,7 +271,7 @@ class Gate(Actor):
         if policy == self._policy and not again:
             return
         self._policy = dataclasses.replace(policy, version=self._policy.version + 1)
-        self.context.checkpoint({"version": self._policy.version})
+        self.context.checkpoint(_pack(self._policy, good=self._good))
         self.context.metrics.gauge("peerup_policy_version").set(self._policy.version)
         self.context.metrics.gauge("peerup_authorized_peers").set(len(self._policy.peers))
         self.context.log.info(
@@ -304,3 +312,30 @@ class Gate(Actor):
         if now - self._warned_at >= WARN_SECONDS:
             self._warned_at = now
             self.context.log.error("an audit event was lost: {}: {}", self._audit.path, self._audit.last_error)
+
+
+def _pack(policy: Policy, *, good: bool) -> dict[str, Data]:
+    """The policy as plain data for a checkpoint."""
+    few = sum(64 + len(rule.comment.encode()) for rule in policy.peers) <= CHECKPOINT_BYTES
+    return {
+        "version": policy.version,
+        "gating": policy.gating,
+        "good": good and few,
+        "peers": [[rule.peer.to_wire(), rule.line, rule.expires, rule.comment] for rule in policy.peers if few],
+        "services": [
+            [rule.service, None if rule.allowed_peers is None else [peer.to_wire() for peer in rule.allowed_peers]]
+            for rule in policy.services
+        ],
+    }
+
+
+def _unpack(state: dict[str, Data]) -> tuple[Policy, bool]:
+    """A policy out of a checkpoint, and whether it came from a file without problems."""
+    peers = tuple(
+        PeerRule(PeerId.from_wire(peer), line, expires, comment) for peer, line, expires, comment in state["peers"]
+    )
+    services = tuple(
+        ServiceRule(service, None if allowed is None else tuple(map(PeerId.from_wire, allowed)))
+        for service, allowed in state["services"]
+    )
+    return Policy(state["version"], state["gating"], peers, services), state["good"]

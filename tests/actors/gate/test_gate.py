@@ -1,12 +1,14 @@
 """The gate: what policy is published when, out of which file and configuration, and what is counted and written."""
 
+import dataclasses
 import json
 import shutil
 
+import msgpack
 import pytest
 import trio
 
-from actors.gate.actor import Gate
+from actors.gate.actor import CHECKPOINT_BYTES, Gate
 from protocol.keys import PrivateKey
 from protocol.messages.config import ConfigSnapshot, ServiceEntry, SubscribeConfig
 from protocol.messages.gate import (
@@ -206,6 +208,36 @@ async def test_versions_grow_across_a_kill(path):
         second = (await switchboard.ask("gate", SubscribePolicy())).policy
         assert second.version > first.version
         assert second.peers == first.peers
+
+
+async def test_a_successor_keeps_in_force_what_it_cannot_read_anew(path):
+    services = [ServiceEntry("ssh", "localhost:22", True, None), ServiceEntry("web", "localhost:80", True, (A, B))]
+    async with Stage() as stage:
+        put(path, f"{A} expires=2033-01-01T00:00:00Z # laptop\n{B}\n")
+        switchboard, first = await stand(stage, path, config=FakeConfig(snapshot(gating=False, services=services)))
+        await stage.kill("config")
+        put(path, "broken\n")
+        await stage.kill("gate")
+        await stage.start("gate", Gate(str(path), watch=False))
+        second = (await switchboard.ask("gate", SubscribePolicy())).policy
+        assert second.version > first.version
+        assert dataclasses.replace(second, version=first.version) == first
+        assert stage.describe("gate")["problems"]
+        put(path, f"{B}\n")
+        assert (await stage.ask("gate", Reload())).peers == 1
+
+
+@pytest.mark.parametrize("count", [CHECKPOINT_BYTES // 64, CHECKPOINT_BYTES // 64 + 1, 1000])
+async def test_the_checkpoint_stays_small_however_many_peers_there_are(path, count):
+    peers = [PrivateKey.from_seed(number.to_bytes(32)).peer_id for number in range(count)]
+    put(path, "".join(f"{peer}\n" for peer in peers))
+    async with Stage() as stage:
+        switchboard, first = await stand(stage, path)
+        assert len(first.peers) == len(peers)
+        await stage.kill("gate")
+        assert len(msgpack.packb(stage.checkpoints["gate"].state)) < 16 * 1024
+        await stage.start("gate", Gate(str(path), watch=False))
+        assert (await switchboard.ask("gate", SubscribePolicy())).policy.peers == first.peers
 
 
 async def test_a_subscriber_that_ended_is_told_nothing_more(path):
