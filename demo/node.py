@@ -136,6 +136,8 @@ class Node:
                 self._daemon.wait(STOP_DEADLINE)
             except subprocess.TimeoutExpired:
                 os.killpg(self._daemon.pid, signal.SIGKILL)
+        if self._daemon.stdout is not None:
+            self._daemon.stdout.close()
         self._log.close()
         return {pid for pid in everybody if Path(f"/proc/{pid}").exists() and not _zombie(pid)}
 

@@ -64,14 +64,19 @@ def by_name(node: Node) -> dict[str, dict[str, Any]]:
     return {actor["name"]: actor for actor in node.actors()}
 
 
-def is_whole(node: Node, names: set[str]) -> bool:
+def is_whole(node: Node, names: set[str], hurt_pids: set[int]) -> bool:
+    """Whether every actor runs, none of them still in a process that was hurt."""
     present = by_name(node)
-    return names <= present.keys() and all(present[name]["state"] == "running" for name in names)
+    return names <= present.keys() and all(
+        present[name]["state"] == "running" and present[name]["pid"] not in hurt_pids for name in names
+    )
 
 
-def hurt(node: Node, name: str, action: str) -> int:
-    """Do it to the actor's process; its pid."""
-    pid: int = by_name(node)[name]["pid"]
+def hurt(node: Node, name: str, action: str) -> set[int]:
+    """Do it to the actor's process; its pid, if it has one just now."""
+    pid = by_name(node).get(name, {}).get("pid")
+    if pid is None:
+        return set()
     if action == "kill":
         os.kill(pid, signal.SIGKILL)
     elif action == "stop":
@@ -83,13 +88,15 @@ def hurt(node: Node, name: str, action: str) -> int:
             )
         except ClientError:
             assert name == "api", f"only the hung control API itself may fail to answer, not {name}"
-    return pid
+    return {pid}
 
 
-def check_invariants(world: World, names: dict[str, set[str]], turn: str) -> None:
+def check_invariants(world: World, names: dict[str, set[str]], hurt_pids: set[int], turn: str) -> None:
     for node in (world.laptop, world.home):
         wait_until(
-            lambda node=node: is_whole(node, names[node.name]), within=WHOLE_WITHIN, what=f"{node.name} whole, {turn}"
+            lambda node=node: is_whole(node, names[node.name], hurt_pids),
+            within=WHOLE_WITHIN,
+            what=f"{node.name} whole, {turn}",
         )
     wait_until(lambda: echo_works(world.port), within=SERVES_WITHIN, what=f"a new connection, {turn}")
     assert not echo_works(world.stranger_port, timeout=0.3), f"a stranger got in after {turn}"
@@ -127,11 +134,9 @@ def test_every_part_may_be_killed_stopped_and_hung_under_load(world: World) -> N
         for step, victims in enumerate(plan(rng, names)):
             done = ", ".join(f"{action} {node}/{name}" for node, name, action in victims)
             turn = f"step {step} of seed {SEED}: {done}"
-            for node, name, action in victims:
-                # A supervisor takes its children along, so the second victim may be gone already: that is fine too.
-                if name in by_name(nodes[node]) and by_name(nodes[node])[name]["pid"]:
-                    hurt(nodes[node], name, action)
-            check_invariants(world, names, turn)
+            # A supervisor takes its children along, so the second victim may be gone already: that is fine too.
+            hurt_pids = set[int]().union(*(hurt(nodes[node], name, action) for node, name, action in victims))
+            check_invariants(world, names, hurt_pids, turn)
     finally:
         for load in loads:
             load.stop()
@@ -154,12 +159,10 @@ def test_killing_the_same_actor_again_and_again_leaks_no_descriptor(world: World
 
     names = {node.name: set(by_name(node)) for node in (world.laptop, world.home)}
     for _ in itertools.repeat(None, 2):
-        hurt(world.laptop, "gate", "kill")
-        check_invariants(world, names, "warming up")
+        check_invariants(world, names, hurt(world.laptop, "gate", "kill"), "warming up")
     before = counts()
     for turn in range(8):
-        hurt(world.laptop, "gate", "kill")
-        check_invariants(world, names, f"kill {turn}")
+        check_invariants(world, names, hurt(world.laptop, "gate", "kill"), f"kill {turn}")
     wait_until(
         lambda: all(count <= before[name] + 2 for name, count in counts().items()),
         within=10.0,
