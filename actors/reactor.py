@@ -191,7 +191,7 @@ class Reactor:
 
     async def _run_as_task(self) -> NoReturn:
         while True:
-            with trio.move_on_after(self._seconds_to_timer()):
+            with trio.move_on_after(0 if self._soon else self._seconds_to_timer()):
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
             self._round(0)
             self._raise_failure()

@@ -1,0 +1,481 @@
+"""yamux: single frames against the spec, harm done by a peer, and two sessions back to back under any interleaving."""
+
+import random
+import struct
+from collections import defaultdict
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from protocol.stream_descriptor import ResetCode
+from protocol.yamux import (
+    ACK,
+    DATA,
+    FIN,
+    GO_AWAY,
+    INITIAL_WINDOW,
+    PING,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+    FloodError,
+    GoneAwayError,
+    Limits,
+    Role,
+    Session,
+    TooManyStreamsError,
+    WindowExceededError,
+    YamuxError,
+)
+
+
+def frame(kind, flags, stream, length, body=b""):
+    return struct.pack(">BBHII", 0, kind, flags, stream, length) + body
+
+
+def data(stream, body, flags=0):
+    return frame(DATA, flags, stream, len(body), body)
+
+
+def frames(raw):
+    """(type, flags, stream, length, body) of each frame."""
+    result = []
+    while raw:
+        _, kind, flags, stream, length = struct.unpack(">BBHII", raw[:12])
+        body = raw[12 : 12 + length] if kind == DATA else b""
+        raw = raw[12 + len(body) :]
+        result.append((kind, flags, stream, length, body))
+    return result
+
+
+class End:
+    """One side: a session and what it was told."""
+
+    def __init__(self, role, **limits):
+        self.now = 0.0
+        self.session = Session(role, self, now=0.0, limits=Limits(**limits))
+        self.opened, self.resets, self.pongs, self.gone = [], {}, [], []
+        self.received = defaultdict(bytearray)
+        self.finished = set()
+        self.windows = []
+
+    def stream_opened(self, stream):
+        self.opened.append(stream)
+
+    def stream_data(self, stream, buffer, start, end):
+        assert start >= 1
+        self.received[stream.id] += buffer[start:end]
+        buffer[start - 1] = 0xEE  # which we are allowed to do
+
+    def stream_finished(self, stream):
+        assert stream.id not in self.finished
+        self.finished.add(stream.id)
+
+    def stream_reset(self, stream, code):
+        assert stream.closed
+        self.resets[stream.id] = code
+
+    def window_opened(self, stream):
+        self.windows.append(stream.id)
+
+    def pong(self, value):
+        self.pongs.append(value)
+
+    def gone_away(self, code):
+        self.gone.append(code)
+
+    def feed(self, raw, piece=1 << 20):
+        for start in range(0, len(raw), piece):
+            part = raw[start : start + piece]
+            self.session.receive(memoryview(bytearray(b"?" + part)), 1, 1 + len(part), self.now)
+
+    def said(self):
+        room = memoryview(bytearray(1 << 17))
+        return frames(bytes(room[: self.session.take_control(room, 0, len(room))]))
+
+    def send(self, stream, body):
+        room = memoryview(bytearray(12 + len(body)))
+        self.session.data_header(room, 0, stream, len(body))
+        room[12:] = body
+        return bytes(room)
+
+
+@pytest.mark.parametrize("piece", [1, 5, 13, 1 << 20])
+def test_a_stream_from_syn_to_fin(piece):
+    server = End(Role.SERVER)
+    server.feed(frame(WINDOW_UPDATE, SYN, 1, 0) + data(1, b"hello ") + data(1, b"world", FIN), piece)
+    (stream,) = server.opened
+    assert server.received[1] == b"hello world"
+    assert server.finished == {1}
+    assert server.said() == []  # acknowledged with the first frame
+    (answer,) = frames(server.send(stream, b"yes"))
+    assert answer == (DATA, ACK, 1, 3, b"yes")
+    server.session.finish(stream)
+    server.session.finish(stream)
+    assert server.said() == [(WINDOW_UPDATE, FIN, 1, 0, b"")]
+    assert stream.closed
+    assert server.session.streams == 0
+
+
+def test_syn_with_data_and_window():
+    server = End(Role.SERVER)
+    server.feed(data(1, b"x", SYN | FIN) + frame(WINDOW_UPDATE, SYN, 3, 1000))
+    assert server.received[1] == b"x"
+    assert server.finished == {1}
+    assert server.opened[1].send_window == INITIAL_WINDOW + 1000
+
+
+def test_opening_announces_and_counts_ids():
+    client, server = End(Role.CLIENT), End(Role.SERVER)
+    first, second = client.session.open(0.0), client.session.open(0.0)
+    assert (first.id, second.id) == (1, 3)
+    assert server.session.open(0.0).id == 2
+    assert client.said() == [(WINDOW_UPDATE, SYN, 1, 0, b""), (WINDOW_UPDATE, SYN, 3, 0, b"")]
+    assert frames(client.send(second, b"x")) == [(DATA, 0, 3, 1, b"x")]
+
+
+def test_reset_before_anybody_knew_says_nothing():
+    client = End(Role.CLIENT)
+    stream = client.session.open(0.0)
+    client.session.reset(stream)
+    assert client.said() == []
+    assert client.session.streams == 0
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (frame(WINDOW_UPDATE, RST, 1, 0x1008), 0x1008),
+        (frame(DATA, RST, 1, 0), 0),
+        (frame(DATA, RST, 1, 4, b"lost"), 0),
+    ],
+)
+def test_reset_by_peer(raw, code):
+    server = End(Role.SERVER)
+    server.feed(frame(WINDOW_UPDATE, SYN, 1, 0) + raw + data(1, b"late") + frame(WINDOW_UPDATE, SYN, 3, 0))
+    assert server.resets == {1: code}
+    assert server.received[1] == b""
+    assert [stream.id for stream in server.opened] == [1, 3]
+
+
+def test_reset_by_us_carries_the_code():
+    server = End(Role.SERVER)
+    server.feed(frame(WINDOW_UPDATE, SYN, 1, 0))
+    server.session.reset(server.opened[0], ResetCode.GATED)
+    server.session.reset(server.opened[0], ResetCode.NONE)
+    assert server.said() == [(WINDOW_UPDATE, RST, 1, 0x1008, b"")]
+    server.feed(data(1, b"still on its way" * 100) + frame(WINDOW_UPDATE, 0, 1, 5))
+    assert server.received[1] == b""
+
+
+def test_window_is_granted_as_bytes_are_consumed_and_grows_for_a_fast_reader():
+    server = End(Role.SERVER, stream_window=1 << 20)
+    server.feed(data(1, b"", SYN))
+    (stream,) = server.opened
+    half = bytes(INITIAL_WINDOW // 2)
+    server.feed(data(1, half[1:]))
+    assert not server.session.consumed(stream, len(half) - 1, 0.001)
+    server.feed(data(1, b"x"))
+    assert server.session.consumed(stream, 1, 0.001)
+    assert server.said() == [(WINDOW_UPDATE, ACK, 1, len(half) + INITIAL_WINDOW, b"")]
+    assert stream.window == stream.receive_window == 2 * INITIAL_WINDOW
+    for round_ in range(2, 6):
+        server.feed(data(1, bytes(stream.window // 2)))
+        server.session.consumed(stream, stream.window // 2, 0.001 * round_)
+    assert stream.window == 1 << 20
+
+
+@pytest.mark.parametrize(("behind", "later"), [(True, 0.001), (False, 1.0)])
+def test_window_does_not_grow_for_a_slow_reader(behind, later):
+    server = End(Role.SERVER)
+    server.feed(data(1, bytes(INITIAL_WINDOW), SYN))
+    (stream,) = server.opened
+    assert not server.session.consumed(stream, INITIAL_WINDOW // 2 - 1, later, behind=behind)
+    assert server.session.consumed(stream, 1, later, behind=behind)
+    # what the peer may send, and what is still here, are one window together
+    assert stream.receive_window + stream.undelivered == stream.window == INITIAL_WINDOW
+
+
+def test_windows_grow_within_the_budget_of_the_session():
+    server = End(Role.SERVER, session_window=INITIAL_WINDOW)
+    for stream_id in (1, 3):
+        server.feed(data(stream_id, bytes(INITIAL_WINDOW), SYN))
+    for stream in server.opened:
+        server.session.consumed(stream, INITIAL_WINDOW, 0.001)
+    assert [stream.window for stream in server.opened] == [2 * INITIAL_WINDOW, INITIAL_WINDOW]
+    server.session.reset(server.opened[0])
+    server.feed(data(3, bytes(INITIAL_WINDOW)))
+    server.session.consumed(server.opened[1], INITIAL_WINDOW, 0.002)
+    assert server.opened[1].window == 2 * INITIAL_WINDOW
+
+
+def test_more_than_granted_ends_the_session():
+    server = End(Role.SERVER)
+    server.feed(data(1, bytes(INITIAL_WINDOW), SYN))
+    with pytest.raises(WindowExceededError):
+        server.feed(data(1, b"x"))
+    assert server.said() == [(GO_AWAY, 0, 0, 1, b"")]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\1" + frame(PING, SYN, 0, 0)[1:],
+        frame(4, 0, 0, 0),
+        frame(PING, 0, 0, 0),
+        frame(PING, SYN, 1, 0),
+        frame(GO_AWAY, 0, 1, 0),
+        frame(WINDOW_UPDATE, SYN, 0, 0),
+        frame(WINDOW_UPDATE, SYN, 2, 0),  # ours to open
+        frame(WINDOW_UPDATE, SYN, 1, 0) * 2,
+        data(1, b"never opened"),
+        frame(WINDOW_UPDATE, 0, 2, 0),
+        frame(WINDOW_UPDATE, 16, 1, 0),
+        data(1, b"x", SYN | FIN) + data(1, b"after the end"),
+        frame(WINDOW_UPDATE, SYN, 1, 0xFFFF_FFFF) + frame(WINDOW_UPDATE, 0, 1, 1),
+    ],
+)
+def test_broken_protocol_ends_the_session(raw):
+    server = End(Role.SERVER)
+    with pytest.raises(YamuxError):
+        server.feed(raw)
+    assert server.said()[-1] == (GO_AWAY, 0, 0, 1, b"")
+
+
+def test_ping_is_answered_and_measured():
+    client, server = End(Role.CLIENT), End(Role.SERVER)
+    client.session.ping(0xABCD)
+    ((kind, flags, stream, value, _),) = client.said()
+    server.feed(frame(kind, flags, stream, value))
+    ((kind, flags, stream, value, _),) = server.said()
+    assert (kind, flags, stream, value) == (PING, ACK, 0, 0xABCD)
+    client.feed(frame(kind, flags, stream, value))
+    assert client.pongs == [0xABCD]
+
+
+def test_go_away():
+    client = End(Role.CLIENT)
+    client.feed(frame(GO_AWAY, 0, 0, 0))
+    assert client.gone == [0]
+    with pytest.raises(GoneAwayError):
+        client.session.open(0.0)
+    server = End(Role.SERVER)
+    server.session.go_away()
+    server.feed(frame(WINDOW_UPDATE, SYN, 1, 0))
+    assert server.opened == []
+    assert server.said() == [(GO_AWAY, 0, 0, 0, b""), (WINDOW_UPDATE, RST, 1, 0, b"")]
+
+
+def test_own_limits():
+    client = End(Role.CLIENT, outbound_streams=3, unacknowledged=2)
+    client.session.open(0.0)
+    client.session.open(0.0)
+    with pytest.raises(TooManyStreamsError):
+        client.session.open(0.0)
+    client.said()
+    client.feed(frame(WINDOW_UPDATE, ACK, 1, 0))
+    client.session.open(0.0)
+    client.feed(frame(WINDOW_UPDATE, ACK, 3, 0))
+    with pytest.raises(TooManyStreamsError):
+        client.session.open(0.0)
+    client.feed(frame(WINDOW_UPDATE, RST, 1, 0))
+    client.session.open(0.0)
+
+
+def test_unacknowledged_streams_of_the_peer_are_limited():
+    server = End(Role.SERVER, unacknowledged=2)
+    server.feed(b"".join(frame(WINDOW_UPDATE, SYN, stream, 0) for stream in (1, 3, 5)))
+    assert len(server.opened) == 2
+    assert server.said() == [(WINDOW_UPDATE, RST, 5, ResetCode.LIMIT_EXCEEDED, b"")]
+    server.session.acknowledge(server.opened[0])
+    assert server.said() == [(WINDOW_UPDATE, ACK, 1, 0, b"")]
+    server.feed(frame(WINDOW_UPDATE, SYN, 7, 0))
+    assert len(server.opened) == 3
+
+
+def flood(raws):
+    """How many of these frames a server takes, each at the same moment, before it ends the session."""
+    server = End(Role.SERVER)
+    server.feed(frame(WINDOW_UPDATE, SYN, 1, 0))
+    for count, raw in enumerate(raws):
+        try:
+            server.feed(raw)
+        except FloodError:
+            return count, server
+        if count % 100 == 0:
+            server.said()
+    return None, server
+
+
+@pytest.mark.parametrize(
+    "raws",
+    [
+        [frame(WINDOW_UPDATE, SYN, stream, 0) for stream in range(3, 20003, 2)],
+        [frame(WINDOW_UPDATE, flags, stream, 0) for stream in range(3, 20003, 2) for flags in (SYN, RST)],
+        [frame(PING, SYN, 0, 0)] * 10000,
+        [frame(PING, ACK, 0, 0)] * 10000,
+        [data(1, b"")] * 10000,
+        [frame(WINDOW_UPDATE, 0, 1, 0)] * 10000,
+        [frame(WINDOW_UPDATE, FIN, 1, 0)] * 10000,
+        [frame(WINDOW_UPDATE, ACK, 1, 0)] * 10000,
+        [frame(WINDOW_UPDATE, RST, 1, 0)] * 10000,
+        [frame(GO_AWAY, 0, 0, 0)] * 10000,
+    ],
+    ids=["syn", "rapid-reset", "ping", "pong", "empty-data", "empty-window", "fin", "ack", "rst", "go-away"],
+)
+def test_floods_end_the_session(raws):
+    count, server = flood(raws)
+    assert count is not None
+    assert count <= 2100
+    assert server.session.streams <= 1024
+
+
+def test_answers_that_nobody_reads_end_the_session():
+    server = End(Role.SERVER, idle_frames=1_000_000, control_bytes=1200)
+    with pytest.raises(FloodError):
+        server.feed(frame(PING, SYN, 0, 0) * 101)
+
+
+def test_the_allowance_refills():
+    server = End(Role.SERVER)
+    for second in range(100):
+        server.now = float(second)
+        server.feed(frame(PING, SYN, 0, 0) * 150)
+        assert len(server.said()) == 150
+
+
+def test_pieces_of_control_are_whole_frames():
+    client = End(Role.CLIENT)
+    for value in range(10):
+        client.session.ping(value)
+    room = memoryview(bytearray(100))
+    taken = b""
+    while client.session.has_control:
+        length = client.session.take_control(room, 3, 30)
+        assert length in (12, 24)
+        taken += room[3 : 3 + length]
+    assert [value for _, _, _, value, _ in frames(taken)] == list(range(10))
+
+
+class Pair(RuleBasedStateMachine):
+    """Two sessions with a pipe each way that cuts anywhere. What was sent is what arrives, within the windows."""
+
+    def __init__(self):
+        super().__init__()
+        self.ends = {Role.CLIENT: End(Role.CLIENT), Role.SERVER: End(Role.SERVER)}
+        self.pipes = {Role.CLIENT: bytearray(), Role.SERVER: bytearray()}  # towards
+        self.sent = {Role.CLIENT: defaultdict(bytearray), Role.SERVER: defaultdict(bytearray)}  # by
+        self.reset = set()
+        self.now = 0.0
+        self.fill = random.Random(1)
+
+    def flush(self, role):
+        end = self.ends[role]
+        room = memoryview(bytearray(1 << 16))
+        other = Role.SERVER if role is Role.CLIENT else Role.CLIENT
+        self.pipes[other] += room[: end.session.take_control(room, 0, len(room))]
+        return other
+
+    def streams(self, role):
+        return sorted(self.ends[role].session, key=lambda stream: stream.id)
+
+    @rule(role=st.sampled_from(Role))
+    def open(self, role):
+        if self.ends[role].session.streams < 20:
+            self.ends[role].session.open(self.now)
+            self.flush(role)
+
+    @rule(role=st.sampled_from(Role), which=st.integers(0, 30), size=st.integers(1, 70_000))
+    def send(self, role, which, size):
+        able = [s for s in self.streams(role) if not s.local_finished and s.send_window]
+        if able:
+            stream = able[which % len(able)]
+            body = self.fill.randbytes(min(size, stream.send_window))
+            other = self.flush(role)
+            self.pipes[other] += self.ends[role].send(stream, body)
+            self.sent[role][stream.id] += body
+
+    @rule(role=st.sampled_from(Role), which=st.integers(0, 30))
+    def finish(self, role, which):
+        if able := self.streams(role):
+            self.ends[role].session.finish(able[which % len(able)])
+            self.flush(role)
+
+    @rule(role=st.sampled_from(Role), which=st.integers(0, 30), code=st.integers(0, 0xFFFF_FFFF))
+    def reset_stream(self, role, which, code):
+        if able := self.streams(role):
+            stream = able[which % len(able)]
+            self.ends[role].session.reset(stream, code)
+            self.reset.add(stream.id)
+            self.flush(role)
+
+    @rule(role=st.sampled_from(Role), cut=st.integers(1, 200_000))
+    def carry(self, role, cut):
+        pipe = self.pipes[role]
+        part, self.pipes[role] = bytes(pipe[:cut]), pipe[cut:]
+        self.ends[role].feed(part)
+        self.flush(role)
+
+    @rule(role=st.sampled_from(Role), which=st.integers(0, 30), part=st.floats(0, 1), wait=st.floats(0, 0.1))
+    def consume(self, role, which, part, wait):
+        self.now += wait
+        waiting = [s for s in self.streams(role) if s.undelivered]
+        if waiting:
+            stream = waiting[which % len(waiting)]
+            length = max(1, int(stream.undelivered * part))
+            self.ends[role].session.consumed(stream, length, self.now)
+            self.flush(role)
+
+    @invariant()
+    def what_arrived_was_sent(self):
+        for role, other in ((Role.CLIENT, Role.SERVER), (Role.SERVER, Role.CLIENT)):
+            for stream_id, body in self.ends[role].received.items():
+                sent = self.sent[other][stream_id]
+                assert sent[: len(body)] == body
+                if stream_id in self.ends[role].finished and stream_id not in self.reset:
+                    assert sent == body
+
+    @invariant()
+    def windows_hold(self):
+        for end in self.ends.values():
+            for stream in end.session:
+                if not stream.remote_finished:
+                    assert stream.receive_window >= 0
+                    assert stream.receive_window + stream.undelivered <= stream.window <= 16 << 20
+                assert stream.send_window >= 0
+
+    def teardown(self):
+        for _ in range(3):
+            for role in Role:
+                self.flush(role)
+            for role in Role:
+                self.ends[role].feed(bytes(self.pipes[role]))
+                self.pipes[role].clear()
+        for role, other in ((Role.CLIENT, Role.SERVER), (Role.SERVER, Role.CLIENT)):
+            for stream_id, body in self.sent[other].items():
+                if stream_id not in self.reset:
+                    assert self.ends[role].received[stream_id] == body
+        known = [{stream.id for stream in end.session} for end in self.ends.values()]
+        assert known[0] == known[1]
+
+
+Pair.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestPair = Pair.TestCase
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 31), st.integers(0, 6), st.integers(0, 300_000)), max_size=30)
+)
+def test_any_frames_are_taken_or_refused(headers):
+    server = End(Role.SERVER)
+    try:
+        for kind, flags, stream, length in headers:
+            server.feed(frame(kind, flags, stream, length, bytes(length) if kind == DATA else b""))
+    except YamuxError:
+        assert server.session.local_gone
+    assert server.session.streams == sum(1 for _ in server.session)
