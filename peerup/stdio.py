@@ -15,6 +15,16 @@ import select
 import socket
 import sys
 import threading
+from typing import ClassVar
+
+from protocol.errors import PeerupError
+
+
+class PassOnError(PeerupError):
+    """The connection cannot be handed over as a descriptor."""
+
+    code: ClassVar[str] = "no-descriptors"
+
 
 CHUNK = 256 * 1024
 """Bytes per read: more than a pipe or a Unix socket holds by default, so each call takes all there is."""
@@ -45,6 +55,23 @@ def pump(sock: socket.socket, source: int = 0, sink: int = 1) -> int:
         os.close(ended)
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+
+
+def pass_on(sock: socket.socket, sink: int = 1) -> None:
+    """Hand the connected socket to whoever is at the other end of `sink`, which must be a Unix socket.
+
+    Raises:
+        PassOnError: it is not one.
+    """
+    try:
+        with socket.socket(fileno=os.dup(sink)) as channel:
+            socket.send_fds(channel, [b"\0"], [sock.fileno()])
+    except OSError as error:
+        raise PassOnError(
+            f"standard output takes no descriptors ({error.strerror}); --fdpass is for `ssh -o ProxyUseFdpass=yes`"
+        ) from error
+    finally:
         sock.close()
 
 

@@ -20,6 +20,8 @@ DEFAULT_HOST = "127.0.0.1"
         "peerup proxy home web 0.0.0.0:8080     let others use it, too",
         "peerup proxy home ssh --stdio          one connection on stdin/stdout",
         "ssh -o ProxyCommand='peerup proxy home ssh --stdio' me@home",
+        "ssh -o ProxyUseFdpass=yes \\",
+        "    -o ProxyCommand='peerup proxy home ssh --fdpass' me@home",
         "peerup proxy list",
         "peerup proxy stop home ssh",
         "A peer that is called like a subcommand: peerup proxy add list ssh 2222",
@@ -37,16 +39,21 @@ def proxy() -> None:
 @click.argument("service")
 @click.argument("local_port", required=False)
 @click.option("--stdio", is_flag=True, help="Connect standard input and output instead of listening.")
-def add(session: Session, peer: str, service: str, local_port: str | None, *, stdio: bool) -> None:
+@click.option("--fdpass", is_flag=True, help="Hand the connection itself over (ssh -o ProxyUseFdpass=yes).")
+def add(session: Session, peer: str, service: str, local_port: str | None, *, stdio: bool, fdpass: bool) -> None:
     """Reach SERVICE of PEER through LOCAL_PORT (PORT, HOST:PORT, or 0 for a free port).
 
-    Prints the address it listens on. With --stdio, connects standard input and output, for one connection.
+    Prints the address it listens on. With --stdio, connects standard input and output, for one connection. With
+    --fdpass, the program that started this one gets that connection as a descriptor, and no byte goes through here.
     """
-    if stdio:
+    if stdio or fdpass:
         if local_port is not None:
-            raise click.UsageError("--stdio listens on no port; leave LOCAL_PORT out")
-        from peerup.stdio import pump
+            raise click.UsageError("--stdio and --fdpass listen on no port; leave LOCAL_PORT out")
+        from peerup.stdio import pass_on, pump
 
+        if fdpass:
+            pass_on(session.client.open_stdio(peer, service))
+            return
         raise click.exceptions.Exit(pump(session.client.open_stdio(peer, service)))
     if local_port is None:
         raise click.UsageError("give the LOCAL_PORT to listen on (0 for a free one), or --stdio")

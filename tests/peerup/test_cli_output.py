@@ -19,7 +19,7 @@ from peerup.cli.actors import TREE_COLUMNS, outline, print_tree
 from peerup.cli.framework import DURATION
 from peerup.cli.output import Column, render_table, size, span
 from peerup.cli.proxies import parse_listen
-from peerup.stdio import pump
+from peerup.stdio import PassOnError, pass_on, pump
 
 
 def actor(name: str, supervisor: str, **values):
@@ -238,6 +238,31 @@ def test_a_far_side_that_broke_off_is_a_failure():
     assert pumped.finish() == 1
     os.close(pumped.stdin)
     os.close(pumped.stdout)
+
+
+def test_a_connection_is_handed_over_as_a_descriptor():
+    far, near = socket.socketpair()
+    ours, theirs = socket.socketpair()
+    pass_on(near, theirs.fileno())
+    data, (fd,), _, _ = socket.recv_fds(ours, 10, 1)
+    assert data == b"\0"
+    with socket.socket(fileno=fd) as passed:
+        passed.sendall(b"hello")
+        assert far.recv(10) == b"hello"
+    assert far.recv(10) == b"", "nobody else holds it"
+    for sock in (far, ours, theirs):
+        sock.close()
+
+
+def test_a_pipe_takes_no_descriptor():
+    far, near = socket.socketpair()
+    read, write = os.pipe()
+    with pytest.raises(PassOnError, match="ProxyUseFdpass"):
+        pass_on(near, write)
+    assert far.recv(10) == b""
+    far.close()
+    os.close(read)
+    os.close(write)
 
 
 def wait_until_readable(sock: socket.socket) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import hashlib
 import http.server
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -396,6 +399,50 @@ def test_stdio_carries_bytes_and_half_close_both_ways(pair):
         assert hashlib.sha256(done.stdout).digest() == hashlib.sha256(content).digest()
     assert "no such" in (failed := laptop.run("proxy", "home", "nothing", "--stdio", status=1).stderr) or failed
     assert laptop.run("proxy", "stranger", "echo", "--stdio", status=1).stderr.startswith("error: ")
+
+
+SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+
+
+@pytest.mark.skipif(not (SSHD and shutil.which("ssh")), reason="needs OpenSSH: sshd, ssh and ssh-keygen")
+def test_ssh_by_proxy_command_and_by_descriptor(pair, tmp_path):
+    laptop, home = pair
+    for key in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / key)], check=True)
+    port = free_port()
+    config = tmp_path / "sshd_config"
+    config.write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host\nPidFile none\nStrictModes no\n"
+        f"AuthorizedKeysFile {tmp_path}/user.pub\nPasswordAuthentication no\n"
+    )
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True, mode=0o755)
+    with home.log.open("ab") as log:
+        server = subprocess.Popen([SSHD, "-D", "-e", "-f", str(config)], stderr=log)
+    try:
+        wait_for(lambda: reachable(port), "sshd")
+        home.run("service", "add", "ssh", f"127.0.0.1:{port}")
+        for extra, option in (([], "--stdio"), (["-o", "ProxyUseFdpass=yes"], "--fdpass")):
+            command = shlex.join(laptop.command("proxy", "home", "ssh", option))
+            ssh = ["ssh", "-F", "none", "-i", str(tmp_path / "user"), "-o", f"ProxyCommand={command}", *extra]
+            ssh += ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+            content = os.urandom(300_000)
+            done = subprocess.run(
+                [*ssh, f"{getpass.getuser()}@home", "cat"], input=content, capture_output=True, timeout=40, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            assert done.stdout == content, option
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def reachable(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_proxies_come_back_after_a_restart_at_the_same_port(pair):
