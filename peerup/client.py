@@ -73,8 +73,11 @@ class Client:
         self.timeout = timeout
 
     def get(self, path: str, **query: Any) -> Any:
-        """The data of a GET."""
-        return self._call("GET", path, query, None)
+        """The data of a GET. If the API ends meanwhile, it is asked once more: its successor answers at once."""
+        try:
+            return self._call("GET", path, query, None)
+        except LostConnectionError:
+            return self._call("GET", path, query, None)
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The data of a POST with this JSON body."""

@@ -49,18 +49,31 @@ def actors() -> None:
 @click.option("--interval", type=DURATION, default="1s", show_default=True, help="How often --watch looks.")
 def list_actors(session: Session, *, watch: bool, interval: float) -> None:
     """Show the tree: restarts count in the supervisor's window, mailbox is what waits."""
+    tree = session.client.get("/v1/actors")
+    if not watch:
+        session.show(tree, lambda: print_tree(tree))
+        return
     while True:
-        tree = session.client.get("/v1/actors")
-        if watch and not session.as_json and sys.stdout.isatty():
-            click.clear()
-        if watch and session.as_json:
+        if session.as_json:
             session.show_line(tree, "")
         else:
-            session.show(tree, lambda: print_tree(tree))  # noqa: B023  # called at once
-        if not watch:
-            return
+            if sys.stdout.isatty():
+                click.clear()
+            print_tree(tree)
         sys.stdout.flush()
         time.sleep(max(0.1, interval))
+        tree = _look_again(session, tree)
+
+
+def _look_again(session: Session, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tree now; while the API is being restarted, what was seen before. A node that has ended ends the watch."""
+    from peerup.client import LostConnectionError
+
+    try:
+        tree: list[dict[str, Any]] = session.client.get("/v1/actors")
+    except LostConnectionError:
+        return before
+    return tree
 
 
 def print_tree(tree: list[dict[str, Any]]) -> None:

@@ -10,8 +10,8 @@ import click
 from peerup.cli.framework import Failure, Session, command
 from peerup.cli.output import good, span
 
-STOP_SECONDS = 20.0
-"""How long `stop` waits for the node to end: every actor's stop deadline in turn, with room to spare."""
+STOP_SECONDS = 40.0
+"""How long `stop` waits for the node to end: a little longer than the node itself gives its actors."""
 
 
 @command("status", json_output=True)

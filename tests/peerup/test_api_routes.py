@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import re
 import socket
 import stat
 import threading
+from urllib.parse import quote, urlencode
 
 import pytest
 import trio
 
+from actors.api.routes import ROUTES
 from actors.http import HttpLimits
 from peerup.client import Client, ClientError, LostConnectionError, NotRunningError, RefusedByNodeError
 from protocol.messages import Descriptor, Envelope, encode_body
@@ -542,17 +547,75 @@ async def test_reload_tells_problems(serve):
     assert data == {"version": 4, "changes": [], "problems": ["line 3: nonsense"]}
 
 
+VALUES = [
+    None,
+    "",
+    "x",
+    "*",
+    "a/b",
+    "\x00",
+    "é" * 300,
+    -1,
+    0,
+    1,
+    2**70,
+    1e308,
+    float("nan"),
+    True,
+    [],
+    {},
+    ["x"],
+    {"a": 1},
+]
+KEYS = ["name", "level", "seconds", "action", "fault", "from", "to", "kind", "probability", "nth", "seed", "delay"]
+KEYS += ["peer", "service", "listen", "limit", "rate", "heartbeats", "count", "interval", "timeout"]
+
+
+async def test_no_input_ends_the_api(serve):
+    """Any client error is an answer below 500 or an actor's refusal; a defect would end the actor and this test."""
+    generator = random.Random(11)
+    async with serve() as node:
+        for _ in range(12):
+            for route in ROUTES:
+                path = re.sub(r"{\w+}", lambda _: quote(str(generator.choice(VALUES)), safe=""), route.pattern)
+                body = {key: generator.choice(VALUES) for key in generator.sample(KEYS, 5)}
+                if route.pattern == "/v1/tap":
+                    path += "?seconds=0.1&limit=x"
+                elif route.method == "GET" and generator.random() < 0.5:
+                    path += "?" + urlencode({key: str(value) for key, value in body.items()})
+                if route.pattern in ("/v1/shutdown", "/v1/tap"):
+                    continue
+                call = node.client.post if route.method == "POST" else node.client.delete
+                with contextlib.suppress(RefusedByNodeError):
+                    if route.method == "GET":
+                        await node.call(lambda path=path: list(node.client.lines(path)))
+                    elif route.method == "POST":
+                        await node.call(call, path, body)
+                    else:
+                        await node.call(call, path)
+        assert await node.call(node.client.get, "/v1/actors")
+
+
 async def test_a_connection_that_breaks_is_told(tmp_path):
     path = tmp_path / "rude.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
 
+        accepted = []
+
         def hang_up() -> None:
-            listener.accept()[0].close()
+            for _ in range(3):
+                connection, _ = listener.accept()
+                accepted.append(connection.recv(1000).split()[0])
+                connection.close()
 
         thread = threading.Thread(target=hang_up)
         thread.start()
+        client = Client(path, timeout=5)
         with pytest.raises(LostConnectionError):
-            await trio.to_thread.run_sync(Client(path, timeout=5).get, "/v1/status")
+            await trio.to_thread.run_sync(client.post, "/v1/proxies", {})
+        with pytest.raises(LostConnectionError):
+            await trio.to_thread.run_sync(client.get, "/v1/status")
         thread.join()
+        assert accepted == [b"POST", b"GET", b"GET"], "only what changes nothing is asked again"
