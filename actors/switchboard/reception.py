@@ -54,6 +54,7 @@ class Reception:
         self._call_later = call_later
         self._admission: Admission[socket.socket] = Admission(limits)
         self._timer: CancellableTimer | None = None
+        self._listening: list[trio.CancelScope] = []
 
     @property
     def waiting(self) -> int:
@@ -66,7 +67,12 @@ class Reception:
         return self._admission.running
 
     async def listen(self, listener: socket.socket) -> None:
-        """Accept at this socket until cancelled. The socket stays the caller's."""
+        """Accept at this socket until cancelled or closed. The socket stays the caller's."""
+        with trio.CancelScope() as scope:
+            self._listening.append(scope)
+            await self._listen(listener)
+
+    async def _listen(self, listener: socket.socket) -> None:
         while True:
             await trio.lowlevel.wait_readable(listener)
             try:
@@ -81,7 +87,9 @@ class Reception:
             self._admit()
 
     def close(self) -> None:
-        """Hang up on everybody who still waits."""
+        """Stop accepting, and hang up on everybody who still waits. The listening sockets may be closed then."""
+        for scope in self._listening:
+            scope.cancel()
         for sock in self._admission.drain():
             sock.close()
         if self._timer is not None:
