@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from thespian.actors import ActorExitRequest, ActorSystem, InvalidActorSpecification
+from thespian.system.messages.admin import PendingActor, SystemShutdown
 
 from protocol.messages.system import (
     ChildSpec,
@@ -30,10 +33,13 @@ from protocol.messages.system import (
     Strategy,
     SupervisorSpec,
 )
+from supervisor import control, thespian_base
+from supervisor.boot import Boot
 from supervisor.errors import ActorRestartingError, AskError, DeadlineExceededError, NoSuchActorError, RefusedError
 from supervisor.overseer import FACTORY, supervisor_arguments
 from supervisor.port import NameState
-from tests.supervisor.process_harness import ROOT, TOY, ToyService, run_directory, spec, toy
+from supervisor.registry import RunDirectory
+from tests.supervisor.process_harness import ROOT, TOY, ToyService, forked, run_directory, spec, toy
 from tests.supervisor.toy_actors import Block, Crash, Echo, ReadSeen, Relay, Sleep, Watch
 from tests.support.listeners import listeners
 from tests.support.processes import descriptors, is_alive, read_process, tree, wait_until
@@ -420,6 +426,46 @@ def test_leaves_cannot_be_inspected_or_gain_privileges(start: Start) -> None:
     assert status["Threads"] == "1"
     if os.geteuid() != 0:
         assert pathlib.Path(f"/proc/{service.entry_pid('a')}/mem").stat().st_uid == 0
+
+
+def test_actors_may_have_many_descriptors(start: Start) -> None:
+    """A thousand tunnelled connections need more than the usual soft limit of 1024."""
+    service = start(spec(toy("a")))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, _ = resource.prlimit(service.entry_pid("a"), resource.RLIMIT_NOFILE)
+    assert soft >= min(65536, hard)
+
+
+def test_the_admin_starts_nothing_but_the_root_supervisor(path: str) -> None:
+    """Asked by its own parent, so that only the class is wrong."""
+
+    def ask_for_others() -> None:
+        directory = RunDirectory(path)
+        thespian_base.install()
+        boot = Boot(directory, spec(toy("a")))
+        system = ActorSystem(thespian_base.NAME, capabilities={thespian_base.BOOT: boot}, transientUnique=True)
+        for wanted in ("subprocess.Popen", "supervisor.process.Leaf", "thespian.troupe.ActorTroupe"):
+            with pytest.raises(InvalidActorSpecification, match="may not be started"):
+                system.createActor(wanted)
+        system.shutdown()
+
+    with forked(ask_for_others) as pid:
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_only_the_parent_gives_orders(start: Start) -> None:
+    """Shutting down, starting and ending actors are refused when they come from anybody else of the same user."""
+    service = start(spec(toy("a")))
+    before = service.pids()
+    targets = [pid for pid in before if pid != service.pid]
+    for order in (SystemShutdown(), PendingActor(thespian_base.ALLOWED[0], None, 1, None, None), ActorExitRequest()):
+        for pid in targets:
+            service.visitor.transport.send_control(pid, control.encode(order))
+    assert service.echo("a").incarnation == 1
+    names = [child.name for child in service.visitor.ask("root", ReadTree()).children]
+    assert names == ["root", "a"]
+    assert service.pids() == before
 
 
 def test_another_version_of_thespian_is_refused() -> None:
