@@ -27,6 +27,7 @@ from actors.config.reader import Problem
 from protocol.errors import PeerupError
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\Z")
+_UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 _NOT_PLAIN = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n", "nan", "inf"})
 _FALLBACK_WIDTH = 4096  # never fold a line that a person wrote
 
@@ -70,7 +71,7 @@ def set_value(text: str, path: Sequence[str], value: Any) -> str:
     text = _whole_lines(text)
     wanted = _plain(parse_yaml(text))
     _walk(wanted, path)[path[-1]] = _plain(value)
-    return _proven(_splice_value(text, path, value), wanted) or _round_trip(text, path, value)
+    return _proven(_splice_value(text, path, value), wanted) or _must_be(_round_trip(text, path, value), wanted)
 
 
 def delete_value(text: str, path: Sequence[str]) -> str:
@@ -85,7 +86,7 @@ def delete_value(text: str, path: Sequence[str]) -> str:
     if path[-1] not in parent:
         return text
     del parent[path[-1]]
-    return _proven(_splice_out(text, path), wanted) or _round_trip(text, path, None, delete=True)
+    return _proven(_splice_out(text, path), wanted) or _must_be(_round_trip(text, path, None, delete=True), wanted)
 
 
 def render_entry(key: str, value: Any, indent: int, step: int = 2) -> str:
@@ -104,7 +105,8 @@ def render_entry(key: str, value: Any, indent: int, step: int = 2) -> str:
 def _scalar(value: Any) -> str:
     if isinstance(value, str) and _PLAIN.match(value) and value.lower() not in _NOT_PLAIN:
         return value
-    return json.dumps(value, ensure_ascii=False)  # JSON's scalars are YAML
+    # JSON's scalars are YAML, but for characters that YAML takes for line ends or does not allow.
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def _yaml() -> YAML:
@@ -154,6 +156,13 @@ def _proven(text: str | None, wanted: Any) -> str | None:
     except YamlSyntaxError:
         return None
     return text if _without_empty(found) == _without_empty(wanted) else None
+
+
+def _must_be(text: str, wanted: Any) -> str:
+    proven = _proven(text, wanted)
+    if proven is None:
+        raise YamlSyntaxError(Problem("", "this cannot be changed without harm to the rest; edit the file by hand"))
+    return proven
 
 
 def _without_empty(value: Any) -> Any:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from actors.config.file import ConfigEditError, edit_config, load_config
@@ -352,7 +352,9 @@ SCALARS = st.one_of(
 PATHS = st.lists(KEYS, min_size=1, max_size=3)
 
 
+@settings(deadline=None, max_examples=60)  # parsing these takes tens of milliseconds, more on a busy machine
 @given(st.sampled_from([HAND_WRITTEN, PEER_UP, "a: 1", "a: {b-c: {}}\n", "names:\n# c\nb-c:\n  - 1\n"]), PATHS, SCALARS)
+@example(HAND_WRITTEN, ["12"], "a\x85b\u2028\ufeff\x7f\U0001f600")
 def test_any_edit_gives_the_wanted_values_or_a_refusal(text, keys, value):
     before = _plain(parse_yaml(text))
     try:
