@@ -24,7 +24,6 @@ before it takes them for hung.
 |-------------|--------------------------------------|-------------|--------------------|
 | new         | added                                | waiting     |                    |
 | waiting     | its turn has come                    | starting    | Start              |
-| waiting     | a sibling failed, and that must wait | backing-off |                    |
 | waiting     | stop requested                       | gone        | Forget             |
 | waiting     | the supervisor ends                  | stopped     |                    |
 | backing-off | the wait is over                     | waiting     |                    |
@@ -61,7 +60,6 @@ before it takes them for hung.
 stateDiagram-v2
     new --> waiting
     waiting --> starting
-    waiting --> backing-off
     waiting --> gone
     waiting --> stopped
     backing-off --> waiting
@@ -226,7 +224,7 @@ class ChildState(enum.Enum):
 _S = ChildState
 TRANSITIONS: dict[ChildState, frozenset[ChildState]] = {
     _S.NEW: frozenset((_S.WAITING,)),
-    _S.WAITING: frozenset((_S.STARTING, _S.BACKING_OFF, _S.GONE, _S.STOPPED)),
+    _S.WAITING: frozenset((_S.STARTING, _S.GONE, _S.STOPPED)),
     _S.BACKING_OFF: frozenset((_S.WAITING, _S.GONE, _S.STOPPED)),
     _S.STARTING: frozenset(
         (_S.RUNNING, _S.KILLING, _S.STOPPING, _S.WAITING, _S.BACKING_OFF, _S.FAILED, _S.GONE),
@@ -542,12 +540,7 @@ class SupervisorLogic:
                 sibling.goal = _Goal.RESTART
                 sibling.stop_reason = f"{name} is restarted"
                 sibling.not_before = again
-            elif sibling.state in _PENDING:
-                sibling.not_before = max(sibling.not_before, again)
-                if sibling.state is _S.BACKING_OFF:
-                    sibling.due = sibling.not_before
-                elif sibling.not_before > now:
-                    sibling.enter(_S.BACKING_OFF, sibling.not_before)
+            # siblings that are not alive are behind this one and wait for their turn anyway
 
     def _group(self, child: _Child) -> list[_Child]:
         """The siblings that are restarted together with this child."""

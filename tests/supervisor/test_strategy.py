@@ -200,6 +200,23 @@ def test_one_for_all_restarts_everybody():
     assert [status.restarts for status in tree.logic.status(tree.now)] == [0, 1, 0]
 
 
+def test_a_whole_group_waits_for_the_backoff_of_the_one_that_failed():
+    tree = started("a", "b", "c", strategy=Strategy.ONE_FOR_ALL, initial=1.0)
+    for _ in range(2):
+        tree.exit("b")
+        tree.exit("c", failed=False)
+        tree.exit("a", failed=False)
+        if tree.alive:
+            tree.ready("a")
+            tree.ready("b")
+            tree.ready("c")
+            tree.take()
+    tree.pass_time(0.49)
+    assert tree.take() == ["stop c", "stop a"]
+    tree.pass_time(0.52)
+    assert tree.take() == ["start a"]
+
+
 def test_a_sibling_that_dies_while_it_is_stopped_for_a_restart_counts_no_second_failure():
     tree = started("a", "b", strategy=Strategy.ONE_FOR_ALL, intensity=1)
     tree.exit("a")
