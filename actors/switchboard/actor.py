@@ -38,7 +38,7 @@ from actors.switchboard.numbers import Numbers
 from actors.switchboard.ping import PingServer, ping
 from actors.switchboard.protocols import Agreed, InboundStreams, ProtocolTable
 from actors.switchboard.reception import Reception
-from actors.switchboard.streams import ChannelStream, open_negotiated
+from actors.switchboard.streams import ChannelStream, open_ahead, open_negotiated
 from actors.switchboard.transports import connect_tcp, local_multiaddr, remote_multiaddr, resolve
 from actors.switchboard.upgrade import Upgraded, Upgrader, not_authorised
 from actors.switchboard.version import AGENT
@@ -217,6 +217,8 @@ class Switchboard(Actor):
     @handles(OpenStream, concurrent=True)
     async def open_stream(self, request: OpenStream) -> StreamOpened:
         """Open a stream to a peer, connecting first where needed."""
+        if (opened := self._open_ahead(request)) is not None:
+            return opened
         try:
             connection, protocol, stream = await self._open(request.peer, request.protocols)
             unread = stream.take_unread()
@@ -382,6 +384,21 @@ class Switchboard(Actor):
         if connection.end is not None:
             raise self._why_lost(connection, ConnectionLostError(connection.end.reason))
         return connection, tried
+
+    def _open_ahead(self, request: OpenStream) -> StreamOpened | None:
+        """Without waiting for anything, where the peer is connected and has said that it speaks the protocol."""
+        connection = self._table.best(request.peer)
+        if connection is None or len(request.protocols) != 1:
+            return None
+        protocol = request.protocols[0]
+        if connection.identification is None or protocol not in connection.identification.protocols:
+            return None
+        try:
+            stream = open_ahead(connection, protocol, self._reactor.call_later)
+        except (PeerupError, OSError):
+            return None  # the slow way finds the words for it
+        self._numbers.stream("outbound", "opened")
+        return StreamOpened(protocol, Descriptor(stream.detach()), connection.info())
 
     async def _open(self, peer: PeerId, protocols: Sequence[str]) -> tuple[Connection, str, ChannelStream]:
         known = self._table.best(peer)

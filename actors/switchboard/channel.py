@@ -21,7 +21,7 @@ from typing import Final, Protocol
 
 from actors.reactor import HANG_UP, READ, WRITE, Reactor
 from protocol import yamux
-from protocol.errors import LimitExceededError, PeerupError
+from protocol.errors import LimitExceededError, PeerupError, ProtocolError
 from protocol.stream_descriptor import (
     DATA,
     FINISH_MESSAGE,
@@ -93,6 +93,7 @@ class Channel:
         "_events",
         "_finishing",
         "_link",
+        "_negotiation",
         "_pending",
         "_seam",
         "_seam_fd",
@@ -134,6 +135,7 @@ class Channel:
         self._unsent_bytes = 0
         self._finishing = False  # finish, or have finished, after `_unsent`
         self._closed_told = False
+        self._negotiation: Callable[[bytes], bytes | None] | None = None  # what hears the peer before the seam does
 
     def __repr__(self) -> str:
         return f"<Channel {self.stream.id} of {self._link!r}>"
@@ -179,11 +181,17 @@ class Channel:
             self._link.plan_flush()
         self._drop(code)
 
-    def hand_over(self, unread: bytes = b"") -> socket.socket:
+    def hand_over(
+        self, unread: bytes = b"", negotiation: Callable[[bytes], bytes | None] | None = None
+    ) -> socket.socket:
         """Attach the stream to a new socket pair and return the other end, non-blocking, for somebody else.
 
         `unread` (bytes that came with the negotiation and belong to the application) are delivered first. From now on
         no callback but `on_closed` is made.
+
+        A `negotiation` that the peer has not answered yet goes on: what is written to the descriptor flows to the peer
+        at once, but what comes from the peer is given to `negotiation`, until that returns the bytes that belong to the
+        application. If it raises a ProtocolError, or the peer finishes, the stream is reset (NEGOTIATION_FAILED).
 
         Raises:
             LinkClosedError: the stream is closed or finished.
@@ -199,6 +207,7 @@ class Channel:
         for end in (seam, other):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEAM_BUFFER)
         self._seam = seam
+        self._negotiation = negotiation
         self._seam_fd = seam.fileno()
         self._events = READ
         for start in range(0, len(unread), MAX_DATA):
@@ -303,10 +312,25 @@ class Channel:
             self._link.session.consumed(self.stream, end - start, now)
             self.on_data(bytes(buffer[start:end]))
             return
+        if self._negotiation is not None:
+            self._link.session.consumed(self.stream, end - start, now)
+            self._negotiate(self._negotiation, bytes(buffer[start:end]))
+            return
         while end - start > MAX_DATA:
             self._deliver_message(buffer, start, start + MAX_DATA, now)
             start += MAX_DATA
         self._deliver_message(buffer, start, end, now)
+
+    def _negotiate(self, negotiation: Callable[[bytes], bytes | None], data: bytes) -> None:
+        try:
+            rest = negotiation(data)
+        except ProtocolError:
+            self.reset(ResetCode.NEGOTIATION_FAILED)
+            return
+        if rest is not None:
+            self._negotiation = None
+            for start in range(0, len(rest), MAX_DATA):
+                self._tell(b"D" + rest[start : start + MAX_DATA])
 
     def _deliver_message(self, buffer: memoryview, start: int, end: int, now: float) -> None:
         seam = self._seam
@@ -330,6 +354,8 @@ class Channel:
         """The peer will send no more."""
         if self._seam is None:
             self.on_finish()
+        elif self._negotiation is not None:
+            self.reset(ResetCode.NEGOTIATION_FAILED)
         else:
             self._tell(FINISH_MESSAGE)
         self._check_closed()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
@@ -15,6 +16,7 @@ from actors.switchboard.errors import (
     SwitchboardError,
 )
 from actors.switchboard.link import Channel
+from actors.switchboard.protocols import CancellableTimer
 from protocol import multistream
 from protocol.errors import ProtocolError
 from protocol.stream_descriptor import ResetCode
@@ -102,6 +104,39 @@ def abandoning(channel: Channel) -> Iterator[None]:
     finally:
         if not done:
             channel.reset(ResetCode.NEGOTIATION_FAILED)
+
+
+def open_ahead(
+    connection: Connection, protocol: str, call_later: Callable[[float, Callable[[], None]], CancellableTimer]
+) -> socket.socket:
+    """Open a stream for a protocol that the peer is known to speak, as a descriptor that can be used at once.
+
+    What is written follows the proposal without a round trip. If the peer refuses the proposal after all,
+    or does not answer in time, the descriptor ends in a reset with NEGOTIATION_FAILED.
+
+    Raises:
+        LinkClosedError, LimitExceededError, OSError: no stream.
+    """
+    channel = connection.link.open_stream()
+    initiator = multistream.Initiator((protocol,))
+
+    def answered(data: bytes) -> bytes | None:
+        initiator.receive_data(data)
+        if initiator.result is None:
+            return None
+        timer.cancel()
+        return initiator.leftover
+
+    def expired() -> None:
+        if initiator.result is None:
+            channel.reset(ResetCode.NEGOTIATION_FAILED)
+
+    with abandoning(channel):
+        channel.send(initiator.data_to_send())
+        descriptor = channel.hand_over(negotiation=answered)
+    timer = call_later(NEGOTIATION_DEADLINE, expired)
+    channel.on_closed = timer.cancel
+    return descriptor
 
 
 async def open_negotiated(

@@ -187,6 +187,47 @@ async def test_what_was_sent_with_the_proposal_arrives():
             await until(lambda: b"".join(got).endswith(b"late"))
 
 
+async def test_a_stream_to_a_known_service_is_usable_before_the_peer_has_answered():
+    async with two_nodes(services={"echo": None}) as (alice, bob):
+        server = Server()
+        await bob.start(server, "service/echo")
+        await alice.ask("switchboard", Connect(bob.peer))
+        await until(lambda: ECHO in alice.connections("bob")[0].identification.protocols)
+        heard = []
+        accept = bob.switchboard._inbound.accept
+        bob.switchboard._inbound.accept = lambda *stream: heard.append(stream)  # bob does not answer yet
+        opened = await alice.ask("switchboard", OpenStream(bob.peer, (ECHO,)))
+        with open_descriptor(opened.stream) as near:
+            near.send(b"Dquestion")
+            await until(lambda: heard)
+            bob.switchboard._inbound.accept = accept
+            near.send(b"D, continued")
+            connection, channel = heard[0]
+            accept(connection, channel)
+            from protocol.multistream import Initiator
+
+            channel.on_data(Initiator((ECHO,)).data_to_send() + b"question")
+            await until(lambda: server.streams)
+            far = server.streams[0][1]
+            assert await read(far) == b"Dquestion"
+            far.send(b"Danswer")
+            assert await read(near) == b"Danswer", "nothing of the negotiation is left in it"
+
+
+async def test_a_service_that_went_away_just_now_resets_a_stream_that_was_opened_ahead():
+    async with two_nodes(services={"echo": None}) as (alice, bob):
+        server = Server()
+        await bob.start(server, "service/echo")
+        await alice.ask("switchboard", Connect(bob.peer))
+        await until(lambda: ECHO in alice.connections("bob")[0].identification.protocols)
+        bob.gate.publish(services={})
+        await until(lambda: bob.switchboard._policy.policy.version == bob.gate.policy.version)
+        opened = await alice.ask("switchboard", OpenStream(bob.peer, (ECHO,)))
+        with open_descriptor(opened.stream) as near:
+            assert parse_reset(await read(near)) == ResetCode.NEGOTIATION_FAILED
+        await until(lambda: not alice.connections("bob")[0].link.streams)
+
+
 @pytest.mark.parametrize(
     ("services", "rule"),
     [
