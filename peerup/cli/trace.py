@@ -28,7 +28,7 @@ from peerup.cli.output import size
 @click.option(
     "--rate", type=click.FloatRange(min=0.1), default=200.0, show_default=True, help="At most so many a second."
 )
-@click.option("--heartbeats", is_flag=True, help="Show heartbeats, too (hidden unless --kind asks for them).")
+@click.option("--all", "show_all", is_flag=True, help="Show heartbeats and readings of the tree, too.")
 def tap(
     session: Session,
     sender: str | None,
@@ -38,7 +38,7 @@ def tap(
     seconds: float,
     rate: float,
     *,
-    heartbeats: bool,
+    show_all: bool,
 ) -> None:
     """Watch messages between actors as they pass.
 
@@ -46,8 +46,8 @@ def tap(
     are counted, not shown. Copies never slow down the actors.
     """
     query = {"from": sender, "to": target, "kind": kind, "limit": limit, "seconds": seconds, "rate": rate}
-    if heartbeats:
-        query["heartbeats"] = "true"
+    if show_all:
+        query["all"] = "true"
     with contextlib.closing(session.client.lines("/v1/tap", **query)) as lines:
         for line in lines:
             raise_for_error(line)

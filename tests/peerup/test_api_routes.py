@@ -9,6 +9,7 @@ import re
 import socket
 import stat
 import threading
+from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import pytest
@@ -71,6 +72,12 @@ async def test_the_socket_is_private_and_gone_after_stop(serve):
     assert not path.exists()
     with pytest.raises(NotRunningError):
         Client(path).get("/v1/status")
+
+
+def test_every_route_is_documented_and_nothing_else_is():
+    text = (Path(__file__).parents[2] / "docs" / "control-api.md").read_text()
+    documented = re.findall(r"^\| `([A-Z]+ /v1/[^`]*)`", text, re.MULTILINE)
+    assert sorted(documented) == sorted(f"{route.method} {route.pattern}" for route in ROUTES)
 
 
 async def test_actors_come_depth_first_as_plain_objects(serve):
@@ -178,7 +185,7 @@ async def test_a_tap_reaches_all_actors_streams_and_is_withdrawn_at_its_limit(se
         await node.context.until(lambda: node.taps("gate") == ())
 
 
-@pytest.mark.parametrize(("query", "shown"), [({}, 1), ({"heartbeats": "true"}, 2), ({"kind": "system.*"}, 2)])
+@pytest.mark.parametrize(("query", "shown"), [({}, 1), ({"all": "true"}, 2), ({"kind": "system.*"}, 2)])
 async def test_heartbeats_are_hidden_unless_asked_for(serve, query, shown):
     async with serve() as node:
         results: list = []
@@ -568,7 +575,7 @@ VALUES = [
     {"a": 1},
 ]
 KEYS = ["name", "level", "seconds", "action", "fault", "from", "to", "kind", "probability", "nth", "seed", "delay"]
-KEYS += ["peer", "service", "listen", "limit", "rate", "heartbeats", "count", "interval", "timeout"]
+KEYS += ["peer", "service", "listen", "limit", "rate", "all", "count", "interval", "timeout"]
 
 
 async def test_no_input_ends_the_api(serve):

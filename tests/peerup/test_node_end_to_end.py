@@ -25,6 +25,8 @@ import pytest
 
 from peerup.client import Client, ClientError
 
+pytestmark = pytest.mark.slow
+
 READY_SECONDS = 30.0
 STOP_SECONDS = 20.0
 

@@ -16,7 +16,7 @@ from actors.api.present import body_of, plain
 from actors.api.routing import Answer, Call, Routes, data_response, lines_response
 from actors.api.watchers import Tap
 from protocol.messages import Data, Envelope
-from protocol.messages.system import EdgeFilter, JournalEntry, Ping, Pong, ReadJournal, Tapped
+from protocol.messages.system import EdgeFilter, JournalEntry, Ping, Pong, ReadJournal, ReadTree, Tapped, Tree
 from supervisor.errors import RefusedError
 
 LONGEST_TAP = 3600.0
@@ -25,7 +25,9 @@ LONGEST_TAP = 3600.0
 LONGEST_CHAIN = 64
 """Steps that `why` follows; real chains are shorter than ten."""
 
-HEARTBEATS = frozenset({Ping.KIND, Pong.KIND})
+ROUTINE = frozenset({Ping.KIND, Pong.KIND, ReadTree.KIND, Tree.KIND})
+"""Kinds that are hidden unless asked for: heartbeats, most of what an idle node says, and readings of the tree, which a
+tap itself causes."""
 
 routes = Routes()
 
@@ -37,8 +39,7 @@ async def tap(node: Node, call: Call) -> Answer:
     limit = call.whole("limit", 0, low=0, high=1_000_000)
     seconds = call.number("seconds", 10.0, low=0.1, high=LONGEST_TAP)
     rate = call.number("rate", 200.0, low=0.1, high=10_000)
-    # Heartbeats are most of an idle node's messages, and nobody who looks at all kinds wants to see them.
-    hidden = frozenset() if match.kind is not None or call.flag("heartbeats") else HEARTBEATS
+    hidden = frozenset() if match.kind is not None or call.flag("all") else ROUTINE
     opened = await node.watchers.open_tap(match, seconds=seconds, rate=rate)
     return lines_response(
         _copies(node, opened, limit=limit, ends=trio.current_time() + seconds, rate=rate, hidden=hidden)
