@@ -74,10 +74,18 @@ HEARTBEAT_DEADLINE = 3.0
 LATENESS = 0.5
 """Seconds by which the end of that deadline may be noticed late before it is this process that did not run."""
 
-REBUILDS = 5
-"""So many rebuilds within REBUILD_WINDOW seconds are borne; after one more the service ends."""
+FAILED_STARTS = 5
+"""So many trees in a row may be lost before they were ready; then the service ends. A tree that was ready is built anew
+for ever: whatever keeps killing it, a node that serves between two kills is better than none."""
 
 REBUILD_WINDOW = 60.0
+"""Seconds in which lost trees count for the back-off."""
+
+REBUILD_BACKOFF = 0.1
+"""Seconds before the third tree within the window, doubling from there; the second follows the first at once."""
+
+REBUILD_BACKOFF_LIMIT = 5.0
+"""The longest wait in seconds."""
 
 _STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -197,6 +205,7 @@ class Service:
 
     def _keep_running(self, directory: RunDirectory) -> None:
         lost: collections.deque[float] = collections.deque()
+        failed_starts = 0
         boot = Boot(directory, self._root, self._allow_faults, self._log_settings, self._factories)
         gc.collect()
         while True:
@@ -212,9 +221,10 @@ class Service:
                     return
                 if not tree.ready and tree.last_words:
                     raise TreeFailedError(tree.last_words) from error
-                if len(lost) > REBUILDS:
+                failed_starts = 0 if tree.ready else failed_starts + 1
+                if failed_starts > FAILED_STARTS:
                     raise TreeFailedError(
-                        f"the actor system was lost {len(lost)} times within {REBUILD_WINDOW:g} s: {error}"
+                        f"the actor system was lost {failed_starts} times in a row before it was ready: {error}"
                     ) from error
                 self._warn(f"{error}; everything is started again")
             except _StopNowError:
@@ -223,7 +233,17 @@ class Service:
                 return
             finally:
                 incarnations = self._end(tree)
+            if not self._pause(len(lost)):
+                return
             boot = dataclasses.replace(boot, generation=boot.generation + 1, incarnations=incarnations)
+
+    def _pause(self, lost: int) -> bool:
+        """Wait before the next tree, the longer the more were lost of late; False if a signal said stop meanwhile."""
+        seconds = 0.0 if lost < 2 else min(REBUILD_BACKOFF_LIMIT, REBUILD_BACKOFF * 2.0 ** (lost - 2))
+        select.select([self._wakeup], [], [], seconds)
+        _empty(self._wakeup)
+        # Other signals, such as the end of a child, end the wait early; that does no harm.
+        return not self._signals
 
     # One tree
 

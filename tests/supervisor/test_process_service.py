@@ -39,6 +39,7 @@ from supervisor.errors import ActorRestartingError, AskError, DeadlineExceededEr
 from supervisor.overseer import FACTORY, supervisor_arguments
 from supervisor.port import NameState
 from supervisor.registry import RunDirectory
+from supervisor.service import FAILED_STARTS
 from tests.supervisor.process_harness import ROOT, TOY, ToyService, forked, run_directory, spec, toy
 from tests.supervisor.toy_actors import Block, Crash, Echo, ReadSeen, Relay, Sleep, Watch
 from tests.support.listeners import listeners
@@ -309,6 +310,17 @@ def test_everything_is_rebuilt_when_admin_or_root_dies(start: Start, victim: str
     assert again.incarnation > incarnation
     assert not [pid for pid in old if read_process(pid) is not None]
     assert len(tree(service.pid)) == 8
+
+
+@pytest.mark.slow
+def test_a_tree_that_was_ready_is_rebuilt_however_often_it_is_lost(start: Start) -> None:
+    service = start(spec(toy("a")))
+    for life in range(2, FAILED_STARTS + 4):
+        root = service.entry_pid("root")
+        service.leave()
+        os.kill(root, signal.SIGKILL)
+        service.wait_ready(life)
+    assert service.echo("a").incarnation > FAILED_STARTS
 
 
 def test_everything_is_rebuilt_when_the_root_stands_still(start: Start) -> None:
