@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import trio
 
 Answer = dict[str, Any]
+Pending = tuple[int, trio.MemoryReceiveChannel[Answer]]
 
 START = 30.0
 """Seconds until a peer must be ready; node takes 0.5 s alone, more when every core is busy."""
@@ -46,6 +47,14 @@ class Peer(Protocol):
 
     async def ask(self, do: str, **arguments: Any) -> Answer:
         """Carry out a command and give its answer, also where it says that it failed."""
+        ...
+
+    async def send(self, do: str, **arguments: Any) -> Pending:
+        """Give a command without waiting for its end; the first part of the result is its id."""
+        ...
+
+    async def answer_to(self, pending: Pending) -> Answer:
+        """The answer to a command given with `send`."""
         ...
 
 
@@ -90,7 +99,7 @@ class ForeignPeer:
         """Carry out a command and give its answer."""
         return await self.answer_to(await self.send(do, **arguments))
 
-    async def send(self, do: str, **arguments: Any) -> tuple[int, trio.MemoryReceiveChannel[Answer]]:
+    async def send(self, do: str, **arguments: Any) -> Pending:
         """Give a command without waiting for its end; the first part of the result is its id."""
         number = next(self._ids)
         sender, receiver = trio.open_memory_channel[Answer](1)
@@ -99,7 +108,7 @@ class ForeignPeer:
         await self._process.stdin.send_all(json.dumps({"id": number, "do": do, **arguments}).encode() + b"\n")
         return number, receiver
 
-    async def answer_to(self, pending: tuple[int, trio.MemoryReceiveChannel[Answer]]) -> Answer:
+    async def answer_to(self, pending: Pending) -> Answer:
         """The answer to a command given with `send`."""
         try:
             return await pending[1].receive()

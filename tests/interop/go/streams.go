@@ -73,7 +73,8 @@ func receive(r io.Reader, limit int64, received *atomic.Int64, digest hash.Hash,
 			*head = append(*head, part[:min(count, 1024-len(*head))]...)
 		}
 		received.Add(int64(count))
-		if errors.Is(err, io.EOF) {
+		// Only the very value is an end: go-yamux wraps it in the error of a stream whose connection was closed.
+		if err == io.EOF { //nolint:errorlint
 			return nil
 		}
 		if err != nil {

@@ -6,6 +6,7 @@ import { createHash } from 'node:crypto'
 const PERIOD = 524287
 const BLOCK = 64 * 1024
 const HEAD = 1024
+const QUEUE = 1024 * 1024
 
 const pattern = (() => {
   const content = new Uint8Array(PERIOD + BLOCK)
@@ -31,6 +32,20 @@ export function newProgress () {
   return { sent: 0, received: 0, gate: new Gate() }
 }
 
+// Resolves when all that was given to the stream has left it; rejects when the stream ends first.
+function queueEmpty (stream) {
+  return new Promise((resolve, reject) => {
+    const over = () => {
+      stream.removeEventListener('idle', idle)
+      stream.removeEventListener('close', close)
+    }
+    const idle = () => { over(); resolve() }
+    const close = ({ error }) => { over(); reject(error ?? new Error('the connection ended before the stream did')) }
+    stream.addEventListener('idle', idle)
+    stream.addEventListener('close', close)
+  })
+}
+
 async function sendContent (stream, size, seed, digest, onSent) {
   const start = (seed * 7919) % PERIOD
   for (let at = 0; at < size;) {
@@ -39,6 +54,10 @@ async function sendContent (stream, size, seed, digest, onSent) {
     digest.update(block)
     if (!stream.send(block)) {
       await stream.onDrain()
+    }
+    // 'drain' comes with every window update, however small, so the queue is looked at as well.
+    if (stream.writeBufferLength > QUEUE) {
+      await queueEmpty(stream)
     }
     at += block.byteLength
     onSent(block.byteLength)
