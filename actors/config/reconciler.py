@@ -23,7 +23,7 @@ from protocol.messages import Data
 from protocol.messages.config import ServiceEntry
 from protocol.messages.system import ChildSpec, ReadTree, StartChild, StopChild
 from supervisor.actor import Context
-from supervisor.errors import ActorRestartingError, AskError, NoSuchActorError, RefusedError
+from supervisor.errors import ActorRestartingError, AskError, DeadlineExceededError, NoSuchActorError, RefusedError
 
 PROXY_FACTORY = "actors.proxy.client:ProxyClient"
 SERVICE_FACTORY = "actors.proxy.service:ServiceServer"
@@ -33,6 +33,9 @@ ANSWER_SECONDS = 3.0
 
 GRACE_SECONDS = 2.0
 """What is added to the deadlines that a supervisor sets for its child, so that its own answer arrives."""
+
+FIRST_WAIT = 30.0
+"""How long the first round waits for the supervisor to come up; after that it is tried as at any time."""
 
 FIRST_RETRY = 1.0
 LAST_RETRY = 60.0
@@ -90,6 +93,9 @@ class Reconciler:
 
     async def run(self) -> None:
         """Reconcile for ever."""
+        # At the start of a node the supervisor comes up later than we do; asking it before is a message to nobody.
+        with contextlib.suppress(DeadlineExceededError):
+            await self._context.wait_for(self._supervisor, timeout=FIRST_WAIT)
         self.wake()
         failed = 0
         while True:
