@@ -70,6 +70,26 @@ async def do(peer: Peer, command: str, /, **arguments: Any) -> Answer:
     return answer
 
 
+async def finished(peer: Peer, protocol: str, *, count: int = 1) -> list[Answer]:
+    """What the serving side saw of its streams, once it is through with `count` of them."""
+    return list((await _served(peer, protocol, "finished", count))["finished"])
+
+
+async def opened(peer: Peer, protocol: str, *, count: int = 1) -> None:
+    """Wait for `count` streams to have reached the service."""
+    await _served(peer, protocol, "opened", count)
+
+
+async def _served(peer: Peer, protocol: str, what: str, count: int) -> Answer:
+    with trio.fail_after(20):
+        while True:
+            report = await do(peer, "served", protocol=protocol)
+            reached = report[what] if what == "opened" else len(report[what])
+            if reached >= count:
+                return report
+            await trio.sleep(0.01)
+
+
 class ForeignPeer:
     """A running foreign peer.
 

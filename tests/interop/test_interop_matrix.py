@@ -17,7 +17,7 @@ import trio
 from tests.interop.conftest import Start
 from tests.interop.content import sha256
 from tests.interop.ours import OurPeer
-from tests.interop.peers import Answer, Peer, do
+from tests.interop.peers import Answer, Peer, do, finished, opened
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]  # the first test may have to build the peers
 
@@ -61,16 +61,6 @@ async def connected(peer: Peer, other: Peer) -> None:
 
 async def exchange(pair: Pair, protocol: str = PROTOCOL, **options: Any) -> Answer:
     return await pair.dialler.ask("exchange", peer=pair.listener.peer_id, protocol=protocol, timeout=90, **options)
-
-
-async def finished(peer: Peer, protocol: str = PROTOCOL, *, count: int = 1) -> list[Answer]:
-    """What the serving side saw of its streams, once it is through with `count` of them."""
-    with trio.fail_after(20):
-        while True:
-            report = await do(peer, "served", protocol=protocol)
-            if len(report["finished"]) >= count:
-                return list(report["finished"])
-            await trio.sleep(0.01)
 
 
 def head(answer: Answer) -> bytes:
@@ -121,7 +111,7 @@ async def test_an_echo_brings_every_byte_back(pair, size):
     answer = await exchange(pair, send=size, seed=5)
     assert answer["ok"], answer
     assert (answer["sent_sha256"], answer["received_sha256"]) == (sha256(size, 5), sha256(size, 5))
-    (seen,) = await finished(pair.listener)
+    (seen,) = await finished(pair.listener, PROTOCOL)
     assert (seen["received"], seen["sha256"], seen["reset"]) == (size, sha256(size, 5), False)
 
 
@@ -148,7 +138,7 @@ async def test_the_listener_may_half_close_first(pair):
     answer = await exchange(pair, text="70000 3\n", after=MB, seed=4)
     assert answer["ok"], answer
     assert answer["received_sha256"] == sha256(70_000, 3)
-    (seen,) = await finished(pair.listener)
+    (seen,) = await finished(pair.listener, PROTOCOL)
     assert not seen["reset"]
     assert seen["received"] == MB
 
@@ -156,7 +146,7 @@ async def test_the_listener_may_half_close_first(pair):
 async def test_a_reset_by_the_dialler_is_not_an_end(pair):
     await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="sink")
     await exchange(pair, send=MB, reset_after=True, reset_code=77)
-    (seen,) = await finished(pair.listener)
+    (seen,) = await finished(pair.listener, PROTOCOL)
     assert seen["reset"], seen
     assert "code" not in seen or seen["code"] == (77 if pair.dialler.name in TELLS_CODES else 0)
 
@@ -205,7 +195,7 @@ async def test_forty_streams_side_by_side(pair):
     answer = await exchange(pair, send=2 * MB, seed=100, count=40)
     assert answer["ok"], answer
     assert [each["received_sha256"] for each in answer["exchanges"]] == [sha256(2 * MB, 100 + i) for i in range(40)]
-    assert all(not seen["reset"] for seen in await finished(pair.listener, count=40))
+    assert all(not seen["reset"] for seen in await finished(pair.listener, PROTOCOL, count=40))
 
 
 async def test_a_protocol_that_is_not_served_is_refused_and_the_connection_lives(pair):
@@ -226,9 +216,7 @@ async def test_a_silent_service_does_not_hold_up_others_and_ends_with_the_connec
             answers.append(await exchange(pair, send=1000))
 
         nursery.start_soon(wait_for_silence)
-        with trio.fail_after(20):
-            while not (await do(pair.listener, "served", protocol=PROTOCOL))["opened"]:  # noqa: ASYNC110 - no event
-                await trio.sleep(0.01)
+        await opened(pair.listener, PROTOCOL)
         assert (await exchange(pair, "/peerup/other/1.0.0", send=MB))["received_sha256"] == sha256(MB)
         await do(pair.listener, "disconnect", peer=pair.dialler.peer_id)
         await do(pair.dialler, "wait-closed", peer=pair.listener.peer_id)
@@ -270,9 +258,7 @@ async def test_a_peer_that_is_no_longer_authorised_is_cut_off_at_once(start, imp
         await do(ours, "serve", protocol=PROTOCOL, behaviour="silent")
         await do(guest, "dial", address=ours.address)
         pending = await guest.send("exchange", peer=ours.peer_id, protocol=PROTOCOL, send=1000)
-        with trio.fail_after(20):
-            while not (await do(ours, "served", protocol=PROTOCOL))["opened"]:  # noqa: ASYNC110 - no event
-                await trio.sleep(0.01)
+        await opened(ours, PROTOCOL)
         await ours.revoke(guest.peer_id)
         cut = await guest.answer_to(pending)
         assert not cut["ok"]
