@@ -10,6 +10,7 @@ each stays in force while it is away, and before the first policy everything is 
 
 from __future__ import annotations
 
+import resource
 import socket
 from collections.abc import Sequence
 
@@ -141,7 +142,7 @@ class Switchboard(Actor):
             refused=self._numbers.handshake_refused,
             now=context.now,
             call_later=self._reactor.call_later,
-            limits=self._limits,
+            limits=self._limits.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         )
         self._dialer: Dialer[tuple[socket.socket, Upgraded], Connection] = Dialer(
             context.nursery,
@@ -473,7 +474,6 @@ class Switchboard(Actor):
             opened=now,
             opened_at=self.context.wall(),
             was_allowed=self._policy.decide_connection(upgraded.peer, self.context.wall()).allowed,
-            greeted=bool(upgraded.received),
         )
         connection.link = Link(
             self._reactor,
@@ -482,6 +482,7 @@ class Switchboard(Actor):
             send_cipher=upgraded.send,
             receive_cipher=upgraded.receive,
             received=upgraded.received,
+            plaintext=upgraded.plaintext,
             on_stream=lambda channel: self._inbound.accept(connection, channel),
             on_end=lambda end: self._connection_ended(connection, end),
         )

@@ -4,8 +4,9 @@ Theory of operation. An accepted socket first stands in the queue of its source 
 nothing else). A limited number of handshakes run at once, in all and for each source; free places go round
 the sources in turn, so a source that sends a thousand callers delays itself and nobody else. Each source also
 spends tokens: callers beyond its rate wait in its queue for the next token. Whoever finds the queue full is
-turned away. A handshake that has made others wait for longer than `PATIENCE` is displaced: the slow-loris pays
-with its own place. Authentication returns the token: peers that we know are never slowed down by the rate.
+turned away. A handshake that has made others wait for longer than `PATIENCE`, and in which it is the caller's turn, is
+displaced: the slow-loris pays with its own place. Authentication returns the token: peers that we know are never
+slowed down by the rate.
 
 This module decides only; it owns no socket and no clock.
 """
@@ -20,15 +21,17 @@ from typing import Generic, TypeVar
 CONCURRENT = 64
 """Handshakes at once. One takes a millisecond of work and some round trips, so 64 are plenty for a home."""
 CONCURRENT_PER_SOURCE = 32
-QUEUED = 1024
-"""Accepted sockets that wait for their handshake, all sources together."""
-QUEUED_PER_SOURCE = 512
+QUEUED = 2048
+"""Accepted sockets that wait for their handshake, all sources together. Each takes a descriptor and nothing else."""
+QUEUED_PER_SOURCE = 1024
 RATE = 200.0
 """Tokens a second for each source: unknown callers from one address can cost at most a fifth of one core."""
 BURST = 1024.0
 """Tokens that a source may save up."""
 PATIENCE = 1.0
 """Seconds that a handshake keeps its place while others of its source (or, when all are taken, any) wait."""
+RETRY = 0.05
+"""Seconds between looks at handshakes that are beyond patience and keep their places."""
 SOURCES = 4096
 """Token buckets that are kept; the one used least recently is forgotten first."""
 
@@ -47,15 +50,20 @@ class Limits:
     burst: float = BURST
     patience: float = PATIENCE
 
+    def within(self, descriptors: int) -> Limits:
+        """These limits for a process that may have so many descriptors: waiting callers take an eighth at most."""
+        queued = min(self.queued, max(1, descriptors // 8))
+        return dataclasses.replace(self, queued=queued, queued_per_source=min(self.queued_per_source, queued))
+
 
 @dataclasses.dataclass(eq=False)
 class Place(Generic[T]):
-    """One running handshake. `displaced` is called, once, when it must give up its place."""
+    """One running handshake. `displace` is called when it shall give up its place; False: it is not to blame."""
 
     source: str
     caller: T
     since: float
-    displaced: Callable[[], None] | None = None
+    displace: Callable[[], bool] | None = None
 
 
 @dataclasses.dataclass
@@ -135,11 +143,10 @@ class Admission(Generic[T]):
                 break
             full = len(self._places) >= self._limits.concurrent
             source_full = self._running[place.source] >= self._limits.concurrent_per_source
-            if full or (source_full and place.source in self._queues):
+            wanted = full or (source_full and place.source in self._queues)
+            if wanted and (place.displace is None or place.displace()):
                 self.leave(place, authenticated=False)
                 displaced += 1
-                if place.displaced is not None:
-                    place.displaced()
         return displaced
 
     def next_change(self, now: float) -> float | None:
@@ -153,7 +160,7 @@ class Admission(Generic[T]):
         ]
         if self._places:
             oldest = next(iter(self._places))
-            waits.append(max(0.0, self._limits.patience - (now - oldest.since)))
+            waits.append(max(RETRY, self._limits.patience - (now - oldest.since)))
         return min(waits, default=self._limits.patience)
 
     def drain(self) -> list[T]:

@@ -67,7 +67,6 @@ class Connection:
     Attributes:
         opened: on the monotonic clock; `opened_at` is the same moment on the wall clock.
         was_allowed: the policy has at some time allowed the peer; when it no longer does, the connection goes.
-        greeted: the peer's first words came together with the end of the handshake.
         identification: what the peer said of itself; None until then. `identify_failure` says why it did not.
         inbound_streams: streams of the peer that were handed out or are used here, with their protocol.
         drained_since: since when it has been without a stream while draining; None when it is not draining.
@@ -81,7 +80,6 @@ class Connection:
     opened: float
     opened_at: float
     was_allowed: bool = False
-    greeted: bool = False
     identification: Identification | None = None
     identify_failure: str = ""
     transport: str = "tcp"
@@ -102,7 +100,7 @@ class Connection:
     @property
     def heard(self) -> bool:
         """Whether the peer has said anything after the handshake, and so has accepted us."""
-        return self.greeted or self.link.received > 0
+        return self.link.received > 0
 
     @property
     def direction(self) -> str:

@@ -72,8 +72,9 @@ class LinkEnd:
 class Link:
     """Takes over a connected TCP socket after the Noise handshake and muxer negotiation, in both roles alike.
 
-    `received` is ciphertext that came in with the last handshake message. `on_stream` is called for each stream
-    that the peer opens; `on_end` once, from the loop, when the link is gone and its socket closed.
+    `received` is ciphertext that came in with the last handshake message, `plaintext` what a Noise message held behind
+    the end of the muxer's negotiation. `on_stream` is called for each stream that the peer opens; `on_end` once, from
+    the loop, when the link is gone and its socket closed.
 
     Attributes:
         reactor, session: what its channels work with.
@@ -91,6 +92,7 @@ class Link:
         send_cipher: CipherState,
         receive_cipher: CipherState,
         received: bytes,
+        plaintext: bytes = b"",
         on_stream: Callable[[Channel], None],
         on_end: Callable[[LinkEnd], None],
         limits: yamux.Limits = yamux.DEFAULT_LIMITS,
@@ -99,7 +101,7 @@ class Link:
         self.reactor = reactor
         self.session = yamux.Session(role, self, now=now, limits=limits)
         self.sent = 0
-        self.received = len(received)
+        self.received = len(received) + len(plaintext)
         self.rtt: float | None = None
         self.end: LinkEnd | None = None
         self._clock = reactor.clock
@@ -108,6 +110,7 @@ class Link:
         self._send_cipher = send_cipher
         self._receive_cipher = receive_cipher
         self._tail = received  # the beginning of a Noise message
+        self._plaintext = plaintext  # to be given to yamux before anything else
         self._on_stream = on_stream
         self._on_end = on_end
         self._queue: deque[Channel] = deque()
@@ -124,7 +127,7 @@ class Link:
         reactor.register(self._fd, READ, self._socket_ready, self._failed)
         self._timer: Timer = reactor.call_later(KEEPALIVE_INTERVAL, self._tick)
         self._ping()
-        if received:
+        if received or plaintext:
             reactor.call_soon(self._open_first)
 
     def __repr__(self) -> str:
@@ -205,7 +208,7 @@ class Link:
 
     def _open_first(self) -> None:
         """Take what came with the handshake, unless it was taken with what came after it."""
-        if self.end is None and self._tail:
+        if self.end is None and (self._tail or self._plaintext):
             scratch, tail = self.reactor.scratch, self._tail
             scratch[: len(tail)] = tail
             try:
@@ -219,6 +222,9 @@ class Link:
         First all of one, then all of the other: so those who wait for the data wake once for all of it.
         """
         self._now = now = self._clock()
+        if self._plaintext:
+            first, self._plaintext = memoryview(bytearray(b"\0" + self._plaintext)), b""
+            self.session.receive(first, 1, len(first), now)
         opened, receive = self._receive_cipher.open, self.session.receive
         plain: list[tuple[int, int]] = []
         failure = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Callable
 
@@ -119,8 +120,15 @@ class Reception:
     async def _handshake(self, place: Place[socket.socket]) -> None:
         sock = place.caller
         scope = trio.CancelScope()
-        place.displaced = scope.cancel
         proven = handed_over = False
+
+        def displace() -> bool:
+            if _readable(sock):
+                return False  # the caller has done its part, the delay is ours
+            scope.cancel()
+            return True
+
+        place.displace = displace
 
         def judge(peer: PeerId) -> bool:
             nonlocal proven
@@ -145,3 +153,9 @@ class Reception:
                 sock.close()
             self._admission.leave(place, authenticated=proven)
             self._admit()
+
+
+def _readable(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))

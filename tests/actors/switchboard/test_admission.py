@@ -72,7 +72,7 @@ def test_a_slow_handshake_loses_its_place_when_others_wait():
     for caller in ("slow", "slower"):
         admission.arrive("a", caller)
     for place in admit_all(admission, 0.0):
-        place.displaced = lambda caller=place.caller: displaced.append(caller)
+        place.displace = lambda caller=place.caller: displaced.append(caller) is None
     assert admission.displace(5.0) == 0, "nobody waits"
     admission.arrive("b", "friend")
     assert admission.next_change(0.5) == pytest.approx(0.5)
@@ -83,16 +83,32 @@ def test_a_slow_handshake_loses_its_place_when_others_wait():
     assert admission.running == 2
 
 
+def test_a_handshake_that_is_not_to_blame_keeps_its_place():
+    admission = Admission(Limits(concurrent=1, patience=1.0))
+    admission.arrive("a", "honest")
+    admission.next(0.0).displace = lambda: False
+    admission.arrive("b", "friend")
+    assert admission.displace(5.0) == 0
+    assert admission.running == 1
+    assert 0 < admission.next_change(5.0) < 1, "looked at again, and not without pause"
+
+
 def test_a_source_at_its_limit_displaces_only_its_own():
     admission = Admission(Limits(concurrent=10, concurrent_per_source=1, patience=1.0))
     displaced = []
     for source in ("a", "b"):
         admission.arrive(source, source)
     for place in admit_all(admission, 0.0):
-        place.displaced = lambda caller=place.caller: displaced.append(caller)
+        place.displace = lambda caller=place.caller: displaced.append(caller) is None
     admission.arrive("b", "b2")
     assert admission.displace(2.0) == 1
     assert displaced == ["b"]
+
+
+def test_a_process_with_few_descriptors_has_a_short_queue():
+    limits = Limits().within(256)
+    assert (limits.queued, limits.queued_per_source) == (32, 32)
+    assert Limits().within(1_000_000) == Limits()
 
 
 def test_leaving_twice_is_harmless():

@@ -1,0 +1,144 @@
+"""The table of connections, with pretended links."""
+
+import pytest
+import trio
+
+from actors.switchboard.connections import LINGER, SIMULTANEOUS, Connection, ConnectionTable
+from actors.switchboard.errors import TooManyError
+from actors.switchboard.link import LinkEnd
+from protocol.multiaddr import Multiaddr
+
+from .support import peer_of
+
+US, THEM = sorted((peer_of("us"), peer_of("them")))
+ADDRESS = Multiaddr("/ip4/192.0.2.1/tcp/4001")
+END = LinkEnd("remote-close", "the peer closed the connection")
+
+
+class FakeLink:
+    def __init__(self):
+        self.sent = self.received = 0
+        self.rtt = None
+        self.streams = 0
+
+
+def connection(name, *, outbound, opened=0.0, peer=THEM):
+    made = Connection(name, peer, outbound, ADDRESS, ADDRESS, opened, 1_000_000.0 + opened)
+    made.link = FakeLink()
+    return made
+
+
+def kept(own, order, gap=0.1):
+    """Which of two connections a side keeps; `order`: who dialled the first and the second."""
+    other = THEM if own == US else US
+    table = ConnectionTable(own)
+    for number, dialled_by in enumerate(order):
+        made = connection(dialled_by, outbound=dialled_by == own, opened=number * gap, peer=other)
+        table.add(made, made.opened)
+    assert sum(not one.draining for one in table) == 1
+    return table.best(other).id
+
+
+@pytest.mark.parametrize("first", [US, THEM])
+@pytest.mark.parametrize("order_there", [True, False])
+def test_both_sides_keep_the_same_of_two_simultaneous_connections(first, order_there):
+    order = [first, THEM if first == US else US]
+    there = order if order_there else order[::-1]  # they may come up in another order on the other side
+    assert kept(US, order) == kept(THEM, there) == US
+
+
+def test_later_the_newer_one_is_kept_on_both_sides():
+    gap = SIMULTANEOUS + 1
+    assert kept(US, [US, THEM], gap) == kept(THEM, [US, THEM], gap) == THEM
+    assert kept(US, [THEM, US], gap) == kept(THEM, [THEM, US], gap) == US
+
+
+def test_of_two_that_the_same_side_dialled_the_newer_one_is_kept():
+    table = ConnectionTable(US)
+    old, new = connection("old", outbound=False), connection("new", outbound=False, opened=0.1)
+    table.add(old, 0)
+    table.add(new, 0.1)
+    assert table.best(THEM) is new
+    assert table.of(THEM) == (new, old)
+
+
+def test_a_drained_connection_goes_when_its_streams_have_gone():
+    table = ConnectionTable(US)
+    loser, winner = connection("loser", outbound=False), connection("winner", outbound=True)
+    loser.link.streams = 1
+    table.add(loser, 0)
+    table.add(winner, 0)
+    assert table.drained(100) == []
+    loser.link.streams = 0
+    assert table.drained(100 + LINGER / 2) == []
+    assert table.drained(100 + LINGER) == [loser]
+    table.remove(loser, END)
+    assert list(table) == [winner]
+
+
+def test_a_drained_connection_takes_over_when_the_other_one_ends():
+    table = ConnectionTable(US)
+    loser, winner = connection("loser", outbound=False), connection("winner", outbound=True)
+    table.add(loser, 0)
+    table.add(winner, 0)
+    table.remove(winner, END)
+    assert table.best(THEM) is loser
+    assert table.drained(100) == []
+    assert winner.end is END
+    assert winner.ended.is_set()
+
+
+def test_limits():
+    table = ConnectionTable(US, limit=3, limit_per_peer=2)
+    for number in range(2):
+        table.add(connection(str(number), outbound=False), 0)
+    with pytest.raises(TooManyError, match="to this peer"):
+        table.check_room(THEM)
+    table.check_room(peer_of("other"))
+    table.add(connection("2", outbound=False, peer=peer_of("other")), 0)
+    with pytest.raises(TooManyError, match="3 connections"):
+        table.check_room(peer_of("third"))
+    assert len(table) == 3
+
+
+def test_removing_twice_is_harmless():
+    table = ConnectionTable(US)
+    made = connection("1", outbound=False)
+    table.add(made, 0)
+    table.remove(made, END)
+    table.remove(made, END)
+    assert len(table) == 0
+    assert table.peers() == ()
+
+
+async def test_waiting_for_a_peer_to_come_and_to_go():
+    table = ConnectionTable(US)
+    news = []
+
+    async def watch():
+        await table.until_found(THEM)
+        news.append("found")
+        await table.until_lost(THEM)
+        news.append("lost")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await trio.testing.wait_all_tasks_blocked()
+        made = connection("1", outbound=False)
+        table.add(made, 0)
+        await trio.testing.wait_all_tasks_blocked()
+        assert news == ["found"]
+        table.remove(made, END)
+    assert news == ["found", "lost"]
+    with trio.move_on_after(0):
+        await table.until_found(THEM)
+    assert not table._found, "nothing is kept for somebody who no longer waits"
+
+
+def test_info_and_way():
+    made = connection("1-1", outbound=True)
+    made.link.received = 10
+    info = made.info()
+    assert (info.direction, info.agent, info.protocols, info.received) == ("outbound", "", (), 10)
+    assert made.heard
+    assert made.way == f"direct tcp {ADDRESS}"
