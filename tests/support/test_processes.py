@@ -74,7 +74,7 @@ def test_an_ipv6_listener_is_found():
 
 
 def test_a_tree_has_parents_first_and_shows_zombies():
-    code = "import subprocess, sys; subprocess.Popen(['/bin/true']); print('up', flush=True); sys.stdin.read()"
+    code = "import subprocess, sys; child = subprocess.Popen(['/bin/true']); print('up', flush=True); sys.stdin.read()"
     with start(code=code) as parent:
         assert parent.stdout.readline() == "up\n"
         wait_until(
