@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 import click
 
-from bench import references
+from bench import references, runtime
 from bench.candidate import NodePair, lone_node, peerup
 from bench.catalogue import CATALOGUE
 from bench.load import Load, LoadError
@@ -64,6 +64,11 @@ def main(patterns: tuple[str, ...], rounds: int, quick: bool, candidates: tuple[
         if OURS in chosen and wanted.intersection(LONE):
             _say(f"round {number + 1} of {rounds}: a node alone")
             _measure_lone_node(load, scale, samples)
+        if OURS in chosen and any(name.startswith("runtime_") for name in wanted):
+            _say(f"round {number + 1} of {rounds}: the actor runtime")
+            ours, floor = runtime.measure()
+            samples.add(OURS, ours)
+            samples.add(runtime.FLOOR, floor)
     found = [measurement(value, samples) for value in CATALOGUE if value.name in wanted]
     measurements = [each for each in found if each is not None]
     print_table(measurements, samples)

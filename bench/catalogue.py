@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from bench.runtime import FLOOR
+
 Better = Literal["higher", "lower", "neither"]
 
 
@@ -53,4 +55,11 @@ CATALOGUE: tuple[Value, ...] = (
     Value("idle_cpu", "%", "lower", "CPU of the whole idle tunnel (peerup: two nodes), of one core"),
     Value("idle_node_memory", "MiB", "lower", "PSS of one idle node", reference="", limit=120.0),
     Value("idle_node_cpu", "%", "lower", "CPU of one idle node, of one core", reference="", limit=0.5),
+    Value("runtime_round_trip_p50", "µs", "lower", "message to an actor and its answer, median", FLOOR),
+    Value("runtime_round_trip_p99", "µs", "lower", "message to an actor and its answer, 99th percentile", FLOOR),
+    Value("runtime_messages", "1/s", "higher", "messages to one actor, one way", reference=""),
+    Value("runtime_spawn", "ms", "lower", "asking for an actor until it is ready", reference=""),
+    Value("runtime_kill_to_answer_one_for_one", "ms", "lower", "SIGKILL until it answers again", reference=""),
+    Value("runtime_kill_to_answer_rest_for_one", "ms", "lower", "the same, with those after it", reference=""),
+    Value("runtime_kill_to_answer_one_for_all", "ms", "lower", "the same, with all its siblings", reference=""),
 )

@@ -56,7 +56,7 @@ class Summary:
 
 
 def measurement(value: Value, samples: Samples) -> dict[str, Any] | None:
-    """One object of the results; `ours`, `reference`, `ratio` are null without a sample of them. None: no sample at all."""
+    """One object of the results; what has no sample is null. None: no sample at all."""
     summaries = {candidate: Summary.of(each) for candidate, each in samples.of(value.name).items() if each}
     if not summaries:
         return None
@@ -165,24 +165,27 @@ def save(measurements: list[dict[str, Any]], samples: Samples, options: dict[str
 
 
 def print_table(measurements: list[dict[str, Any]], samples: Samples) -> None:
-    """The results for people: ours and every reference, median and range."""
+    """The results for people: our median and range, the medians of the references."""
     from rich.console import Console
     from rich.table import Table
 
     candidates = [name for each in measurements for name in each["spread"]]
     references = [name for name in dict.fromkeys(candidates) if name != OURS]
-    table = Table(title="median (least to most) of the rounds")
-    table.add_column("value")
-    for name in (OURS, *references):
+    table = Table(title="medians of the rounds; of peerup with the least and the most")
+    table.add_column("value", no_wrap=True)
+    table.add_column(OURS, justify="right", no_wrap=True)
+    for name in references:
         table.add_column(name, justify="right")
     table.add_column("ratio", justify="right")
-    table.add_column("bound")
+    table.add_column("bound", no_wrap=True)
     for each in measurements:
-        cells = [_cell(each["spread"].get(name)) for name in (OURS, *references)]
+        spread = each["spread"]
+        cells = [f"{spread[name]['median']:g}" if name in spread else "" for name in references]
         ratio = "" if each["ratio"] is None else f"{each['ratio']:.2f}"
         verdict = {True: "[green]holds[/]", False: "[red]broken[/]", None: ""}[each["holds"]]
         unit = f" {each['unit']}" if each["unit"] else ""
-        table.add_row(f"{each['name']}{unit}", *cells, ratio, f"{each['bound'] or ''} {verdict}".strip())
+        bound = f"{each['bound'] or ''} {verdict}".strip()
+        table.add_row(f"{each['name']}{unit}", _ours(spread.get(OURS)), *cells, ratio, bound)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for name, reason in samples.absent.items():
@@ -191,7 +194,9 @@ def print_table(measurements: list[dict[str, Any]], samples: Samples) -> None:
         console.print(f"failed: {failure}", markup=False)
 
 
-def _cell(spread: dict[str, float] | None) -> str:
+def _ours(spread: dict[str, float] | None) -> str:
     if spread is None:
         return ""
+    if spread["least"] == spread["most"]:
+        return f"{spread['median']:g}"
     return f"{spread['median']:g} ({spread['least']:g} to {spread['most']:g})"
