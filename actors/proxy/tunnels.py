@@ -26,6 +26,18 @@ COUNT_INTERVAL = 2.0
 """Seconds between additions to the byte counters while tunnels run."""
 GATE = "gate"
 
+MEANINGS: dict[int, str] = {
+    ResetCode.NEGOTIATION_FAILED: "the peer no longer offers the service to this node",
+    ResetCode.GATED: "the peer's policy no longer allows it",
+    ResetCode.LIMIT_EXCEEDED: "the peer serves as many connections as it may",
+    ResetCode.SHUTDOWN: "the other node, or the actor that served the connection, was stopped",
+    ResetCode.LOST: "a process that carried the connection ended",
+    ResetCode.CONNECTION_LOST: "the connection to the peer ended",
+    ResetCode.SERVICE_UNREACHABLE: "the service does not accept connections on the peer's side",
+    ResetCode.SERVICE_UNAVAILABLE: "the peer's actor for the service is being restarted",
+}
+"""What a reset by the far side means, for people."""
+
 _NO_LINGER = struct.pack("ii", 1, 0)
 
 
@@ -131,7 +143,8 @@ class Tunnels:
         words = outcome
         if result.outcome is not Outcome.FINISHED:
             words = f"{outcome}: {ResetCode.describe(result.code)}"
-            self.last_failure = words
+            meaning = MEANINGS.get(result.code) if result.outcome is Outcome.STREAM_RESET else None
+            self.last_failure = f"{words} ({meaning})" if meaning else words
         if result.outcome is Outcome.STREAM_RESET:
             outcome = ResetCode.describe(result.code) if result.code in _KNOWN_CODES else outcome
         self._finished(outcome)

@@ -212,7 +212,9 @@ async def test_a_service_that_is_down_is_told_on_both_sides():
         assert alice.gate.ended[0].outcome == "stream-reset: service-unreachable"
         assert bob.gate.ended[0].outcome == "service-unreachable"
         assert "connection refused" in bob.actors["service/echo"].describe()["last_failure"]
-        assert "service-unreachable" in alice.actors["proxy/bob/echo"].describe()["last_failure"]
+        assert alice.actors["proxy/bob/echo"].describe()["last_failure"] == (
+            "stream-reset: service-unreachable (the service does not accept connections on the peer's side)"
+        )
 
 
 async def test_a_service_at_a_name_is_looked_up():
