@@ -20,20 +20,23 @@ from typing import Protocol
 
 import loguru
 
-from protocol.messages import Data, Descriptor, Envelope, Message
+from protocol.messages import Data, Envelope, Message
 from protocol.messages.codec import from_plain, to_plain
 from protocol.messages.envelope import MAX_NAME
 from protocol.messages.system import (
     ChildSpec,
     ChildStarted,
     ChildStatus,
+    DropCheckpoint,
     Hang,
     InjectProcessFault,
+    KeepCheckpoint,
     LastWords,
     Ok,
     Ping,
     Pong,
     ProcessFault,
+    ReadEstate,
     ReadTree,
     Ready,
     SaveCheckpoint,
@@ -47,6 +50,7 @@ from protocol.messages.system import (
 )
 from supervisor.actor import Checkpoint
 from supervisor.errors import AskError, NoSuchActorError, RefusedError
+from supervisor.estate import Estate, keep_message
 from supervisor.exchange import Exchange
 from supervisor.port import NameState
 from supervisor.strategy import (
@@ -67,6 +71,15 @@ from supervisor.timers import Timer
 
 FACTORY = "supervisor.supervisor:Supervisor"
 """What a child specification names in order to have a supervisor as a child."""
+
+ESTATE_DEADLINE = 1.0
+"""Seconds that the supervisor above gets to hand over what it keeps; without it everything starts afresh."""
+
+UNCLAIMED = 60.0
+"""Seconds after which a checkpoint that no child of that name was started for is thrown away."""
+
+GAVE_UP = "gave-up"
+"""The code in the last words of a supervisor that could not keep its children running."""
 
 SUBTREE_DEADLINE = 1.0
 """Seconds that a supervisor below gets to report its children before the tree is shown without them."""
@@ -158,12 +171,15 @@ class Overseer:
         self._specs: dict[str, ChildSpec] = {}
         self._pids: dict[str, int | None] = {}
         self._ready: dict[str, dict[str, Data]] = {}
-        self._checkpoints: dict[str, Checkpoint] = {}
+        self._estate = Estate()
         self._last_words: dict[tuple[str, int], LastWords] = {}
         self._timer: Timer | None = None
         exchange.on(Ready, self._on_ready)
         exchange.on(LastWords, self._on_last_words)
         exchange.on(SaveCheckpoint, self._on_save_checkpoint)
+        exchange.on(KeepCheckpoint, self._on_keep_checkpoint)
+        exchange.on(DropCheckpoint, self._on_drop_checkpoint)
+        exchange.on(ReadEstate, self._on_read_estate)
         exchange.on(StartChild, self._on_start_child)
         exchange.on(StopChild, self._on_stop_child)
         exchange.on(ReadTree, self._on_read_tree)
@@ -172,7 +188,19 @@ class Overseer:
     # For the host
 
     def begin(self) -> None:
-        """Start the static children."""
+        """Start the static children, with what predecessors of them left and the supervisor above has kept."""
+        try:
+            self._exchange.ask(
+                self._exchange.supervisor, ReadEstate(), timeout=ESTATE_DEADLINE, answer=self._begin_with_estate
+            )
+        except AskError as error:
+            self._begin_with_estate(error)
+
+    def _begin_with_estate(self, outcome: Message | AskError) -> None:
+        if isinstance(outcome, AskError):
+            self._log.debug("starting without an estate: {}", outcome)
+        elif self._estate.names():
+            self._exchange.call_at(self._exchange.now() + UNCLAIMED, self._drop_unclaimed)
         self._do(self.logic.begin(self._exchange.now()))
 
     def child_exited(self, name: str, incarnation: int, *, failed: bool, reason: str) -> None:
@@ -181,6 +209,9 @@ class Overseer:
         What the child itself said in `LastWords` is preferred to `reason`.
         """
         said = self._last_words.pop((name, incarnation), None)
+        if said is not None and said.code == GAVE_UP:
+            # What its children left may be what made them fail again and again.
+            self._drop_checkpoints(self._estate.names_below(name))
         code = "start-failed"
         if said is not None and failed:
             code, reason = said.code, said.reason
@@ -198,8 +229,7 @@ class Overseer:
 
     def close(self) -> None:
         """Close the descriptors in checkpoints."""
-        for name in list(self._checkpoints):
-            self._drop_checkpoint(name)
+        self._estate.close()
 
     # Messages
 
@@ -220,8 +250,31 @@ class Overseer:
     def _on_save_checkpoint(self, message: SaveCheckpoint, envelope: Envelope) -> None:
         if envelope.sender not in self._published:
             return  # not a child of this supervisor (any more); the descriptors close with the message
-        self._drop_checkpoint(envelope.sender)
-        self._checkpoints[envelope.sender] = Checkpoint(message.state, message.descriptors)
+        self._keep(envelope.sender, (), Checkpoint(message.state, message.descriptors))
+
+    def _on_keep_checkpoint(self, message: KeepCheckpoint, envelope: Envelope) -> None:
+        checkpoint = Checkpoint(message.state, message.descriptors)
+        if envelope.sender == self._exchange.supervisor and message.path[:1] == (self.name,):
+            self._estate.keep(message.name, message.path[1:], checkpoint)
+        elif envelope.sender in self._published and message.path[:1] == (envelope.sender,):
+            self._keep(message.name, message.path, checkpoint)
+
+    def _on_drop_checkpoint(self, message: DropCheckpoint, envelope: Envelope) -> None:
+        if message.name in self._estate.names_below(envelope.sender):
+            self._drop_checkpoints([message.name])
+
+    def _on_read_estate(self, _: ReadEstate, envelope: Envelope) -> None:
+        if envelope.sender in self._published:
+            for message in self._estate.messages_below(envelope.sender):
+                self._exchange.tell(envelope.sender, message, cause=envelope.id)
+        self._exchange.answer(envelope, Ok())
+
+    def _keep(self, name: str, path: tuple[str, ...], checkpoint: Checkpoint) -> None:
+        self._estate.keep(name, path, checkpoint)
+        self._exchange.tell(self._exchange.supervisor, keep_message(name, (self.name, *path), checkpoint))
+
+    def _drop_unclaimed(self) -> None:
+        self._drop_checkpoints([name for name in self._estate.names_of_children() if name not in self._published])
 
     def _on_start_child(self, message: StartChild, envelope: Envelope) -> None:
         spec = message.spec
@@ -307,7 +360,7 @@ class Overseer:
             case PingChild(name, incarnation):
                 self._ping(name, incarnation)
             case Forget(name):
-                self._drop_checkpoint(name)
+                self._drop_checkpoints([name, *self._estate.names_below(name)])
                 self._specs.pop(name, None)
                 self._ready.pop(name, None)
             case StartAnswered(Envelope() as request, name):
@@ -329,7 +382,7 @@ class Overseer:
         if spec.name in self._specs:
             self._exchange.metrics.counter("peerup_restarts_total", actor=spec.name).inc()
         self._specs[spec.name] = spec
-        self._pids[spec.name] = self._host.spawn(spec, incarnation, self._checkpoints.get(spec.name))
+        self._pids[spec.name] = self._host.spawn(spec, incarnation, self._estate.get(spec.name))
 
     def _ping(self, name: str, incarnation: int) -> None:
         def answered(outcome: Message | AskError) -> None:
@@ -367,20 +420,15 @@ class Overseer:
     def _tick(self) -> None:
         self._do(self.logic.tick(self._exchange.now()))
 
-    def _drop_checkpoint(self, name: str) -> None:
-        dropped = self._checkpoints.pop(name, None)
-        if dropped is not None:
-            _close(dropped.descriptors)
+    def _drop_checkpoints(self, names: list[str]) -> None:
+        for name in names:
+            if self._estate.drop(name):
+                self._exchange.tell(self._exchange.supervisor, DropCheckpoint(name))
 
     @property
     def exchange(self) -> Exchange:
         """The supervisor's exchange."""
         return self._exchange
-
-
-def _close(descriptors: tuple[Descriptor, ...]) -> None:
-    for descriptor in descriptors:
-        descriptor.close()
 
 
 def _with_pid(status: ChildStatus, pid: int | None) -> ChildStatus:

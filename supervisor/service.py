@@ -36,20 +36,25 @@ from thespian.actors import ActorSystem, ActorSystemException
 from protocol.errors import PeerupError
 from protocol.messages import Envelope
 from protocol.messages.system import (
+    DropCheckpoint,
     Hang,
     InjectProcessFault,
+    KeepCheckpoint,
     LastWords,
     Ok,
     Ping,
     Pong,
     ProcessFault,
+    ReadEstate,
     Ready,
     Stop,
     SupervisorSpec,
 )
 from supervisor import linux, thespian_base
+from supervisor.actor import Checkpoint
 from supervisor.boot import ROOT, SERVICE, Boot, LogSettings
 from supervisor.errors import AskError, DeadlineExceededError, RefusedError
+from supervisor.estate import Estate
 from supervisor.exchange import Exchange
 from supervisor.logging import LogControl
 from supervisor.port import NameState
@@ -170,6 +175,7 @@ class Service:
         self._signals: list[int] = []
         self._wakeup = -1
         self._log: LogControl | None = None
+        self._estate = Estate()
 
     def run(self) -> None:
         """Run until a signal says stop. Call it from the main thread of a process that has no other.
@@ -201,6 +207,7 @@ class Service:
             with self._signal_handling():
                 self._keep_running(directory)
         finally:
+            self._estate.close()
             self._log.close()
 
     def _keep_running(self, directory: RunDirectory) -> None:
@@ -221,6 +228,8 @@ class Service:
                     return
                 if not tree.ready and tree.last_words:
                     raise TreeFailedError(tree.last_words) from error
+                if tree.last_words:
+                    self._estate.close()  # it gave up: what its actors left may be what made them fail
                 failed_starts = 0 if tree.ready else failed_starts + 1
                 if failed_starts > FAILED_STARTS:
                     raise TreeFailedError(
@@ -287,6 +296,9 @@ class Service:
         exchange.on(Ready, functools.partial(self._root_ready, tree))
         exchange.on(LastWords, functools.partial(self._root_failed, tree))
         exchange.on(InjectProcessFault, functools.partial(self._inject, tree))
+        exchange.on(KeepCheckpoint, self._keep_checkpoint)
+        exchange.on(DropCheckpoint, self._drop_checkpoint)
+        exchange.on(ReadEstate, functools.partial(self._read_estate, exchange))
         wire.name = SERVICE
         wire.receiver = exchange
         transport.timers = exchange
@@ -349,6 +361,20 @@ class Service:
             number = signal.SIGKILL if message.fault is ProcessFault.KILL else signal.SIGSTOP
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(tree.root_pidfd, number)
+
+    def _keep_checkpoint(self, message: KeepCheckpoint, envelope: Envelope) -> None:
+        if envelope.sender == ROOT and message.path[:1] == (ROOT,):
+            self._estate.keep(message.name, message.path, Checkpoint(message.state, message.descriptors))
+
+    def _drop_checkpoint(self, message: DropCheckpoint, envelope: Envelope) -> None:
+        if envelope.sender == ROOT:
+            self._estate.drop(message.name)
+
+    def _read_estate(self, exchange: Exchange, message: ReadEstate, envelope: Envelope) -> None:
+        if envelope.sender == ROOT:
+            for kept in self._estate.messages_below(ROOT):
+                exchange.tell(ROOT, kept, cause=envelope.id)
+        exchange.answer(envelope, Ok())
 
     def _root_failed(self, tree: _Tree, message: LastWords, envelope: Envelope) -> None:
         if envelope.sender == ROOT:

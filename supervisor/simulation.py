@@ -53,7 +53,7 @@ from supervisor.actor import Actor, Checkpoint
 from supervisor.cell import Cell, TimeKeeper, failure_text
 from supervisor.errors import AskError, DeadlineExceededError
 from supervisor.exchange import Exchange
-from supervisor.overseer import FACTORY, Overseer, supervisor_arguments, supervisor_spec
+from supervisor.overseer import FACTORY, GAVE_UP, Overseer, supervisor_arguments, supervisor_spec
 from supervisor.port import NameState, NotDeliveredError, Receiver
 from supervisor.timers import Timers
 
@@ -602,7 +602,7 @@ class _Host:
     def finished(self, reason: str, *, failed: bool) -> None:
         self.failed, self.reason = failed, reason
         if failed:
-            words = LastWords(self._process.incarnation, "gave-up", reason)
+            words = LastWords(self._process.incarnation, GAVE_UP, reason)
             self._exchange.tell(self._process.supervisor, words)
         self.done.set()
 

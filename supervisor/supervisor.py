@@ -25,14 +25,14 @@ from supervisor import forking
 from supervisor.actor import Checkpoint
 from supervisor.boot import ROOT, SERVICE, Birth, Boot
 from supervisor.exchange import Exchange
-from supervisor.overseer import FACTORY, Overseer, supervisor_spec
+from supervisor.overseer import FACTORY, GAVE_UP, Overseer, supervisor_spec
 from supervisor.port import NameState, NotDeliveredError
 from supervisor.process import LAST_FLUSH, Leaf, crash, enter, hang
 from supervisor.registry import Entry
 from supervisor.thespian_base import boot_of
 from supervisor.transport import Transport
 
-GAVE_UP = 1
+GAVE_UP_STATUS = 1
 """The exit status of a supervisor that could not keep its children running."""
 
 
@@ -252,7 +252,7 @@ class Supervisor(thespian.actors.Actor):
     def finished(self, reason: str, *, failed: bool) -> None:
         """See :meth:`supervisor.overseer.Host.finished`."""
         if failed:
-            self._status = GAVE_UP
+            self._status = GAVE_UP_STATUS
             if self._exchange is not None:
-                self._exchange.tell(self._parent, LastWords(self._incarnation, "gave-up", reason))
+                self._exchange.tell(self._parent, LastWords(self._incarnation, GAVE_UP, reason))
         self._manager.transport.abort_run()

@@ -389,6 +389,34 @@ class SaveCheckpoint(Message):
     descriptors: tuple[Descriptor, ...]
 
 
+@message("system.keep-checkpoint")
+class KeepCheckpoint(Message):
+    """Between supervisors: a checkpoint that the actor of this name left. Up: keep it too. Down: it is yours to use.
+
+    `path` names the supervisors from the lower of the two down to the actor's own.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    state: dict[str, Data]
+    descriptors: tuple[Descriptor, ...]
+
+
+@message("system.drop-checkpoint")
+class DropCheckpoint(Message):
+    """From a supervisor to the one above: the actor of this name is gone for good, and so is its checkpoint."""
+
+    name: str
+
+
+@message("system.read-estate")
+class ReadEstate(Request[Ok]):
+    """From a supervisor that starts to the one above: tell me by `KeepCheckpoint` what you keep on my behalf.
+
+    The answer follows the last of them.
+    """
+
+
 @message("system.actor-down")
 class ActorDown(Message):
     """To a watcher: the actor of this name ended. It may come back under the same name."""

@@ -371,6 +371,29 @@ def test_a_listening_socket_in_a_checkpoint_outlives_its_process(start: Start) -
     assert listening_port(service) == port
 
 
+@pytest.mark.parametrize("victim", ["below", "root"])
+def test_a_listening_socket_outlives_the_supervisors_above_its_process(start: Start, victim: str) -> None:
+    inner = ChildSpec("below", FACTORY, supervisor_arguments(spec(toy("a", port=0))))
+    service = start(spec(inner))
+    port = listening_port(service)
+    for kills in range(1, 4):
+        pid = service.entry_pid("a")
+        supervisor = service.entry_pid(victim)
+        if victim == "root":
+            service.leave()
+        os.kill(supervisor, signal.SIGKILL)
+        # The kernel takes the connection whoever lives; the old life may still have it in its hands.
+        client = socket.create_connection(("127.0.0.1", port), timeout=20)
+        with client, contextlib.suppress(ConnectionResetError):
+            client.recv(64)
+        if victim == "root":
+            service.wait_ready(kills + 1)
+        wait_until(lambda pid=pid: service.entry_pid("a") not in {0, pid}, within=20, what="the next life")
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            assert client.recv(64)
+    assert listening_port(service) == port
+
+
 def listening_port(service: ToyService) -> int:
     found = [listener.port for listener in listeners(service.pid) if listener.kind == "tcp"]
     assert len(found) == 1
