@@ -35,7 +35,7 @@ class Numbers:
 
     def stream(self, direction: str, outcome: str) -> None:
         """A stream was opened and handed over, or was not."""
-        self._metrics.counter("peerup_streams_total", direction=direction, outcome=outcome).inc()
+        self._metrics.counter("peerup_stream_openings_total", direction=direction, outcome=outcome).inc()
 
     def connection_opened(self, connection: Connection) -> None:
         """A connection came up."""
