@@ -60,16 +60,20 @@ def run(
     Raises:
         PeerupError: it cannot start, or could not be kept running.
     """
-    from actors.config.file import load_config
-    from peerup.tree import PRELOAD, Options, build_tree
-    from supervisor.boot import LogSettings
-    from supervisor.service import Service, notify
+    from peerup.preload import preload, without_collector
+
+    with without_collector():
+        from actors.config.file import load_config
+        from peerup.tree import Options, build_tree
+        from supervisor.boot import LogSettings
+        from supervisor.service import Service, notify
 
     config = load_config(home.config_file)
     for warning in config.warnings:
         click.echo(f"warning: {home.config_file}: {warning}", err=True)
     home.create()
     _check_not_running(home)
+    preload(metrics=config.telemetry.metrics_enabled)
     log = LogSettings(
         level=log_level or config.log.level,
         json=(log_format or config.log.format) == "json",
@@ -96,7 +100,6 @@ def run(
     service = Service(
         str(home.run_dir),
         build_tree(options),
-        preload=PRELOAD,
         allow_faults=allow_faults,
         log=log,
         on_ready=ready,

@@ -55,21 +55,6 @@ HEARTBEAT_DEADLINE = 3.0
 """Seconds without an answer after which an actor counts as hung. Under full load on two cores a healthy one was never
 seen to need one second; a hung one must not stay for long."""
 
-PRELOAD = (
-    "trio",
-    "loguru",
-    "msgpack",
-    "anyio._backends._trio",  # which file watching would import in each process that watches
-    "actors.config.actor",
-    "actors.keyring.actor",
-    "actors.gate.actor",
-    "actors.switchboard.actor",
-    "actors.proxy.client",
-    "actors.proxy.service",
-    "actors.api.actor",
-)
-"""Imported once, before the first fork, so that all processes share the pages and start in milliseconds."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:

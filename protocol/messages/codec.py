@@ -145,6 +145,12 @@ def kinds() -> dict[str, type[Message]]:
     return dict(_KINDS)
 
 
+def prepare() -> None:
+    """Compile the converters of every class known to this process now, for all processes that it will fork."""
+    for cls in _KINDS.values():
+        _converter_for(cls)
+
+
 def encode_body(body: Message) -> tuple[bytes, list[Descriptor]]:
     """The message's fields as msgpack, and the descriptors in it, in order of their place in the body.
 
