@@ -20,7 +20,8 @@ class Core(Network):
 
     def __init__(self, surroundings: Surroundings) -> None:
         super().__init__("core", surroundings)
-        self.ns.ip(f"addr add {CORE_GATEWAY}/32 dev lo")
+        # It speaks with these, in errors above all; without IPv6 on `lo` it could not say "no route" or "too big".
+        self.ns.ip(f"addr add {CORE_GATEWAY}/32 dev lo", f"addr add {surroundings.public6[1]}/128 dev lo nodad")
         self._given = 0
 
     @property

@@ -61,6 +61,30 @@ def _inode_here() -> int:
     return Path("/proc/thread-self/ns/net").stat().st_ino
 
 
+class _Entered(threading.local):
+    """What a thread has entered: how many namespaces, and a descriptor of the one in which it was before the first."""
+
+    depth = 0
+    home = -1
+
+
+_entered = _Entered()
+
+
+@contextlib.contextmanager
+def _way_home() -> Iterator[int]:
+    """Know where the thread belongs, so that one that two tasks sent astray is brought home."""
+    if _entered.depth == 0:
+        _entered.home = _current()
+    _entered.depth += 1
+    try:
+        yield _entered.home
+    finally:
+        _entered.depth -= 1
+        if _entered.depth == 0:
+            os.close(_entered.home)
+
+
 def _new_namespace() -> int:
     """A descriptor of a new, empty network namespace.
 
@@ -137,18 +161,19 @@ class Namespace:
         """
         if self._fd < 0:
             raise LabError(f"{self.name} is closed")
-        before = _current()
-        try:
-            _checked(_libc.setns(self._fd, CLONE_NEWNET), "setns")
+        with _way_home() as home:
+            before = _current()
             try:
-                yield
+                _checked(_libc.setns(self._fd, CLONE_NEWNET), "setns")
+                try:
+                    yield
+                finally:
+                    astray = _inode_here() != self.inode
+                    _checked(_libc.setns(home if astray else before, CLONE_NEWNET), "setns")
+                    if astray:
+                        raise LabError(f"the body of enter() of {self.name} ended in another namespace; did it await?")
             finally:
-                here = _inode_here()
-                _checked(_libc.setns(before, CLONE_NEWNET), "setns")
-            if here != self.inode:
-                raise LabError(f"the body of enter() of {self.name} ended in another namespace; did it await?")
-        finally:
-            os.close(before)
+                os.close(before)
 
     def run(
         self, arguments: Sequence[str], *, text_in: str | None = None, timeout: float = 30, check: bool = True
@@ -177,8 +202,11 @@ class Namespace:
 
     def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_DGRAM, protocol: int = 0) -> socket.socket:
         """A socket of this process that lives in this namespace."""
-        with self.enter():
-            return socket.socket(family, kind, protocol)
+        with contextlib.ExitStack() as on_error:
+            with self.enter():
+                made = on_error.enter_context(socket.socket(family, kind, protocol))
+            on_error.pop_all()
+        return made
 
     def ip(self, *commands: str) -> None:
         """Run commands of ip(8), each without the word `ip`, in one process.

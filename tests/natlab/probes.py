@@ -82,19 +82,28 @@ def exchange(client: socket.socket, server: socket.socket, payload: bytes = b"?"
             while got != payload:
                 got, source = server.recvfrom(65536)
             server.sendto(payload, source)
-            while client.recvfrom(65536) != (payload, to):
-                pass
+            while True:
+                got, answering = client.recvfrom(65536)
+                if got == payload and answering[:2] == to:
+                    break
         except TimeoutError:
             continue
         return source[0], source[1]
     raise LabError(f"nothing goes from {client.getsockname()} to {to} and back")
 
 
-def reaches(sender: socket.socket, to: Address, receiver: socket.socket, fence: socket.socket) -> bool:
+def reaches(
+    sender: socket.socket,
+    to: Address,
+    receiver: socket.socket,
+    *,
+    fence: socket.socket,
+    fence_to: Address | None = None,
+) -> bool:
     """Whether a packet from `sender` to `to` comes out at `receiver`.
 
     Args:
-        fence: a socket whose packets to `to` certainly do.
+        fence: a socket whose packets to `fence_to` (or `to`, if not given) certainly do.
     """
     while True:  # what earlier probes left
         receiver.settimeout(0.0001)
@@ -103,7 +112,7 @@ def reaches(sender: socket.socket, to: Address, receiver: socket.socket, fence: 
         except TimeoutError:
             break
     sender.sendto(b"stray", to)
-    fence.sendto(b"fence", to)
+    fence.sendto(b"fence", fence_to or to)
     receiver.settimeout(ANSWER)
     found = False
     try:

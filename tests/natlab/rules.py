@@ -136,11 +136,13 @@ def _forwarding(behaviour: Behaviour, icmp: str) -> Iterator[str]:
             yield "meta l4proto != tcp drop"
         case Outbound.ANYTHING:
             pass
+    # Judged by the very first packet: until an answer comes, those that follow are "new" as well.
+    first = "ct state new ct status & confirmed == 0"
     if behaviour.new_flows:
         rate = f"limit rate over {behaviour.new_flows}/second burst {behaviour.new_flows_burst} packets"
-        yield f"ct state new {rate} drop"
+        yield f"{first} {rate} drop"
     if behaviour.sessions:
-        yield f"ct state new ct count over {behaviour.sessions} drop"
+        yield f"{first} ct count over {behaviour.sessions} drop"
 
 
 def _unsolicited(behaviour: Behaviour) -> Iterator[str]:
