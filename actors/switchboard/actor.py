@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import resource
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from actors.reactor import Reactor
 from actors.switchboard.addresses import AddressBook
 from actors.switchboard.admission import Limits
+from actors.switchboard.attached import AttachedStreams, check_socket
 from actors.switchboard.connections import MAX_CONNECTIONS, Connection, ConnectionTable
 from actors.switchboard.decisions import DecisionLog
 from actors.switchboard.dialer import Dialed, Dialer
@@ -27,6 +28,7 @@ from actors.switchboard.errors import (
     AddressError,
     ConnectionLostError,
     SwitchboardError,
+    TooManyError,
     UnreachableError,
     WrongPeerError,
 )
@@ -39,29 +41,39 @@ from actors.switchboard.numbers import Numbers
 from actors.switchboard.ping import PingServer, ping
 from actors.switchboard.protocols import Agreed, InboundStreams, ProtocolTable
 from actors.switchboard.reception import Reception
-from actors.switchboard.streams import ChannelStream, open_ahead, open_negotiated
+from actors.switchboard.streams import ChannelStream, Negotiation, abandoning, open_ahead, open_negotiated
 from actors.switchboard.transports import connect_tcp, local_multiaddr, remote_multiaddr, resolve
 from actors.switchboard.upgrade import Upgraded, Upgrader, not_authorised
 from actors.switchboard.version import AGENT
 from protocol.errors import PeerupError
-from protocol.messages import Data, Descriptor
+from protocol.messages import Data, Descriptor, Message
 from protocol.messages.config import ConfigSnapshot, SubscribeConfig
 from protocol.messages.gate import Decided, PolicyPublished, SubscribePolicy
 from protocol.messages.keyring import ReadIdentity, SignNoiseStaticKey, SignPeerRecord
 from protocol.messages.switchboard import (
+    AdoptedStreams,
+    AdoptStreams,
+    AttachSocket,
+    CloseStreams,
     Connect,
     Connected,
     Disconnect,
     InboundStream,
     NeedPeer,
+    OpenAttached,
     OpenStream,
     PeerStatus,
     Pinged,
     PingPeer,
     ReadStatus,
+    RejectStream,
     ReleasePeer,
     ServeProtocol,
+    StreamAttached,
+    StreamOffered,
     StreamOpened,
+    StreamReport,
+    StreamsClosed,
     SwitchboardStatus,
     WithdrawProtocol,
 )
@@ -85,6 +97,8 @@ SUBSCRIBE_DEADLINE = 2.0
 """Seconds for a publisher to answer; if it does not, its next start brings another try."""
 TICK = 1.0
 """Seconds between looks at what only time changes: drained connections, expired peers, folded decisions, gauges."""
+REPORT_DEADLINE = 5.0
+"""Seconds for the owner of attached streams to note a report; else it is told again."""
 PROOF_DEADLINE = 5.0
 """Seconds that `Connect` waits for the peer to show by a first byte that it accepts us."""
 
@@ -158,6 +172,7 @@ class Switchboard(Actor):
         self._inbound = InboundStreams(
             self._protocols, self._reactor.call_later, self._judge_stream, self._may_connect, self._hand_out
         )
+        self._attached = AttachedStreams(context.incarnation, context.now, self._reactor.call_later, self._send_report)
         self._identify = IdentifyRoom(
             self._describe_ourselves, self._protocols_for, self._book.learn, self._reactor.call_later
         )
@@ -211,6 +226,8 @@ class Switchboard(Actor):
             "callers_waiting": self._reception.waiting,
             "handshakes": self._reception.handshakes,
             "streams_negotiating": self._inbound.negotiating,
+            "streams_attached": len(self._attached),
+            "streams_offered": self._attached.offered,
         }
 
     # ---- connections and streams for other actors
@@ -218,8 +235,15 @@ class Switchboard(Actor):
     @handles(OpenStream, concurrent=True)
     async def open_stream(self, request: OpenStream) -> StreamOpened:
         """Open a stream to a peer, connecting first where needed."""
-        if (opened := self._open_ahead(request)) is not None:
-            return opened
+        connection = self._known_to_speak(request.peer, request.protocols)
+        if connection is not None:
+            try:
+                sock = open_ahead(connection, request.protocols[0], self._reactor.call_later, _hand_over)
+            except (PeerupError, OSError):
+                pass  # the slow way finds the words for it
+            else:
+                self._numbers.stream("outbound", "opened")
+                return StreamOpened(request.protocols[0], Descriptor(sock.detach()), connection.info())
         try:
             connection, protocol, stream = await self._open(request.peer, request.protocols)
             unread = stream.take_unread()
@@ -229,6 +253,56 @@ class Switchboard(Actor):
             raise _refusal(error) from error
         self._numbers.stream("outbound", "opened")
         return StreamOpened(protocol, descriptor, connection.info())
+
+    @handles(OpenAttached, concurrent=True)
+    async def open_attached(self, request: OpenAttached) -> StreamAttached:
+        """Open a stream to a peer, connecting first where needed, and carry its bytes from and to a socket."""
+        owner = self.context.current_sender
+        self._watch(owner)
+        sock = socket.socket(fileno=request.socket.detach())
+        try:
+            check_socket(sock)
+            connection = self._known_to_speak(request.peer, request.protocols)
+            if connection is not None and (opened := self._attach_ahead(owner, connection, request, sock)):
+                return opened
+            connection, protocol, stream = await self._open(request.peer, request.protocols)
+            unread = stream.take_unread()
+            with abandoning(stream.channel):
+                stream_id = self._attached.open(owner, connection, protocol, stream.channel, sock, unread=unread)
+        except OSError as error:
+            sock.close()
+            self._numbers.stream("outbound", "socket-lost")
+            raise RefusedError("socket-lost", f"the socket is not usable any more: {error}") from error
+        except PeerupError as error:
+            sock.close()
+            self._numbers.stream("outbound", error.code)
+            raise _refusal(error) from error
+        except BaseException:
+            sock.close()
+            raise
+        self._numbers.stream("outbound", "opened")
+        return StreamAttached(stream_id, protocol, connection.info())
+
+    @handles(AttachSocket)
+    async def attach_socket(self, message: AttachSocket) -> None:
+        """A socket for a stream that was offered."""
+        sock = socket.socket(fileno=message.socket.detach())
+        self._attached.attach(self.context.current_sender, message.stream_id, sock)
+
+    @handles(RejectStream)
+    async def reject_stream(self, message: RejectStream) -> None:
+        """No socket for a stream that was offered."""
+        self._attached.reject(self.context.current_sender, message.stream_id, message.code)
+
+    @handles(AdoptStreams)
+    async def adopt_streams(self, request: AdoptStreams) -> AdoptedStreams:
+        """The sender is the successor of an owner of streams."""
+        return AdoptedStreams(self._attached.adopt(self.context.current_sender))
+
+    @handles(CloseStreams)
+    async def close_streams(self, request: CloseStreams) -> StreamsClosed:
+        """The sender is stopping."""
+        return StreamsClosed(self._attached.close(self.context.current_sender))
 
     @handles(Connect, concurrent=True)
     async def connect(self, request: Connect) -> Connected:
@@ -262,7 +336,7 @@ class Switchboard(Actor):
     async def serve_protocol(self, request: ServeProtocol) -> None:
         """The sender serves this protocol."""
         try:
-            self._protocols.serve(request.protocol, self.context.current_sender)
+            self._protocols.serve(request.protocol, self.context.current_sender, attach=request.attach)
         except SwitchboardError as error:
             raise _refusal(error) from error
         self._watch(self.context.current_sender)
@@ -325,7 +399,8 @@ class Switchboard(Actor):
 
     @handles(ActorUp)
     async def actor_up(self, message: ActorUp) -> None:
-        """Subscribe again to a publisher that was restarted."""
+        """Subscribe again to a publisher that was restarted; tell the owner of streams what it missed."""
+        self._attached.owner_up(message.name)
         if message.name == GATE:
             await self._follow_gate()
         elif message.name == CONFIG:
@@ -335,6 +410,7 @@ class Switchboard(Actor):
     async def actor_down(self, message: ActorDown) -> None:
         """Forget what an actor needed and served; it says so again when it is back."""
         self._keeper.release_all(message.name)
+        self._attached.owner_down(message.name)
         if self._protocols.withdraw_all(message.name):
             await self._describe_anew()
 
@@ -386,20 +462,38 @@ class Switchboard(Actor):
             raise self._why_lost(connection, ConnectionLostError(connection.end.reason))
         return connection, tried
 
-    def _open_ahead(self, request: OpenStream) -> StreamOpened | None:
-        """Without waiting for anything, where the peer is connected and has said that it speaks the protocol."""
-        connection = self._table.best(request.peer)
-        if connection is None or len(request.protocols) != 1:
+    def _known_to_speak(self, peer: PeerId, protocols: Sequence[str]) -> Connection | None:
+        """The connection to a peer that has said that it speaks this one protocol."""
+        connection = self._table.best(peer)
+        if connection is None or connection.identification is None or len(protocols) != 1:
             return None
+        return connection if protocols[0] in connection.identification.protocols else None
+
+    def _attach_ahead(
+        self, owner: str, connection: Connection, request: OpenAttached, sock: socket.socket
+    ) -> StreamAttached | None:
         protocol = request.protocols[0]
-        if connection.identification is None or protocol not in connection.identification.protocols:
-            return None
+
+        def attach(channel: Channel, negotiation: Negotiation) -> str:
+            return self._attached.open(owner, connection, protocol, channel, sock, negotiation=negotiation)
+
         try:
-            stream = open_ahead(connection, protocol, self._reactor.call_later)
-        except (PeerupError, OSError):
+            stream_id = open_ahead(connection, protocol, self._reactor.call_later, attach)
+        except PeerupError:
             return None  # the slow way finds the words for it
         self._numbers.stream("outbound", "opened")
-        return StreamOpened(protocol, Descriptor(stream.detach()), connection.info())
+        return StreamAttached(stream_id, protocol, connection.info())
+
+    def _send_report(self, owner: str, report: StreamReport, told: Callable[[bool], None]) -> None:
+        async def send() -> None:
+            try:
+                await self.context.ask(owner, report, timeout=REPORT_DEADLINE)
+            except AskError:
+                told(False)
+            else:
+                told(True)
+
+        self.context.nursery.start_soon(send)
 
     async def _open(self, peer: PeerId, protocols: Sequence[str]) -> tuple[Connection, str, ChannelStream]:
         known = self._table.best(peer)
@@ -509,19 +603,22 @@ class Switchboard(Actor):
         return self._policy.decide_connection(connection.peer, self.context.wall()).allowed
 
     def _hand_out(self, connection: Connection, channel: Channel, agreed: Agreed) -> None:
+        message: Message
         try:
-            descriptor = Descriptor(channel.hand_over(agreed.unread).detach())
-        except (OSError, LinkClosedError):
+            if self._protocols.attaches(agreed.protocol):
+                stream_id = self._attached.offer(agreed.actor, connection, agreed.protocol, channel, agreed.unread)
+                message = StreamOffered(stream_id, connection.peer, agreed.protocol, connection.info(), agreed.rule)
+            else:
+                descriptor = Descriptor(channel.hand_over(agreed.unread).detach())
+                message = InboundStream(connection.peer, agreed.protocol, descriptor, connection.info(), agreed.rule)
+        except (OSError, LinkClosedError, TooManyError):
             channel.reset(ResetCode.LIMIT_EXCEEDED)
             self._numbers.stream("inbound", "no-descriptor")
             return
         connection.inbound_streams[channel] = agreed.protocol
         channel.on_closed = lambda: _forget(connection, channel)
         self._numbers.stream("inbound", "opened")
-        self.context.tell(
-            agreed.actor,
-            InboundStream(connection.peer, agreed.protocol, descriptor, connection.info(), agreed.rule),
-        )
+        self.context.tell(agreed.actor, message)
 
     def _serve_own_protocols(self) -> None:
         pings = PingServer()
@@ -642,6 +739,7 @@ class Switchboard(Actor):
             expiry_checked = wall
             if self._decisions.pending:
                 self._decisions.flush()
+            self._attached.tick()
             self._numbers.measure(self._table, self._names)
 
     def _watch(self, actor: str) -> None:
@@ -667,6 +765,10 @@ class Switchboard(Actor):
             "identify_failure": connection.identify_failure,
             "draining": connection.draining,
         }
+
+
+def _hand_over(channel: Channel, negotiation: Negotiation) -> socket.socket:
+    return channel.hand_over(negotiation=negotiation)
 
 
 def _forget(connection: Connection, channel: Channel) -> None:

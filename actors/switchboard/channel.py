@@ -1,4 +1,7 @@
-"""A channel: one stream of a link, in memory at first, then as a descriptor that another actor has.
+"""A channel: one stream of a link, in memory at first, then with another end than callbacks.
+
+That other end is a descriptor that another actor has (`hand_over`, told here), or whatever `join` is given, such as the
+socket of `actors.switchboard.socket_end`.
 
 Theory of operation. In memory (the switchboard negotiates a protocol on it, or answers pings itself) bytes come and go
 by callbacks and `send`. `hand_over` makes a socket pair, whose one end, the seam, stays here; then:
@@ -66,6 +69,29 @@ class Carrier(Protocol):
         """Something waits to be sent."""
 
 
+class LocalEnd(Protocol):
+    """What a channel is joined with: where its bytes go to and come from."""
+
+    def fetch(self, buffer: memoryview, start: int, limit: int) -> int:
+        """Move up to `limit` bytes for the peer to `buffer[start:]`. `limit` is 0 while the peer admits none.
+
+        Returns the length; 0 when there is nothing to send, or when that was the end (see `Channel.finish_now`).
+        """
+        ...
+
+    def deliver(self, buffer: memoryview, start: int, end: int, now: float) -> None:
+        """`buffer[start:end]` came from the peer. Say `Channel.consumed` of what has gone on."""
+
+    def peer_finished(self) -> None:
+        """The peer will send no more."""
+
+    def stream_closed(self) -> None:
+        """Both directions of the stream are finished; what was delivered may still have to go on."""
+
+    def over(self, code: int) -> None:
+        """The stream was reset with this code. Not called again."""
+
+
 def _nothing() -> None:
     pass
 
@@ -90,6 +116,7 @@ class Channel:
     __slots__ = (
         "_attached",
         "_closed_told",
+        "_end",
         "_events",
         "_finishing",
         "_link",
@@ -126,6 +153,7 @@ class Channel:
         self.on_reset = lambda _: None
         self.on_closed = _nothing
         self._link = link
+        self._end: LocalEnd | None = None
         self._seam: socket.socket | None = None
         self._seam_fd = -1
         self._attached = False  # the reactor watches the seam
@@ -159,7 +187,7 @@ class Channel:
             LimitExceededError: more than 1 MiB would be queued.
             LinkClosedError: the stream is finished, reset, or handed over.
         """
-        if self.stream.closed or self._finishing or self._seam is not None:
+        if self.stream.closed or self._finishing or self._seam is not None or self._end is not None:
             raise LinkClosedError("nothing can be sent on this stream any more")
         if self._unsent_bytes + len(data) > CHANNEL_QUEUE:
             raise LimitExceededError("the peer does not read what is sent to it")
@@ -197,12 +225,7 @@ class Channel:
             LinkClosedError: the stream is closed or finished.
             OSError: no descriptors are left.
         """
-        if self.stream.closed:
-            raise LinkClosedError(
-                "the peer ended the stream as soon as it was open; most likely the service behind it is not running"
-            )
-        if self._finishing or self._seam is not None:
-            raise LinkClosedError("the stream cannot be handed over any more")
+        self._check_free()
         seam, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         for end in (seam, other):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEAM_BUFFER)
@@ -219,6 +242,50 @@ class Channel:
         self._link.session.acknowledge(self.stream)
         self._link.plan_flush()
         return other
+
+    def join(self, end: LocalEnd, negotiation: Callable[[bytes], bytes | None] | None = None) -> None:
+        """Let `end` have the stream, with a `negotiation` that goes on as in `hand_over`.
+
+        Raises:
+            LinkClosedError: the stream is closed or finished.
+        """
+        self._check_free()
+        self._end = end
+        self._negotiation = negotiation
+        if self.stream.remote_finished:
+            end.peer_finished()
+        self._link.session.acknowledge(self.stream)
+        self._link.plan_flush()
+
+    def _check_free(self) -> None:
+        if self.stream.closed:
+            raise LinkClosedError(
+                "the peer ended the stream as soon as it was open; most likely the service behind it is not running"
+            )
+        if self._finishing or self._seam is not None or self._end is not None:
+            raise LinkClosedError("the stream cannot be handed over any more")
+
+    # ---- used by the end that it is joined with
+
+    @property
+    def reactor(self) -> Reactor:
+        """Where the stream's link lives."""
+        return self._link.reactor
+
+    def enqueue(self) -> None:
+        """Have `fetch` called: there may be something to send."""
+        self._link.enqueue(self)
+
+    def finish_now(self) -> None:
+        """Half-close at once; only from within `fetch`."""
+        self._finishing = True
+        self._link.session.finish(self.stream)
+        self._check_closed()
+
+    def consumed(self, length: int, now: float, *, behind: bool = False) -> None:
+        """So many delivered bytes have gone on; `behind`: they had to wait. Grants the peer more in due course."""
+        if self._link.session.consumed(self.stream, length, now, behind=behind):
+            self._link.plan_flush()
 
     # ---- seam -> peer, called by the link
 
@@ -239,9 +306,13 @@ class Channel:
                 self._link.session.finish(stream)
                 self._check_closed()
             return 0
-        seam = self._seam
-        if seam is None or stream.closed:
+        if self._end is not None:
+            return 0 if stream.closed else self._end.fetch(buffer, start, min(window, MAX_DATA))
+        if self._seam is None or stream.closed:
             return 0
+        return self._fetch_message(self._seam, buffer, start, window)
+
+    def _fetch_message(self, seam: socket.socket, buffer: memoryview, start: int, window: int) -> int:
         if not window:
             self._want(self._events & ~READ)
             return 0
@@ -283,16 +354,14 @@ class Channel:
 
     def window_opened(self) -> None:
         """More may be sent than before."""
-        if self._unsent or self._seam is not None:
+        if self._unsent or self._seam is not None or self._end is not None:
             self._link.enqueue(self)
 
     def _take_control(self, message: bytes) -> None:
         """F, R, the end of the seam, or nonsense."""
         if message == FINISH_MESSAGE:
-            self._finishing = True
             self._want(self._events & ~READ)
-            self._link.session.finish(self.stream)
-            self._check_closed()
+            self.finish_now()
         else:
             self.reset(self._code_of(message))
 
@@ -308,20 +377,22 @@ class Channel:
     def deliver(self, buffer: memoryview, start: int, end: int, now: float) -> None:
         """`buffer[start:end]` came from the peer. `buffer[start - 1]` is overwritten."""
         self.received += end - start
-        if self._seam is None:
+        if self._end is not None and self._negotiation is None:
+            self._end.deliver(buffer, start, end, now)
+            return
+        if self._seam is None and self._end is None:
             self._link.session.consumed(self.stream, end - start, now)
             self.on_data(bytes(buffer[start:end]))
             return
         if self._negotiation is not None:
-            self._link.session.consumed(self.stream, end - start, now)
-            self._negotiate(self._negotiation, bytes(buffer[start:end]))
+            self._negotiate(self._negotiation, bytes(buffer[start:end]), now)
             return
         while end - start > MAX_DATA:
             self._deliver_message(buffer, start, start + MAX_DATA, now)
             start += MAX_DATA
         self._deliver_message(buffer, start, end, now)
 
-    def _negotiate(self, negotiation: Callable[[bytes], bytes | None], data: bytes) -> None:
+    def _negotiate(self, negotiation: Callable[[bytes], bytes | None], data: bytes, now: float) -> None:
         try:
             rest = negotiation(data)
         except ProtocolError:
@@ -329,6 +400,13 @@ class Channel:
             return
         if rest is not None:
             self._negotiation = None
+        end = self._end
+        # what a descriptor is told may wait in our queue, but it is no more than came in at once
+        left = len(rest) if rest is not None and end is not None else 0
+        self._link.session.consumed(self.stream, len(data) - left, now)
+        if rest and end is not None:
+            end.deliver(memoryview(rest), 0, len(rest), now)
+        elif rest:
             for start in range(0, len(rest), MAX_DATA):
                 self._tell(b"D" + rest[start : start + MAX_DATA])
 
@@ -352,17 +430,19 @@ class Channel:
 
     def peer_finished(self) -> None:
         """The peer will send no more."""
-        if self._seam is None:
+        if self._seam is None and self._end is None:
             self.on_finish()
         elif self._negotiation is not None:
             self.reset(ResetCode.NEGOTIATION_FAILED)
+        elif self._end is not None:
+            self._end.peer_finished()
         else:
             self._tell(FINISH_MESSAGE)
         self._check_closed()
 
     def over(self, code: int) -> None:
         """The peer reset the stream, or the link is gone."""
-        handed_over = self._seam is not None
+        handed_over = self._seam is not None or self._end is not None
         self._drop(code)
         if not handed_over:
             self.on_reset(code)
@@ -462,10 +542,14 @@ class Channel:
         self._unsent_bytes = 0
         if self._seam is not None:
             self._tell(reset_message(code))
+        elif self._end is not None:
+            self._end.over(code)
         self._check_closed()
 
     def _check_closed(self) -> None:
         if self.stream.closed and not self._pending:
+            if self._end is not None:
+                self._end.stream_closed()
             self._close_seam()
             self._tell_closed()
 

@@ -65,13 +65,14 @@ class ProtocolTable:
     def __init__(self) -> None:
         self._own: dict[str, Handler] = {}
         self._actors: dict[str, str] = {}
+        self._attaching: set[str] = set()
 
     def serve_here(self, protocol: str, handler: Handler) -> None:
         """The switchboard serves this protocol itself."""
         self._own[protocol] = handler
 
-    def serve(self, protocol: str, actor: str) -> None:
-        """This actor serves the protocol; saying so twice is harmless.
+    def serve(self, protocol: str, actor: str, *, attach: bool = False) -> None:
+        """This actor serves the protocol, with sockets of its own if `attach`; saying so twice is harmless.
 
         Raises:
             ProtocolTakenError: somebody else does.
@@ -83,6 +84,11 @@ class ProtocolTable:
         if protocol not in self._actors and len(self._actors) >= MAX_PROTOCOLS:
             raise TooManyError(f"{MAX_PROTOCOLS} protocols are served, the limit")
         self._actors[protocol] = actor
+        (self._attaching.add if attach else self._attaching.discard)(protocol)
+
+    def attaches(self, protocol: str) -> bool:
+        """Whether its actor wants to attach sockets to streams."""
+        return protocol in self._attaching
 
     def withdraw(self, protocol: str, actor: str) -> None:
         """This actor no longer serves the protocol; harmless if it did not."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import trio
 
@@ -20,6 +20,8 @@ from actors.switchboard.protocols import CancellableTimer
 from protocol import multistream
 from protocol.errors import ProtocolError
 from protocol.stream_descriptor import ResetCode
+
+T = TypeVar("T")
 
 NEGOTIATION_DEADLINE = 10.0
 """Seconds for a peer to answer a proposal."""
@@ -106,13 +108,20 @@ def abandoning(channel: Channel) -> Iterator[None]:
             channel.reset(ResetCode.NEGOTIATION_FAILED)
 
 
-def open_ahead(
-    connection: Connection, protocol: str, call_later: Callable[[float, Callable[[], None]], CancellableTimer]
-) -> socket.socket:
-    """Open a stream for a protocol that the peer is known to speak, as a descriptor that can be used at once.
+Negotiation = Callable[[bytes], bytes | None]
+"""Hears the peer until a protocol is agreed; see `Channel.hand_over`."""
 
-    What is written follows the proposal without a round trip. If the peer refuses the proposal after all,
-    or does not answer in time, the descriptor ends in a reset with NEGOTIATION_FAILED.
+
+def open_ahead(
+    connection: Connection,
+    protocol: str,
+    call_later: Callable[[float, Callable[[], None]], CancellableTimer],
+    take: Callable[[Channel, Negotiation], T],
+) -> T:
+    """Open a stream for a protocol that the peer is known to speak, which can be used at once. What `take` returns.
+
+    What is sent follows the proposal without a round trip. If the peer refuses the proposal after all, or does not
+    answer in time, the stream ends in a reset with NEGOTIATION_FAILED. `take` hands the channel over.
 
     Raises:
         LinkClosedError, LimitExceededError, OSError: no stream.
@@ -133,10 +142,10 @@ def open_ahead(
 
     with abandoning(channel):
         channel.send(initiator.data_to_send())
-        descriptor = channel.hand_over(negotiation=answered)
+        taken = take(channel, answered)
     timer = call_later(NEGOTIATION_DEADLINE, expired)
     channel.on_closed = timer.cancel
-    return descriptor
+    return taken
 
 
 async def open_negotiated(

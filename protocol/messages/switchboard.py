@@ -1,4 +1,11 @@
-"""Messages of the switchboard: connections to peers, and streams handed over as descriptors."""
+"""Messages of the switchboard: connections to peers, and streams, handed over as descriptors or joined with a socket.
+
+An actor gets a stream in one of two ways. `OpenStream` and `InboundStream` give it one end of a stream descriptor, and
+it does with the bytes what it likes. `OpenAttached`, or `AttachSocket` for a stream that was offered, gives the
+switchboard a connected TCP socket instead: the switchboard carries the bytes itself, the actor *owns* the stream by
+name, and is told in `StreamReport` what it carried and how it ended. An attached stream outlives its owner's process;
+the successor asks for it with `AdoptStreams`.
+"""
 
 from __future__ import annotations
 
@@ -62,11 +69,38 @@ class OpenStream(Request[StreamOpened]):
     protocols: tuple[str, ...]
 
 
+@message("switchboard.stream-attached")
+class StreamAttached(Message):
+    """The socket given is joined with this stream; close your copy of it, or nobody will see the end of it."""
+
+    stream_id: str
+    protocol: str
+    connection: ConnectionInfo
+
+
+@message("switchboard.open-attached")
+class OpenAttached(Request[StreamAttached]):
+    """As `OpenStream`, and join this connected TCP socket with the stream; the sender becomes the stream's owner.
+
+    The socket must be set to close with a reset (SO_LINGER 1, 0): the switchboard takes that back when both directions
+    have finished, and the kernel resets the client should the switchboard be killed before.
+    Refused as `OpenStream` is, and with `not-a-tcp-socket`.
+    """
+
+    peer: PeerId
+    protocols: tuple[str, ...]
+    socket: Descriptor
+
+
 @message("switchboard.serve-protocol")
 class ServeProtocol(Request[Ok]):
-    """Send me (the sender) `InboundStream` for this protocol. Ends with the sender or the switchboard."""
+    """Send me (the sender) `InboundStream` for this protocol, or, with `attach`, `StreamOffered`.
+
+    Ends with the sender or the switchboard.
+    """
 
     protocol: str
+    attach: bool = False
 
 
 @message("switchboard.withdraw-protocol")
@@ -85,6 +119,120 @@ class InboundStream(Message):
     stream: Descriptor
     connection: ConnectionInfo
     rule: str
+
+
+@message("switchboard.stream-offered")
+class StreamOffered(Message):
+    """As `InboundStream`, but the stream waits in the switchboard, a bounded time, for `AttachSocket`."""
+
+    stream_id: str
+    peer: PeerId
+    protocol: str
+    connection: ConnectionInfo
+    rule: str
+
+
+@message("switchboard.attach-socket")
+class AttachSocket(Message):
+    """Join a stream that was offered with this connected TCP socket, of which the sender keeps no copy.
+
+    A socket for a stream that is over (`StreamReport` tells or has told) is closed. Set it up as for `OpenAttached`.
+    """
+
+    stream_id: str
+    socket: Descriptor
+
+
+@message("switchboard.reject-stream")
+class RejectStream(Message):
+    """Reset a stream that was offered with this code. It appears in no report."""
+
+    stream_id: str
+    code: int
+
+
+@record
+class AttachedStream:
+    """A stream that is joined with a socket, or waits to be.
+
+    Attributes:
+        stream_id: unique in the life of the node.
+        path: how the peer is connected, in words.
+        since: when it was opened; seconds of CLOCK_MONOTONIC.
+        sent, received: bytes of the application that its owners have been told of, seen from this node.
+    """
+
+    stream_id: str
+    peer: PeerId
+    protocol: str
+    path: str
+    since: float
+    sent: int
+    received: int
+
+
+@record
+class StreamTraffic:
+    """Bytes that a stream has carried from its beginning, seen from this node."""
+
+    stream_id: str
+    sent: int
+    received: int
+
+
+@record
+class EndedStream:
+    """An attached stream is over; `stream` tells all that it carried.
+
+    Attributes:
+        duration: seconds.
+        outcome: `finished`, `stream-reset`, `local-reset` or `aborted`.
+        code: the reset code sent or received; 0 when finished.
+    """
+
+    stream: AttachedStream
+    duration: float
+    outcome: str
+    code: int
+
+
+@message("switchboard.stream-report")
+class StreamReport(Request[Ok]):
+    """To the owner of attached streams: those that have carried bytes or ended since the last report.
+
+    Sent soon after a stream has ended, and every few seconds while bytes flow. What is not answered is told again, so
+    that an owner that is being replaced misses nothing; one that has seen the end of a stream ignores a second one.
+    """
+
+    moved: tuple[StreamTraffic, ...]
+    ended: tuple[EndedStream, ...]
+
+
+@message("switchboard.adopted-streams")
+class AdoptedStreams(Message):
+    """The attached streams whose end their owner has not yet been told of."""
+
+    streams: tuple[AttachedStream, ...]
+
+
+@message("switchboard.adopt-streams")
+class AdoptStreams(Request[AdoptedStreams]):
+    """I (the sender) have just started: which attached streams of my name's are there?
+
+    Streams that were offered to my predecessor and wait for a socket are reset.
+    """
+
+
+@message("switchboard.streams-closed")
+class StreamsClosed(Message):
+    """The last report: nothing of the asker's is left."""
+
+    ended: tuple[EndedStream, ...]
+
+
+@message("switchboard.close-streams")
+class CloseStreams(Request[StreamsClosed]):
+    """Reset all attached streams of mine (the sender's)."""
 
 
 @message("switchboard.connected")

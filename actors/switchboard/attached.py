@@ -1,0 +1,337 @@
+"""Streams that are joined with sockets: whose they are, what they carried, how they ended.
+
+Theory of operation. Each stream has an owner, the registered name of a proxy actor, who gave or will give the socket::
+
+    offered --AttachSocket--> attached --> ended --the owner was told--> forgotten
+       |---------------- deadline, reset by the peer, owner gone ------^
+       |--RejectStream--> forgotten
+    opened with a socket --> attached
+
+An owner is told by reports, one at a time and each answered: what bytes its streams have carried since the last one,
+and which have ended. What was not answered is told again, and while the owner is away nothing is sent. So its
+successor counts what it missed, and a stream's end is in the audit log even if its owner was killed before. Streams
+whose owner stays away for good are reset: nobody could close them any more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import Callable
+
+from actors.pump import Outcome
+from actors.switchboard.connections import Connection
+from actors.switchboard.errors import SwitchboardError, TooManyError
+from actors.switchboard.link import Channel
+from actors.switchboard.protocols import CancellableTimer
+from actors.switchboard.socket_end import SocketEnd
+from actors.switchboard.streams import Negotiation
+from protocol.messages.switchboard import AttachedStream, EndedStream, StreamReport, StreamTraffic
+from protocol.stream_descriptor import ResetCode
+
+OFFER_DEADLINE = 60.0
+"""Seconds for an actor to give a socket to a stream that was offered: it may try several addresses of its service."""
+MAX_OFFERED = 1024
+"""Streams that may wait for a socket; each may keep one window of bytes."""
+REPORT_DELAY = 0.1
+"""Seconds between the end of a stream and its report: those that end in the meantime share it."""
+TRAFFIC_INTERVAL = 2.0
+"""Seconds between reports of bytes while they flow."""
+OWNER_PATIENCE = 60.0
+"""Seconds that the streams of an owner go on without it."""
+MAX_REPORTED = 512
+"""Ended streams in one report; of running ones an owner has no more than it accepts."""
+MAX_UNTOLD = 4096
+"""Ended streams that are kept for an owner; the oldest go first."""
+
+
+class NotATcpSocketError(SwitchboardError):
+    """A descriptor that was given to be attached is not a connected TCP socket."""
+
+    code = "not-a-tcp-socket"
+
+
+@dataclasses.dataclass(eq=False)
+class _Stream:
+    id: str
+    owner: _Owner
+    connection: Connection
+    protocol: str
+    since: float
+    end: SocketEnd | None = None
+    deadline: CancellableTimer | None = None
+    told_sent: int = 0
+    told_received: int = 0
+
+    def traffic(self) -> tuple[int, int]:
+        return (self.end.sent, self.end.received) if self.end is not None else (0, 0)
+
+    def info(self, sent: int, received: int) -> AttachedStream:
+        return AttachedStream(
+            self.id, self.connection.peer, self.protocol, self.connection.way, self.since, sent, received
+        )
+
+
+@dataclasses.dataclass(eq=False)
+class _Owner:
+    name: str
+    streams: dict[str, _Stream] = dataclasses.field(default_factory=dict)
+    ended: list[tuple[_Stream, EndedStream]] = dataclasses.field(default_factory=list)
+    away_since: float | None = None
+    reporting: bool = False
+    planned: bool = False
+    told_at: float = 0.0
+
+
+class AttachedStreams:
+    """All of them.
+
+    Args:
+        incarnation: of the switchboard, for ids that no other one has used.
+        now: seconds, monotonic.
+        call_later: the reactor's timer.
+        send: starts to send a report to an owner; `told` is called from there with whether it was answered.
+    """
+
+    def __init__(
+        self,
+        incarnation: int,
+        now: Callable[[], float],
+        call_later: Callable[[float, Callable[[], None]], CancellableTimer],
+        send: Callable[[str, StreamReport, Callable[[bool], None]], None],
+    ) -> None:
+        self._incarnation = incarnation
+        self._now = now
+        self._call_later = call_later
+        self._send = send
+        self._owners: dict[str, _Owner] = {}
+        self._streams: dict[str, _Stream] = {}
+        self._count = 0
+        self.offered = 0
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    # ---- streams come
+
+    def open(
+        self,
+        owner: str,
+        connection: Connection,
+        protocol: str,
+        channel: Channel,
+        sock: socket.socket,
+        *,
+        unread: bytes = b"",
+        negotiation: Negotiation | None = None,
+    ) -> str:
+        """Join a channel with a socket, which is taken over if this succeeds. The stream's id.
+
+        Raises:
+            LinkClosedError, OSError: the stream, or the socket, is over.
+        """
+        stream = self._join(owner, connection, protocol, channel, unread=unread, negotiation=negotiation)
+        assert stream.end is not None
+        try:
+            stream.end.attach(sock)
+        except OSError:
+            self._forget(stream)
+            raise
+        return stream.id
+
+    def offer(self, owner: str, connection: Connection, protocol: str, channel: Channel, unread: bytes) -> str:
+        """Let a channel wait for a socket. The stream's id.
+
+        Raises:
+            LinkClosedError: the stream is over.
+            TooManyError: so many wait already.
+        """
+        if self.offered >= MAX_OFFERED:
+            raise TooManyError(f"{MAX_OFFERED} streams wait for a socket, the limit")
+        stream = self._join(owner, connection, protocol, channel, unread=unread, negotiation=None)
+        self.offered += 1
+        stream.deadline = self._call_later(OFFER_DEADLINE, lambda: self._abort(stream, ResetCode.SERVICE_UNREACHABLE))
+        return stream.id
+
+    def attach(self, owner: str, stream_id: str, sock: socket.socket) -> None:
+        """Give a stream that was offered its socket. If it is over, or not theirs, the socket is closed."""
+        stream = self._offered_to(owner, stream_id)
+        if stream is None or stream.end is None:
+            sock.close()
+            return
+        self._no_longer_offered(stream)
+        try:
+            check_socket(sock)
+            stream.end.attach(sock)
+        except (OSError, NotATcpSocketError):
+            sock.close()
+            self._abort(stream, ResetCode.LOCAL_RESET)
+
+    def reject(self, owner: str, stream_id: str, code: int) -> None:
+        """Reset a stream that was offered; its owner knows, and is not told of it."""
+        stream = self._offered_to(owner, stream_id)
+        if stream is not None:
+            self._forget(stream)
+            self._abort(stream, code)
+
+    # ---- owners come and go
+
+    def owner_down(self, owner: str) -> None:
+        """Its streams go on, but those that wait for a socket would wait in vain."""
+        known = self._owners.get(owner)
+        if known is not None:
+            known.away_since = self._now()
+            self._abort_offered(known)
+
+    def owner_up(self, owner: str) -> None:
+        """It is back: tell it what it missed."""
+        known = self._owners.get(owner)
+        if known is not None and known.away_since is not None:
+            known.away_since = None
+            self._plan(known)
+
+    def adopt(self, owner: str) -> tuple[AttachedStream, ...]:
+        """The streams whose end the owner, which has just started, was not told of."""
+        known = self._owners.get(owner)
+        if known is None:
+            return ()
+        self._abort_offered(known)
+        self.owner_up(owner)
+        streams = [*known.streams.values(), *(stream for stream, _ in known.ended)]
+        return tuple(stream.info(stream.told_sent, stream.told_received) for stream in streams)
+
+    def close(self, owner: str) -> tuple[EndedStream, ...]:
+        """Reset all streams of an owner. All ends that it was not told of."""
+        known = self._owners.pop(owner, None)
+        if known is None:
+            return ()
+        for stream in list(known.streams.values()):
+            self._abort(stream, ResetCode.SHUTDOWN)
+        return tuple(ended for _, ended in known.ended)
+
+    def tick(self) -> None:
+        """Report traffic that is due; close what nobody owns any more. To be called every second or so."""
+        now = self._now()
+        for owner in list(self._owners.values()):
+            if owner.away_since is not None:
+                if now - owner.away_since >= OWNER_PATIENCE:
+                    self.close(owner.name)
+            elif now - owner.told_at >= TRAFFIC_INTERVAL:
+                self._report(owner)
+            if not owner.streams and not owner.ended and not owner.reporting:
+                self._owners.pop(owner.name, None)
+
+    # ---- streams go
+
+    def _join(
+        self,
+        owner: str,
+        connection: Connection,
+        protocol: str,
+        channel: Channel,
+        *,
+        unread: bytes,
+        negotiation: Negotiation | None,
+    ) -> _Stream:
+        known = self._owners.get(owner)
+        if known is None:
+            known = self._owners[owner] = _Owner(owner, told_at=self._now())
+        self._count += 1
+        stream = _Stream(f"{self._incarnation}-{self._count}", known, connection, protocol, self._now())
+        stream.end = SocketEnd(
+            channel,
+            lambda outcome, code: self._ended(stream, outcome, code),
+            unread=unread,
+            negotiation=negotiation,
+        )
+        self._streams[stream.id] = known.streams[stream.id] = stream
+        return stream
+
+    def _ended(self, stream: _Stream, outcome: Outcome, code: int) -> None:
+        if self._streams.get(stream.id) is not stream:
+            return
+        self._forget(stream)
+        owner = stream.owner
+        sent, received = stream.traffic()
+        stream.end = None
+        ended = EndedStream(stream.info(sent, received), self._now() - stream.since, outcome.value, code)
+        owner.ended.append((stream, ended))
+        del owner.ended[:-MAX_UNTOLD]
+        self._plan(owner)
+
+    def _abort(self, stream: _Stream, code: int) -> None:
+        if stream.end is not None:
+            stream.end.abort(code)
+
+    def _abort_offered(self, owner: _Owner) -> None:
+        for stream in list(owner.streams.values()):
+            if stream.deadline is not None:
+                self._abort(stream, ResetCode.SERVICE_UNAVAILABLE)
+
+    def _offered_to(self, owner: str, stream_id: str) -> _Stream | None:
+        stream = self._streams.get(stream_id)
+        return stream if stream is not None and stream.deadline is not None and stream.owner.name == owner else None
+
+    def _no_longer_offered(self, stream: _Stream) -> None:
+        if stream.deadline is not None:
+            stream.deadline.cancel()
+            stream.deadline = None
+            self.offered -= 1
+
+    def _forget(self, stream: _Stream) -> None:
+        self._no_longer_offered(stream)
+        self._streams.pop(stream.id, None)
+        stream.owner.streams.pop(stream.id, None)
+
+    # ---- reports
+
+    def _plan(self, owner: _Owner) -> None:
+        if not owner.planned and owner.away_since is None:
+            owner.planned = True
+            self._call_later(REPORT_DELAY, lambda: self._planned(owner))
+
+    def _planned(self, owner: _Owner) -> None:
+        owner.planned = False
+        self._report(owner)
+
+    def _report(self, owner: _Owner) -> None:
+        if owner.reporting or owner.away_since is not None or self._owners.get(owner.name) is not owner:
+            return
+        owner.told_at = self._now()
+        moved = []
+        for stream in owner.streams.values():
+            sent, received = stream.traffic()
+            if (sent, received) != (stream.told_sent, stream.told_received):
+                moved.append((stream, StreamTraffic(stream.id, sent, received)))
+        ended = owner.ended[:MAX_REPORTED]
+        if not moved and not ended:
+            return
+
+        def told(answered: bool) -> None:  # noqa: FBT001  # the outcome, not a switch
+            owner.reporting = False
+            if answered:
+                for stream, traffic in moved:
+                    stream.told_sent, stream.told_received = traffic.sent, traffic.received
+                gone = {stream for stream, _ in ended}
+                owner.ended = [each for each in owner.ended if each[0] not in gone]
+                if owner.ended:
+                    self._plan(owner)
+
+        owner.reporting = True
+        report = StreamReport(tuple(traffic for _, traffic in moved), tuple(each for _, each in ended))
+        self._send(owner.name, report, told)
+
+
+def check_socket(sock: socket.socket) -> None:
+    """Raise unless it is a connected TCP socket.
+
+    Raises:
+        NotATcpSocketError: it is not.
+    """
+    try:
+        fit = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+        sock.getpeername()
+    except OSError as error:
+        raise NotATcpSocketError(f"the socket is not connected: {error}") from error
+    if not fit:
+        raise NotATcpSocketError("the descriptor is not a TCP socket")

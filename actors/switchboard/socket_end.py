@@ -1,0 +1,286 @@
+"""The end of a channel that is a TCP socket: the switchboard itself carries the bytes of a tunnel.
+
+Theory of operation. Two directions, each of which is open or ended:
+
+    socket -> peer   The socket becomes readable: the channel stands in its link's queue; the link fetches one message
+                     at each turn, while the peer's window lasts. While it does not, or while the link's own socket
+                     takes nothing, this one is not read, and the kernel stops its client.
+    peer -> socket   The link delivers. What the socket does not take is kept, at most one window, since only what the
+                     socket has taken is reported to yamux as consumed.
+
+An end of file here becomes a FIN of the stream, a FIN of the stream a shutdown for writing here. Both ended: closed.
+
+The socket closes with a reset (SO_LINGER 1, 0) from the moment that it was given to us until both directions have ended
+well. So whatever goes wrong, be it that this process is killed, its client sees a reset and never mistakes a broken
+tunnel for a complete one.
+
+Before `attach` the end has no socket and keeps what is delivered, at most one window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from actors.pump import Outcome
+from actors.reactor import ERROR, HANG_UP, READ, WRITE
+from actors.switchboard.channel import Channel
+from protocol.stream_descriptor import ResetCode
+
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+_FINISH_ON_CLOSE: Final = struct.pack("ii", 0, 0)
+_GATHER: Final = 16  # pieces of one send
+
+
+class SocketEnd:
+    """Joins `channel`, and owns the socket that it is given by `attach`.
+
+    `unread` came with the stream's negotiation. `on_done(outcome, code)` is called once, from the reactor, when the
+    stream is over and the socket closed.
+
+    Attributes:
+        sent: bytes taken from the socket for the peer.
+        received: bytes from the peer.
+        attached: it has had a socket.
+
+    Raises:
+        LinkClosedError: the channel is closed.
+    """
+
+    __slots__ = (
+        "_channel",
+        "_done",
+        "_drained",
+        "_events",
+        "_fd",
+        "_on_done",
+        "_outcome",
+        "_peer_finished",
+        "_pending",
+        "_registered",
+        "_shut",
+        "_socket",
+        "attached",
+        "received",
+        "sent",
+    )
+
+    def __init__(
+        self,
+        channel: Channel,
+        on_done: Callable[[Outcome, int], None],
+        *,
+        unread: bytes = b"",
+        negotiation: Callable[[bytes], bytes | None] | None = None,
+    ) -> None:
+        self.sent = 0
+        self.received = len(unread)
+        self.attached = False
+        self._channel = channel
+        self._on_done = on_done
+        self._socket: socket.socket | None = None
+        self._fd = -1
+        self._events = 0
+        self._registered = False
+        self._drained = False  # the last read took all there was
+        self._pending: deque[tuple[memoryview, bool]] = deque()  # not taken by the socket yet; whether yamux counts it
+        self._peer_finished = False
+        self._shut = False  # shut down for writing
+        self._done = False
+        self._outcome = Outcome.STREAM_RESET  # what a reset means
+        if unread:
+            self._pending.append((memoryview(unread), False))
+        channel.join(self, negotiation)
+
+    def attach(self, sock: socket.socket) -> None:
+        """Carry bytes between the stream and this connected TCP socket, which is taken over.
+
+        Raises:
+            OSError: the socket is not fit for it; it is closed, and the stream is as before.
+        """
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            sock.close()
+            raise
+        self.attached = True
+        self._socket = sock
+        self._fd = sock.fileno()
+        self._want(READ)
+        if self._pending:
+            self._flush()
+        elif self._peer_finished:
+            self._shut_down()
+
+    def abort(self, code: int) -> None:
+        """Reset both sides now. `on_done` is called with `Outcome.ABORTED` before this returns."""
+        self._reset(Outcome.ABORTED, code)
+
+    # ---- socket -> peer, called by the channel
+
+    def fetch(self, buffer: memoryview, start: int, limit: int) -> int:
+        """See `LocalEnd`."""
+        sock = self._socket
+        if sock is None:
+            return 0
+        if not limit:
+            self._want(self._events & ~READ)
+            return 0
+        if self._drained:
+            self._drained = False
+            self._want(self._events | READ)
+            return 0
+        try:
+            length = sock.recv_into(buffer[start : start + limit])
+        except BlockingIOError:
+            self._want(self._events | READ)
+            return 0
+        except OSError:
+            self._lost()
+            return 0
+        if not length:
+            self._want(self._events & ~READ)
+            self._channel.finish_now()
+            return 0
+        self.sent += length
+        self._drained = length < limit
+        return length
+
+    # ---- peer -> socket, called by the channel
+
+    def deliver(self, buffer: memoryview, start: int, end: int, now: float) -> None:
+        """See `LocalEnd`."""
+        self.received += end - start
+        sock = self._socket
+        if sock is not None and not self._pending:
+            try:
+                taken = sock.send(buffer[start:end])
+            except BlockingIOError:
+                taken = 0
+            except OSError:
+                self._lost()
+                return
+            if taken:
+                self._channel.consumed(taken, now)
+                start += taken
+                if start == end:
+                    return
+            self._want(self._events | WRITE)
+        self._pending.append((memoryview(bytes(buffer[start:end])), True))
+
+    def peer_finished(self) -> None:
+        """See `LocalEnd`."""
+        self._peer_finished = True
+        if self._socket is not None and not self._pending:
+            self._shut_down()
+
+    def stream_closed(self) -> None:
+        """See `LocalEnd`."""
+        if self._shut and not self._done:
+            self._finish(Outcome.FINISHED, ResetCode.NONE)
+
+    def over(self, code: int) -> None:
+        """See `LocalEnd`."""
+        self._finish(self._outcome, code)
+
+    # ---- the socket
+
+    def _ready(self, ready: int) -> None:
+        if ready & ERROR or (ready & HANG_UP and not self._shut):
+            self._lost()
+            return
+        if ready & WRITE and self._pending:
+            self._flush()
+            if self._socket is None:
+                return
+        if ready & (READ | HANG_UP):
+            if self._events & READ and not self._channel.queued:
+                self._drained = False
+                self._channel.enqueue()
+            elif ready & HANG_UP:
+                # both directions are shut and what is unread stays readable: there is nothing to hear of until then
+                self._channel.reactor.unregister(self._fd)
+                self._registered = False
+                self._events &= ~READ
+            else:
+                self._want(self._events & ~READ)  # it waits for its turn: do not tell again
+
+    def _failed(self, error: Exception) -> None:
+        self._lost()
+
+    def _flush(self) -> None:
+        sock, pending, channel = self._socket, self._pending, self._channel
+        assert sock is not None
+        now = channel.reactor.clock()
+        try:
+            while pending:
+                taken = sock.sendmsg([piece for piece, _ in itertools.islice(pending, _GATHER)])
+                while taken:
+                    piece, counts = pending.popleft()
+                    if taken < len(piece):
+                        pending.appendleft((piece[taken:], counts))
+                    length = min(taken, len(piece))
+                    taken -= length
+                    if counts:
+                        channel.consumed(length, now, behind=True)
+        except BlockingIOError:
+            self._want(self._events | WRITE)
+        except OSError:
+            self._lost()
+        else:
+            self._want(self._events & ~WRITE)
+            if self._peer_finished:
+                self._shut_down()
+
+    def _shut_down(self) -> None:
+        sock = self._socket
+        assert sock is not None
+        try:
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._lost()
+            return
+        self._shut = True
+        if self._channel.closed:
+            self._finish(Outcome.FINISHED, ResetCode.NONE)
+
+    # ---- ends
+
+    def _lost(self) -> None:
+        self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET)
+
+    def _reset(self, outcome: Outcome, code: int) -> None:
+        if not self._done:
+            self._outcome = outcome
+            self._channel.reset(code)
+
+    def _finish(self, outcome: Outcome, code: int) -> None:
+        if self._done:
+            return
+        self._done = True
+        self._pending.clear()
+        sock, self._socket = self._socket, None
+        if sock is not None:
+            if self._registered:
+                self._channel.reactor.unregister(self._fd)
+            if outcome is Outcome.FINISHED:
+                with contextlib.suppress(OSError):  # it is broken already; then nothing is left to be said with care
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FINISH_ON_CLOSE)
+            sock.close()
+        self._on_done(outcome, code)
+
+    def _want(self, events: int) -> None:
+        if not self._registered:
+            if events:
+                self._registered = True
+                self._channel.reactor.register(self._fd, events, self._ready, self._failed)
+        elif events != self._events:
+            self._channel.reactor.modify(self._fd, events)
+        self._events = events
