@@ -29,7 +29,7 @@ def test_a_host_moves_with_its_interface_and_its_sockets(natlab: Lab, *, shaped:
         assert host.address == "10.7.0.2"
         source = exchange(client, ends[0])
         assert source[0] == cafe.address
-        assert not reaches(ends[0], (home.address, 5000), client, fence=ends[0], fence_to=source))
+        assert not reaches(ends[0], (home.address, 5000), client, fence=ends[0], fence_to=source)
         host.move(natlab.core)  # a public address of its own
         assert exchange(client, ends[0]) == (host.address, 5000)
         host.move(home)
@@ -156,7 +156,7 @@ def test_the_provider_gives_a_new_address(natlab: Lab) -> None:
         new = nat.new_address("198.51.100.77")
         assert new == nat.address == "198.51.100.77"
         assert exchange(client, ends[0]) == (new, 5000)
-        assert not reaches(ends[0], old, client, fence=ends[0], fence_to=(new, 5000)))
+        assert not reaches(ends[0], old, client, fence=ends[0], fence_to=(new, 5000))
     server6 = natlab.host("server6", ipv6=True)
     with server6.udp(5000, server6.address6) as far, host.udp(6000, "::") as client:
         assert exchange(client, far) == (host.address6, 6000)  # IPv6 stays
