@@ -43,7 +43,9 @@ def inherit(checkpoint: Checkpoint | None, address: str) -> socket.socket | None
     found: socket.socket | None = None
     for descriptor in checkpoint.descriptors:
         sock = socket.socket(fileno=descriptor.detach())
-        if found is None and checkpoint.state.get("wanted") == address and _listens(sock):
+        # Who asked for any port is asked for the one it got when everything is started anew.
+        meant = (checkpoint.state.get("wanted"), checkpoint.state.get("listen"))
+        if found is None and address in meant and _listens(sock):
             sock.setblocking(False)
             found = sock
         else:

@@ -43,3 +43,13 @@ def test_only_a_listening_socket_for_the_same_address_is_inherited():
     plain = socket.socket()
     assert inherit(Checkpoint({"wanted": "a:1"}, (Descriptor(plain.detach()),)), "a:1") is None
     assert inherit(None, "a:1") is None
+
+
+def test_the_port_that_was_found_is_inherited_by_who_asks_for_that_port():
+    with listen("127.0.0.1:0") as first:
+        address = address_of(first)
+        left = Checkpoint({"wanted": "127.0.0.1:0", "listen": address}, (Descriptor(first.dup().detach()),))
+        found = inherit(left, address)
+        assert found is not None
+        with found:
+            assert address_of(found) == address
