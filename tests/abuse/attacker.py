@@ -144,6 +144,25 @@ class Attacker:
         self._ciphertext = handshake.result.unread
         return handshake.result
 
+    async def secured_by_caller(self) -> NoiseResult:
+        """The other role: somebody has called us, and gets our proof."""
+        handshake = NoiseHandshake(
+            initiator=False, static_key=self.static, identity=self.identity(), muxers=("/yamux/1.0.0",)
+        )
+        received = b""
+        while len(received) < len(HEADER + NOISE):
+            received += await self._more()
+        assert received.startswith(HEADER + NOISE)
+        await self.send(HEADER + NOISE)
+        if rest := received[len(HEADER + NOISE) :]:
+            handshake.receive_data(rest)
+        while handshake.result is None:
+            await self.send(handshake.data_to_send())
+            handshake.receive_data(await self._more())
+        self.result = handshake.result
+        self._ciphertext = handshake.result.unread
+        return handshake.result
+
     async def _more(self) -> bytes:
         part = await self.receive()
         if not part:
