@@ -1,25 +1,37 @@
 """The client side of a tunnel: a local listener whose connections continue as streams to a peer's service.
 
-The actor `proxy/<peer>/<service>`. Each accepted socket asks the switchboard for a stream and is joined with it. While
-the switchboard is being restarted a new connection waits for it a little; any other failure is the switchboard's
-verdict, and the client sees a reset. The listening socket is left with the supervisor, so that the port stays open, and
-clients wait in its backlog, while this process is being replaced.
+The actor `proxy/<peer>/<service>`. Each accepted socket is given to the switchboard to be joined with a stream; from
+then on it lives there, whatever becomes of this process. A socket that is not a TCP socket gets a stream descriptor and
+a pump here. While the switchboard is being restarted a new connection waits for it a little; any other failure is the
+switchboard's verdict, and the client sees a reset. The listening socket is left with the supervisor, so that the port
+stays open, and clients wait in its backlog, while this process is being replaced.
 """
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Callable
+from typing import TypeVar
 
 from actors.proxy.listening import address_of, inherit, listen
-from actors.proxy.tunnels import MAX_TUNNELS, Tunnels, close_with_reset, path_of
+from actors.proxy.tunnels import (
+    MAX_TUNNELS,
+    SWITCHBOARD,
+    Tunnels,
+    close_with_reset,
+    is_tcp,
+    is_untouched,
+    path_of,
+    reset_on_close,
+)
 from actors.reactor import READ, Reactor
-from protocol.messages import Data
+from protocol.messages import Data, Descriptor, Request
 from protocol.messages.proxy import Attach
-from protocol.messages.switchboard import NeedPeer, OpenStream, StreamOpened
+from protocol.messages.switchboard import NeedPeer, OpenAttached, OpenStream, StreamReport
 from protocol.messages.system import ActorDown, ActorUp
 from protocol.peer_id import PeerId
 from protocol.service import service_protocol
-from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
 from supervisor.errors import (
     ActorRestartingError,
@@ -29,7 +41,7 @@ from supervisor.errors import (
     RefusedError,
 )
 
-SWITCHBOARD = "switchboard"
+R = TypeVar("R")
 
 OPEN_DEADLINE = 30.0
 """Seconds for the switchboard to connect and open a stream; its own deadlines are shorter."""
@@ -75,6 +87,7 @@ class ProxyClient(Actor):
             context.checkpoint({"wanted": self._listen, "listen": address}, [listener.fileno()])
             self._reactor.register(listener.fileno(), READ, self._accept, self._accept_failed)
         context.watch(SWITCHBOARD)
+        await self._tunnels.adopt()
         context.tell(SWITCHBOARD, NeedPeer(self._peer))
         return {"listen": address}
 
@@ -83,7 +96,7 @@ class ProxyClient(Actor):
         if self._listener is not None:
             self._reactor.unregister(self._listener.fileno())
             self._listener.close()
-        self._tunnels.abort(ResetCode.SHUTDOWN)
+        await self._tunnels.close()
 
     def describe(self) -> dict[str, Data]:
         """Where it listens, where it leads, what runs."""
@@ -103,12 +116,11 @@ class ProxyClient(Actor):
             local.close()
             raise RefusedError("limit-exceeded", f"{self._limit} connections are open, the limit")
         try:
-            opened = await self._open()
+            await self._carry(local)
         except AskError as error:
             self._tunnels.failed(self._peer, "", self._words(error), error.code)
             local.close()
             raise error if isinstance(error, RefusedError) else RefusedError(error.code, str(error)) from error
-        self._join(local, opened)
 
     @handles(ActorUp)
     async def actor_up(self, message: ActorUp) -> None:
@@ -117,7 +129,13 @@ class ProxyClient(Actor):
 
     @handles(ActorDown)
     async def actor_down(self, message: ActorDown) -> None:
-        """Its streams end by themselves."""
+        """Attached streams ended with it."""
+        self._tunnels.switchboard_lost()
+
+    @handles(StreamReport)
+    async def stream_report(self, report: StreamReport) -> None:
+        """What attached streams carried, and how they ended."""
+        self._tunnels.reported(report)
 
     # ---- connections
 
@@ -129,6 +147,7 @@ class ProxyClient(Actor):
                 local, _address = listener.accept()
             except BlockingIOError:
                 return
+            reset_on_close(local)
             if self._tunnels.reserve():
                 self.context.nursery.start_soon(self._serve, local)
             else:
@@ -149,35 +168,45 @@ class ProxyClient(Actor):
 
     async def _serve(self, local: socket.socket) -> None:
         try:
-            opened = await self._open()
+            await self._carry(local)
         except AskError as error:
             self._tunnels.failed(self._peer, "", self._words(error), error.code)
             close_with_reset(local)
         except BaseException:
             close_with_reset(local)
             raise
-        else:
-            self._join(local, opened)
 
-    async def _open(self) -> StreamOpened:
+    async def _carry(self, local: socket.socket) -> None:
+        """Have the socket, which is taken over if this succeeds, joined with a stream."""
+        if not is_tcp(local):
+            opened = await self._ask(lambda: OpenStream(self._peer, (self._protocol,)))
+            stream = socket.socket(fileno=opened.stream.detach())
+            self._tunnels.run(local, stream, self._peer, path_of(opened.connection))
+            return
+        reset_on_close(local)
+        attached = await self._ask(
+            lambda: OpenAttached(self._peer, (self._protocol,), Descriptor(os.dup(local.fileno()))),
+            # a switchboard that was killed with the request may have carried bytes already
+            again=lambda: is_untouched(local),
+        )
+        local.close()
+        self._tunnels.attached(attached.stream_id, self._peer, path_of(attached.connection))
+
+    async def _ask(self, request: Callable[[], Request[R]], again: Callable[[], bool] = lambda: True) -> R:
+        """Ask the switchboard, again after its restart if it was away and `again` allows it."""
         context = self.context
-        request = OpenStream(self._peer, (self._protocol,))
         patience = context.now() + RESTART_PATIENCE
         while True:
             try:
-                return await context.ask(SWITCHBOARD, request, timeout=OPEN_DEADLINE)
+                return await context.ask(SWITCHBOARD, request(), timeout=OPEN_DEADLINE)
             except (ActorRestartingError, NoSuchActorError) as error:
                 left = patience - context.now()
-                if left <= 0:
+                if left <= 0 or not again():
                     raise
                 try:
                     await context.wait_for(SWITCHBOARD, timeout=left)
                 except DeadlineExceededError:
                     raise error from None
-
-    def _join(self, local: socket.socket, opened: StreamOpened) -> None:
-        stream = socket.socket(fileno=opened.stream.detach())
-        self._tunnels.run(local, stream, self._peer, path_of(opened.connection))
 
     def _words(self, error: AskError) -> str:
         return f"no stream to {self._service} at {self._peer_name}: {error}"

@@ -1,8 +1,9 @@
 """The serving side of a tunnel: streams of peers continue as connections to a local TCP service.
 
-The actor `service/<name>`. The switchboard, which has asked the policy, sends each stream as a descriptor; the service
-is connected without waiting where the kernel can do it at once, as on loopback. A service that is not there resets the
-stream with a code that the client side can put into words.
+The actor `service/<name>`. The switchboard, which has asked the policy, offers each stream; the service is connected,
+without waiting where the kernel can do it at once, as on loopback, and the socket given to the switchboard, where it
+lives from then on, whatever becomes of this process. A service that is not there resets the stream with a code that the
+client side can put into words.
 """
 
 from __future__ import annotations
@@ -15,17 +16,15 @@ from collections.abc import Sequence
 
 import trio
 
-from actors.proxy.tunnels import MAX_TUNNELS, Tunnels, path_of, reset_stream
+from actors.proxy.tunnels import MAX_TUNNELS, SWITCHBOARD, Tunnels, path_of, reset_on_close
 from actors.reactor import WRITE, Reactor, Timer
-from protocol.messages import Data
-from protocol.messages.switchboard import InboundStream, ServeProtocol
+from protocol.messages import Data, Descriptor
+from protocol.messages.switchboard import AttachSocket, RejectStream, ServeProtocol, StreamOffered, StreamReport
 from protocol.messages.system import ActorDown, ActorUp
 from protocol.service import ServiceAddress, service_protocol
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
 from supervisor.errors import ActorRestartingError, DeadlineExceededError, NoSuchActorError
-
-SWITCHBOARD = "switchboard"
 
 CONNECT_DEADLINE = 10.0
 """Seconds for the service to accept, as in peer-up."""
@@ -62,12 +61,13 @@ class ServiceServer(Actor):
         self._tunnels = Tunnels(context, self._reactor, self._name, "server", limit=self._limit)
         context.nursery.start_soon(self._reactor.run)
         context.watch(SWITCHBOARD)
+        await self._tunnels.adopt()
         await self._serve()
         return {"address": str(self._address)}
 
     async def stop(self, reason: str) -> None:
         """Reset what runs."""
-        self._tunnels.abort(ResetCode.SHUTDOWN)
+        await self._tunnels.close()
 
     def describe(self) -> dict[str, Data]:
         """What it serves and what runs."""
@@ -85,30 +85,37 @@ class ServiceServer(Actor):
 
     @handles(ActorDown)
     async def actor_down(self, message: ActorDown) -> None:
-        """Its streams end by themselves."""
+        """Attached streams ended with it."""
         self._serving = False
+        self._tunnels.switchboard_lost()
 
-    @handles(InboundStream)
-    async def inbound_stream(self, message: InboundStream) -> None:
+    @handles(StreamOffered)
+    async def stream_offered(self, message: StreamOffered) -> None:
         """Connect a stream to the service."""
-        stream = socket.socket(fileno=message.stream.detach())
         if not self._tunnels.reserve():
             self._tunnels.refused(f"{self._limit} connections are open, the limit", "limit-exceeded")
-            reset_stream(stream, ResetCode.LIMIT_EXCEEDED)
-        elif self._targets:
-            _Attempt(self, stream, message, self._targets)
+            self.context.tell(SWITCHBOARD, RejectStream(message.stream_id, int(ResetCode.LIMIT_EXCEEDED)))
+            return
+        self._tunnels.attached(message.stream_id, message.peer, path_of(message.connection))
+        if self._targets:
+            _Attempt(self, message.stream_id, self._targets)
         else:
-            self.context.nursery.start_soon(self._look_up, stream, message)
+            self.context.nursery.start_soon(self._look_up, message.stream_id)
+
+    @handles(StreamReport)
+    async def stream_report(self, report: StreamReport) -> None:
+        """What attached streams carried, and how they ended."""
+        self._tunnels.reported(report)
 
     async def _serve(self) -> None:
         try:
-            await self.context.ask(SWITCHBOARD, ServeProtocol(self._protocol), timeout=SERVE_DEADLINE)
+            await self.context.ask(SWITCHBOARD, ServeProtocol(self._protocol, attach=True), timeout=SERVE_DEADLINE)
         except (ActorRestartingError, NoSuchActorError, DeadlineExceededError) as error:
             self.context.log.debug("the switchboard is not there, its start brings another try: {}", error)
         else:
             self._serving = True
 
-    async def _look_up(self, stream: socket.socket, message: InboundStream) -> None:
+    async def _look_up(self, stream_id: str) -> None:
         targets: list[Target] = []
         reason = "no address"
         try:
@@ -121,26 +128,26 @@ class ServiceServer(Actor):
             ]
         except (OSError, UnicodeError, trio.TooSlowError) as error:
             reason = str(error) or "no answer in time"
-        except BaseException:
-            stream.close()
-            raise
         if targets:
-            _Attempt(self, stream, message, targets)
+            _Attempt(self, stream_id, targets)
         else:
-            self.unreachable(stream, message, f"the name {self._address.host} cannot be resolved: {reason}")
+            self.unreachable(stream_id, f"the name {self._address.host} cannot be resolved: {reason}")
 
     # ---- what an attempt calls
 
-    def connected(self, local: socket.socket, stream: socket.socket, message: InboundStream) -> None:
-        """The service has accepted: carry the bytes."""
-        self._tunnels.run(local, stream, message.peer, path_of(message.connection))
+    def connected(self, local: socket.socket, stream_id: str) -> None:
+        """The service has accepted: have the bytes carried."""
+        reset_on_close(local)
+        if self._tunnels.has_attached(stream_id):
+            self.context.tell(SWITCHBOARD, AttachSocket(stream_id, Descriptor(local.detach())))
+        else:
+            local.close()  # the stream was over before
 
-    def unreachable(self, stream: socket.socket, message: InboundStream, reason: str) -> None:
+    def unreachable(self, stream_id: str, reason: str) -> None:
         """The service has not accepted: tell the peer."""
-        reset_stream(stream, ResetCode.SERVICE_UNREACHABLE)
-        self._tunnels.failed(
-            message.peer,
-            path_of(message.connection),
+        self.context.tell(SWITCHBOARD, RejectStream(stream_id, int(ResetCode.SERVICE_UNREACHABLE)))
+        self._tunnels.attach_failed(
+            stream_id,
             f"the service {self._name} at {self._address} cannot be reached: {reason}",
             "service-unreachable",
         )
@@ -154,14 +161,11 @@ class ServiceServer(Actor):
 class _Attempt:
     """Connects to the service at one address after another, by callbacks: no task, no wake-up where none is needed."""
 
-    __slots__ = ("_local", "_message", "_owner", "_stream", "_targets", "_timer")
+    __slots__ = ("_local", "_owner", "_stream_id", "_targets", "_timer")
 
-    def __init__(
-        self, owner: ServiceServer, stream: socket.socket, message: InboundStream, targets: Sequence[Target]
-    ) -> None:
+    def __init__(self, owner: ServiceServer, stream_id: str, targets: Sequence[Target]) -> None:
         self._owner = owner
-        self._stream = stream
-        self._message = message
+        self._stream_id = stream_id
         self._targets = list(targets)
         self._local: socket.socket | None = None
         self._timer: Timer | None = None
@@ -177,14 +181,14 @@ class _Attempt:
                 continue
             number = local.connect_ex(sockaddr)
             if number == 0:
-                self._owner.connected(local, self._stream, self._message)
+                self._owner.connected(local, self._stream_id)
                 return
             if number == errno.EINPROGRESS:
                 self._wait(local)
                 return
             local.close()
             reason = _words(number)
-        self._owner.unreachable(self._stream, self._message, reason)
+        self._owner.unreachable(self._stream_id, reason)
 
     def _wait(self, local: socket.socket) -> None:
         reactor = self._owner.reactor
@@ -199,7 +203,7 @@ class _Attempt:
             local.close()
             self._next(_words(number))
         else:
-            self._owner.connected(local, self._stream, self._message)
+            self._owner.connected(local, self._stream_id)
 
     def _too_slow(self) -> None:
         self._take().close()

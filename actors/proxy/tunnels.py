@@ -1,30 +1,44 @@
 """The running tunnels of a proxy actor: how many there may be, what they carried, how each one ended.
 
-This is the same on both sides of a tunnel. Bytes are counted here and nowhere else in the node. What is below the
-stream (a plain one, a durable one) is not known here: a stream is a descriptor.
+This is the same on both sides of a tunnel. Bytes are counted here and nowhere else in the node.
+
+Theory of operation. A tunnel is carried in one of two ways. A TCP socket is given to the switchboard, which carries the
+bytes itself; the tunnel is then *attached*: known here by its stream's id, and its bytes and its end are told in
+reports. It goes on when this process is killed, and the successor adopts it. Any other socket is joined with a stream
+descriptor by a pump in this process, and ends with it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import socket
 import struct
+import sys
+import termios
+from collections.abc import Iterable
 
 from actors.pump import Outcome, Pump, PumpResult
 from actors.reactor import Reactor
 from protocol.messages import Data
 from protocol.messages.gate import TunnelEnded
-from protocol.messages.switchboard import ConnectionInfo
+from protocol.messages.switchboard import AdoptStreams, CloseStreams, ConnectionInfo, EndedStream, StreamReport
 from protocol.peer_id import PeerId
-from protocol.stream_descriptor import ResetCode, reset_message
+from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Context
+from supervisor.errors import AskError
 
 MAX_TUNNELS = 2048
-"""Concurrent tunnels of one actor. Each takes two descriptors here; the limit of a process is usually higher."""
+"""Concurrent tunnels of one actor. An attached one takes a descriptor in the switchboard, a pumped one two here."""
 COUNT_INTERVAL = 2.0
 """Seconds between additions to the byte counters while tunnels run."""
+ADOPT_DEADLINE = 2.0
+"""Seconds for the switchboard to tell which tunnels a predecessor left."""
+CLOSE_DEADLINE = 2.0
+"""Seconds for the switchboard to close what is attached."""
 GATE = "gate"
+SWITCHBOARD = "switchboard"
 
 MEANINGS: dict[int, str] = {
     ResetCode.NEGOTIATION_FAILED: "the peer no longer offers the service to this node",
@@ -38,12 +52,12 @@ MEANINGS: dict[int, str] = {
 }
 """What a reset by the far side means, for people."""
 
-_NO_LINGER = struct.pack("ii", 1, 0)
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 @dataclasses.dataclass(eq=False)
 class Tunnel:
-    """One tunnelled connection."""
+    """One tunnelled connection; without a pump it is attached."""
 
     peer: PeerId
     path: str
@@ -73,6 +87,7 @@ class Tunnels:
         self._role = role
         self._limit = limit
         self._tunnels: dict[Tunnel, None] = {}
+        self._attached: dict[str, Tunnel] = {}
         self._reserved = 0
         self._counting = False
         self.last_failure = ""
@@ -84,10 +99,10 @@ class Tunnels:
     @property
     def count(self) -> int:
         """Tunnels that run or are being set up."""
-        return len(self._tunnels) + self._reserved
+        return len(self._tunnels) + len(self._attached) + self._reserved
 
     def reserve(self) -> bool:
-        """Count in a tunnel that is being set up, if there is room for it. Follow with `run` or `failed`."""
+        """Count in a tunnel that is being set up, if there is room. Follow with `run`, `attached` or `failed`."""
         if self.count >= self._limit:
             return False
         self._reserved += 1
@@ -98,11 +113,68 @@ class Tunnels:
         self._reserved -= 1
         tunnel = Tunnel(peer, path, self._context.now())
         self._tunnels[tunnel] = None
-        self._open.set(len(self._tunnels))
+        self._measure()
         tunnel.pump = Pump(self._reactor, local, stream, lambda result: self._ended(tunnel, result))
         if not self._counting:
             self._counting = True
             self._reactor.call_later(COUNT_INTERVAL, self._count)
+
+    def attached(self, stream_id: str, peer: PeerId, path: str) -> None:
+        """The switchboard carries the bytes of this stream of ours."""
+        self._reserved -= 1
+        self._attached[stream_id] = Tunnel(peer, path, self._context.now())
+        self._measure()
+
+    def has_attached(self, stream_id: str) -> bool:
+        """Whether the stream is ours and not known to be over."""
+        return stream_id in self._attached
+
+    def attach_failed(self, stream_id: str, reason: str, outcome: str) -> None:
+        """A stream that was `attached` got no socket after all."""
+        tunnel = self._attached.pop(stream_id, None)
+        if tunnel is not None:
+            self._measure()
+            self.refused(reason, outcome)
+            self._report(tunnel, outcome)
+
+    async def adopt(self) -> None:
+        """Take over what a predecessor left in the switchboard."""
+        try:
+            left = await self._context.ask(SWITCHBOARD, AdoptStreams(), timeout=ADOPT_DEADLINE)
+        except AskError as error:  # then it has no streams either
+            self._context.log.debug("no tunnels to adopt: {}", error)
+            return
+        for stream in left.streams:
+            self._attached[stream.stream_id] = Tunnel(
+                stream.peer, stream.path, stream.since, None, stream.sent, stream.received
+            )
+        self._measure()
+
+    def reported(self, report: StreamReport) -> None:
+        """Take note of what the switchboard tells of our streams."""
+        for traffic in report.moved:
+            tunnel = self._attached.get(traffic.stream_id)
+            if tunnel is not None:
+                self._count_one(tunnel, traffic.sent, traffic.received)
+        self._note_ends(report.ended)
+
+    def switchboard_lost(self) -> None:
+        """The switchboard is gone and what was attached with it; what it carried since its last report is not known."""
+        for stream_id, tunnel in list(self._attached.items()):
+            del self._attached[stream_id]
+            result = PumpResult(Outcome.STREAM_LOST, ResetCode.LOST, tunnel.counted_sent, tunnel.counted_received)
+            self._ended_with(tunnel, result, None)
+        self._measure()
+
+    async def close(self) -> None:
+        """Reset all tunnels, because this actor is stopping."""
+        self.abort(ResetCode.SHUTDOWN)
+        try:
+            closed = await self._context.ask(SWITCHBOARD, CloseStreams(), timeout=CLOSE_DEADLINE)
+        except AskError as error:
+            self._context.log.debug("the switchboard closes no tunnels: {}", error)
+        else:
+            self._note_ends(closed.ended)
 
     def failed(self, peer: PeerId, path: str, reason: str, outcome: str) -> None:
         """A tunnel that was reserved did not come about."""
@@ -118,27 +190,41 @@ class Tunnels:
         self._finished(outcome)
 
     def abort(self, code: ResetCode) -> None:
-        """Reset all tunnels."""
+        """Reset all tunnels that this process carries."""
         for tunnel in list(self._tunnels):
             if tunnel.pump is not None:
                 tunnel.pump.abort(code)
 
     def describe(self) -> dict[str, Data]:
         """Numbers for people."""
-        running = [tunnel for tunnel in self._tunnels if tunnel.pump is not None]
+        running = [tunnel.pump for tunnel in self._tunnels if tunnel.pump is not None]
+        attached = self._attached.values()
         return {
-            "open": len(running),
+            "open": len(running) + len(attached),
+            "attached": len(attached),
             "being_set_up": self._reserved,
             "limit": self._limit,
-            "sent_by_open": sum(tunnel.pump.sent for tunnel in running if tunnel.pump),
-            "received_by_open": sum(tunnel.pump.received for tunnel in running if tunnel.pump),
+            "sent_by_open": sum(p.sent for p in running) + sum(tunnel.counted_sent for tunnel in attached),
+            "received_by_open": sum(p.received for p in running) + sum(tunnel.counted_received for tunnel in attached),
             "last_failure": self.last_failure,
         }
 
+    def _note_ends(self, ends: Iterable[EndedStream]) -> None:
+        for ended in ends:
+            stream = ended.stream
+            tunnel = self._attached.pop(stream.stream_id, None)
+            if tunnel is not None:  # else it was told before
+                result = PumpResult(Outcome(ended.outcome), ended.code, stream.sent, stream.received)
+                self._ended_with(tunnel, result, ended.duration)
+        self._measure()
+
     def _ended(self, tunnel: Tunnel, result: PumpResult) -> None:
-        self._count_one(tunnel, result.sent, result.received)
         del self._tunnels[tunnel]
-        self._open.set(len(self._tunnels))
+        self._measure()
+        self._ended_with(tunnel, result, None)
+
+    def _ended_with(self, tunnel: Tunnel, result: PumpResult, duration: float | None) -> None:
+        self._count_one(tunnel, result.sent, result.received)
         outcome = result.outcome.value
         words = outcome
         if result.outcome is not Outcome.FINISHED:
@@ -148,14 +234,17 @@ class Tunnels:
         if result.outcome is Outcome.STREAM_RESET:
             outcome = ResetCode.describe(result.code) if result.code in _KNOWN_CODES else outcome
         self._finished(outcome)
-        self._report(tunnel, words)
+        self._report(tunnel, words, duration)
+
+    def _measure(self) -> None:
+        self._open.set(len(self._tunnels) + len(self._attached))
 
     def _finished(self, outcome: str) -> None:
         self._context.metrics.counter(
             "peerup_tunnels_ended_total", service=self._service, role=self._role, outcome=outcome
         ).inc()
 
-    def _report(self, tunnel: Tunnel, outcome: str) -> None:
+    def _report(self, tunnel: Tunnel, outcome: str, duration: float | None = None) -> None:
         ended = TunnelEnded(
             peer=tunnel.peer,
             service=self._service,
@@ -163,7 +252,7 @@ class Tunnels:
             path=tunnel.path,
             sent=tunnel.counted_sent,
             received=tunnel.counted_received,
-            duration=self._context.now() - tunnel.since,
+            duration=self._context.now() - tunnel.since if duration is None else duration,
             outcome=outcome,
         )
         self._context.tell(GATE, ended)
@@ -184,21 +273,46 @@ class Tunnels:
 
 _KNOWN_CODES = frozenset(ResetCode)
 
+# parts of struct tcp_info (linux/tcp.h)
+_BYTES_RECEIVED = slice(128, 136)
+_DATA_SEGMENTS_OUT = slice(156, 160)
+_CLOSE_WAIT = 8
+
 
 def path_of(connection: ConnectionInfo) -> str:
     """How a peer is connected, in words for the audit log."""
     return f"{connection.path} {connection.transport} {connection.remote_address}"
 
 
+def reset_on_close(sock: socket.socket) -> None:
+    """From now on the end of all processes that hold this TCP socket, or of the socket, is a reset for its client."""
+    with contextlib.suppress(OSError):  # not a TCP socket, or already broken
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+
+
 def close_with_reset(sock: socket.socket) -> None:
     """Close a TCP socket so that its client sees a reset and not a clean end."""
-    with contextlib.suppress(OSError):  # not a TCP socket, or already broken: closing is all that can be done
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    reset_on_close(sock)
     sock.close()
 
 
-def reset_stream(stream: socket.socket, code: ResetCode) -> None:
-    """Reset a stream that was handed to us, with the reason, and close it."""
-    with contextlib.suppress(OSError):  # the switchboard is gone: the close says it
-        stream.send(reset_message(code))
-    stream.close()
+def is_tcp(sock: socket.socket) -> bool:
+    """Whether the switchboard can carry its bytes."""
+    return sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+
+
+def is_untouched(sock: socket.socket) -> bool:
+    """Whether nobody has read from or written to this accepted TCP socket yet, in whatever process."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        waiting = fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4))
+    except OSError:
+        return False
+    if len(info) < _DATA_SEGMENTS_OUT.stop:
+        return False  # a kernel that does not tell
+    if any(info[_DATA_SEGMENTS_OUT]):
+        return False
+    received = int.from_bytes(info[_BYTES_RECEIVED], sys.byteorder)
+    # the end of the stream counts as one byte here and as none there
+    finished = info[0] == _CLOSE_WAIT
+    return received - finished == int.from_bytes(waiting, sys.byteorder)

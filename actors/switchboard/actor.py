@@ -272,7 +272,7 @@ class Switchboard(Actor):
         except OSError as error:
             sock.close()
             self._numbers.stream("outbound", "socket-lost")
-            raise RefusedError("socket-lost", f"the socket is not usable any more: {error}") from error
+            raise RefusedError("socket-lost", f"the client hung up: {error}") from error
         except PeerupError as error:
             sock.close()
             self._numbers.stream("outbound", error.code)

@@ -78,6 +78,7 @@ class _Owner:
     streams: dict[str, _Stream] = dataclasses.field(default_factory=dict)
     ended: list[tuple[_Stream, EndedStream]] = dataclasses.field(default_factory=list)
     away_since: float | None = None
+    deaf_since: float | None = None  # since when no report was answered
     reporting: bool = False
     planned: bool = False
     told_at: float = 0.0
@@ -213,10 +214,10 @@ class AttachedStreams:
         """Report traffic that is due; close what nobody owns any more. To be called every second or so."""
         now = self._now()
         for owner in list(self._owners.values()):
-            if owner.away_since is not None:
-                if now - owner.away_since >= OWNER_PATIENCE:
-                    self.close(owner.name)
-            elif now - owner.told_at >= TRAFFIC_INTERVAL:
+            missed_since = owner.away_since or owner.deaf_since
+            if missed_since is not None and now - missed_since >= OWNER_PATIENCE:
+                self.close(owner.name)
+            elif owner.away_since is None and now - owner.told_at >= TRAFFIC_INTERVAL:
                 self._report(owner)
             if not owner.streams and not owner.ended and not owner.reporting:
                 self._owners.pop(owner.name, None)
@@ -254,7 +255,7 @@ class AttachedStreams:
         owner = stream.owner
         sent, received = stream.traffic()
         stream.end = None
-        ended = EndedStream(stream.info(sent, received), self._now() - stream.since, outcome.value, code)
+        ended = EndedStream(stream.info(sent, received), self._now() - stream.since, outcome.value, int(code))
         owner.ended.append((stream, ended))
         del owner.ended[:-MAX_UNTOLD]
         self._plan(owner)
@@ -309,7 +310,10 @@ class AttachedStreams:
 
         def told(answered: bool) -> None:  # noqa: FBT001  # the outcome, not a switch
             owner.reporting = False
-            if answered:
+            if not answered:
+                owner.deaf_since = owner.deaf_since or self._now()
+            else:
+                owner.deaf_since = None
                 for stream, traffic in moved:
                     stream.told_sent, stream.told_received = traffic.sent, traffic.received
                 gone = {stream for stream, _ in ended}
@@ -326,12 +330,9 @@ def check_socket(sock: socket.socket) -> None:
     """Raise unless it is a connected TCP socket.
 
     Raises:
-        NotATcpSocketError: it is not.
+        NotATcpSocketError: it is none.
+        OSError: it is not connected any more.
     """
-    try:
-        fit = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
-        sock.getpeername()
-    except OSError as error:
-        raise NotATcpSocketError(f"the socket is not connected: {error}") from error
-    if not fit:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
         raise NotATcpSocketError("the descriptor is not a TCP socket")
+    sock.getpeername()

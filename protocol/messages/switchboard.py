@@ -84,7 +84,7 @@ class OpenAttached(Request[StreamAttached]):
 
     The socket must be set to close with a reset (SO_LINGER 1, 0): the switchboard takes that back when both directions
     have finished, and the kernel resets the client should the switchboard be killed before.
-    Refused as `OpenStream` is, and with `not-a-tcp-socket`.
+    Refused as `OpenStream` is, and with `not-a-tcp-socket` and `socket-lost` (its client hung up meanwhile).
     """
 
     peer: PeerId

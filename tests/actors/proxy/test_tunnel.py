@@ -152,23 +152,39 @@ async def test_a_reset_by_the_server_reaches_the_client_as_a_reset():
 
 
 async def test_a_reset_by_the_client_reaches_the_server_as_a_reset():
-    seen = []
+    seen, heard = [], []
 
     async def watches(stream):
         try:
-            while await stream.receive_some(100):
-                pass
+            while data := await stream.receive_some(100):
+                heard.append(data)
             seen.append("end")
         except trio.BrokenResourceError:
             seen.append("reset")
 
-    async with tunnel(watches) as (_, _, address):
+    async with tunnel(watches) as (alice, _, address):
         client = await trio.open_tcp_stream(*address)
         await client.send_all(b"x")
+        await until(lambda: heard)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         await client.aclose()
         await until(lambda: seen)
+        await until(lambda: alice.gate.ended)
+        assert alice.gate.ended[0].outcome == "local-reset: local-reset"
     assert seen == ["reset"]
+
+
+async def test_a_client_that_resets_before_there_is_a_stream_is_told_of():
+    async with tunnel() as (alice, _, address):
+        await alice.stop("switchboard")
+        alice.starting.add("switchboard")
+        client = await trio.open_tcp_stream(*address)
+        await until(lambda: alice.actors["proxy/bob/echo"].describe()["being_set_up"])
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        await client.aclose()
+        await alice.start_switchboard()
+        await until(lambda: alice.gate.ended)
+        assert alice.gate.ended[0].outcome == "socket-lost"
 
 
 async def test_a_slow_reader_stops_the_sender_and_nothing_piles_up():
