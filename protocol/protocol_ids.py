@@ -15,3 +15,9 @@ PING: Final = "/ipfs/ping/1.0.0"
 
 PINGPONG: Final = "/pingpong/1.0.0"
 """peer-up's ping."""
+
+CIRCUIT_HOP: Final = "/libp2p/circuit/relay/0.2.0/hop"
+"""Circuit relay v2: what a client asks of a relay."""
+
+CIRCUIT_STOP: Final = "/libp2p/circuit/relay/0.2.0/stop"
+"""Circuit relay v2: how a relay tells a peer of a circuit to it."""
