@@ -112,7 +112,7 @@ class Limits:
         fast: seconds; a reader that takes half a window within this, or within four round trips, gets a larger one.
         idle_frames: allowance of frames that move nothing, at once.
         idle_frames_rate: by how many the allowance refills in a second.
-        control_bytes: the most that may wait in the queue of control frames.
+        control_bytes: control frames that may wait; a peer that sends more frames meanwhile has the session closed.
     """
 
     inbound_streams: int = 1024
@@ -417,6 +417,8 @@ class Session:
                 version, kind, flags, stream_id, length = _HEADER.unpack_from(buffer, position)
                 position += HEADER_LENGTH
             self.frames_received += 1
+            if len(self._control) > self._limits.control_bytes and not self.local_gone:
+                raise FloodError("the peer asks for more answers than it reads")
             if kind <= WINDOW_UPDATE and not version:
                 self._stream_frame(kind, flags, stream_id, length, now)
             elif version or stream_id:
@@ -574,9 +576,8 @@ class Session:
         self._queue(WINDOW_UPDATE, flags, stream.id, length)
 
     def _queue(self, kind: int, flags: int, stream_id: int, length: int) -> None:
+        # Not bounded here: what we say of ourselves (resets, pings) must never fail. `_receive` looks at the sum.
         self._control += _HEADER.pack(0, kind, flags, stream_id, length)
-        if len(self._control) > self._limits.control_bytes and not self.local_gone:
-            raise FloodError("the peer asks for more answers than it reads")
 
     def _spend(self, now: float) -> None:
         limits = self._limits

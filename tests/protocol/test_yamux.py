@@ -335,7 +335,20 @@ def test_floods_end_the_session(raws):
 def test_answers_that_nobody_reads_end_the_session():
     server = End(Role.SERVER, idle_frames=1_000_000, control_bytes=1200)
     with pytest.raises(FloodError):
-        server.feed(frame(PING, SYN, 0, 0) * 101)
+        server.feed(frame(PING, SYN, 0, 0) * 102)
+
+
+def test_what_we_say_of_ourselves_never_fails_for_a_peer_that_does_not_read():
+    """It is said from timers and handlers, where an error would end the whole process and not one session."""
+    server = End(Role.SERVER, idle_frames=1_000_000, control_bytes=1200)
+    server.feed(frame(WINDOW_UPDATE, SYN, 1, 0) + frame(WINDOW_UPDATE, SYN, 3, 0) + frame(PING, SYN, 0, 0) * 100)
+    server.session.ping(7)
+    server.session.finish(server.opened[0])
+    for stream in server.session:
+        server.session.reset(stream, ResetCode.SHUTDOWN)
+    assert server.session.streams == 0
+    with pytest.raises(FloodError):
+        server.feed(frame(PING, SYN, 0, 0))
 
 
 def test_the_allowance_refills():
