@@ -1,20 +1,23 @@
-"""The data plane by itself: client, pump, link, TCP, link, pump, server, each a process; no actor runtime.
+"""The data plane by itself: client, entry, link, TCP, link, exit, server, each a process; no actor runtime.
 
-    python -m bench.dataplane [--rounds N] [--megabytes N] [--references]
+    python -m bench.dataplane [--rounds N] [--megabytes N] [--seam] [--references]
 
-Prints one line for each measurement; with `--references` each round also measures ssh and socat, in the same run.
+Entry and exit give their sockets to the links, as proxies do; with `--seam` they keep them, get stream descriptors and
+pump. Prints one line for each measurement; with `--references` each round also measures ssh and socat, in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import socket
 import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,12 +27,28 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from actors.pump import Pump
 from actors.reactor import READ, Reactor
 from actors.switchboard.link import Channel, Link, LinkEnd
+from actors.switchboard.socket_end import SocketEnd
 from bench.load import Load
 from bench.references import AbsentError, Tunnel, socat, ssh
 from protocol import yamux
 from protocol.keys import PrivateKey
 from protocol.noise import SIGNATURE_PREFIX, Identity, NoiseHandshake, NoiseResult
 from protocol.yamux import Role
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How bytes go: with the reactor's shortcut (`direct`), and over stream descriptors (`seam`)."""
+
+    direct: bool
+    seam: bool
+
+    @property
+    def name(self) -> str:
+        return "dataplane" + ("-seam" if self.seam else "") + ("" if self.direct else "-task")
+
+    def options(self) -> list[str]:
+        return [*(["--seam"] if self.seam else []), *([] if self.direct else ["--task"])]
 
 
 def handshake(sock: socket.socket, role: Role) -> NoiseResult:
@@ -49,20 +68,33 @@ def handshake(sock: socket.socket, role: Role) -> NoiseResult:
         noise.receive_data(sock.recv(4096))
 
 
-def run_link(role: Role, connection: socket.socket, control: socket.socket, *, direct: bool) -> None:
-    """A process with one link. `control`: "o" asks for a stream; streams go the other way as descriptors."""
+def run_link(role: Role, connection: socket.socket, control: socket.socket, way: Way) -> None:
+    """A process with one link. The other end of `control` is an entry or an exit.
+
+    An entry sends a socket, or with seams asks for a stream; an exit is asked for a socket, or is sent a stream.
+    """
     secured = handshake(connection, role)
-    reactor = Reactor(time.monotonic, direct=direct)
+    reactor = Reactor(time.monotonic, direct=way.direct)
+    offered: deque[SocketEnd] = deque()
 
-    def hand_over(channel: Channel) -> None:
-        stream = channel.hand_over()
-        socket.send_fds(control, [b"s"], [stream.fileno()])
-        stream.close()
+    def opened(channel: Channel) -> None:
+        if way.seam:
+            stream = channel.hand_over()
+            socket.send_fds(control, [b"s"], [stream.fileno()])
+            stream.close()
+        else:
+            offered.append(SocketEnd(channel, lambda *_: None))
+            control.send(b"o")
 
-    def asked(_ready: int) -> None:
-        if not control.recv(1):
+    def told(_ready: int) -> None:
+        message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if not message:
             raise SystemExit
-        hand_over(link.open_stream())
+        if not descriptors:
+            opened(link.open_stream())
+            return
+        end = offered.popleft() if role is Role.SERVER else SocketEnd(link.open_stream(), lambda *_: None)
+        end.attach(socket.socket(fileno=descriptors[0]))
 
     def ended(end: LinkEnd) -> None:
         raise SystemExit(0 if end.code == "remote-close" else f"link: {end.reason}")
@@ -74,22 +106,26 @@ def run_link(role: Role, connection: socket.socket, control: socket.socket, *, d
         send_cipher=secured.send,
         receive_cipher=secured.receive,
         received=secured.unread,
-        on_stream=hand_over,
+        on_stream=opened,
         on_end=ended,
     )
-    reactor.register(control.fileno(), READ, asked, fail)
+    reactor.register(control.fileno(), READ, told, fail)
     trio.run(reactor.run)
 
 
-def run_entry(listener: socket.socket, control: socket.socket, *, direct: bool) -> None:
-    """A process that accepts connections and pumps each through a stream."""
-    reactor = Reactor(time.monotonic, direct=direct)
+def run_entry(listener: socket.socket, control: socket.socket, way: Way) -> None:
+    """A process that accepts connections and gives each to the link, or pumps it through a stream."""
+    reactor = Reactor(time.monotonic, direct=way.direct)
     waiting: list[socket.socket] = []
 
     def accept(_ready: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            waiting.append(listener.accept()[0])
-            control.send(b"o")
+            accepted = listener.accept()[0]
+            if way.seam:
+                waiting.append(accepted)
+                control.send(b"o")
+            else:
+                give(control, accepted)
 
     def got_stream(_ready: int) -> None:
         Pump(reactor, waiting.pop(0), receive_stream(control), lambda _: None)
@@ -100,16 +136,26 @@ def run_entry(listener: socket.socket, control: socket.socket, *, direct: bool) 
     trio.run(reactor.run)
 
 
-def run_exit(port: int, control: socket.socket, *, direct: bool) -> None:
+def run_exit(port: int, control: socket.socket, way: Way) -> None:
     """A process that connects each stream to the server."""
-    reactor = Reactor(time.monotonic, direct=direct)
+    reactor = Reactor(time.monotonic, direct=way.direct)
 
     def got_stream(_ready: int) -> None:
-        stream = receive_stream(control)
-        Pump(reactor, socket.create_connection(("127.0.0.1", port)), stream, lambda _: None)
+        if way.seam:
+            stream = receive_stream(control)
+            Pump(reactor, socket.create_connection(("127.0.0.1", port)), stream, lambda _: None)
+        elif control.recv(1):
+            give(control, socket.create_connection(("127.0.0.1", port)))
+        else:
+            raise SystemExit
 
     reactor.register(control.fileno(), READ, got_stream, fail)
     trio.run(reactor.run)
+
+
+def give(control: socket.socket, sock: socket.socket) -> None:
+    socket.send_fds(control, [b"a"], [sock.fileno()])
+    sock.close()
 
 
 def receive_stream(control: socket.socket) -> socket.socket:
@@ -124,7 +170,7 @@ def fail(error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def tunnel(target: int, *, direct: bool = True) -> Iterator[Tunnel]:
+def tunnel(target: int, way: Way) -> Iterator[Tunnel]:
     """The whole way, as the references are given."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     middle = socket.create_server(("127.0.0.1", 0))
@@ -144,12 +190,12 @@ def tunnel(target: int, *, direct: bool = True) -> Iterator[Tunnel]:
         fds = [sock.fileno() for sock in sockets]
         profile = ["-m", "cProfile", "-o", f"{os.environ['PROFILE']}.{name}"] if "PROFILE" in os.environ else []
         command = [sys.executable, *profile, "-m", "bench.dataplane", "--stage", name, *map(str, fds), *extra]
-        processes.append(subprocess.Popen([*command, *([] if direct else ["--task"])], pass_fds=fds))
+        processes.append(subprocess.Popen([*command, *way.options()], pass_fds=fds))
     port = listener.getsockname()[1]
     for sock in (near, far, listener, *pairs[0], *pairs[1]):
         sock.close()
     try:
-        yield Tunnel("dataplane" if direct else "dataplane-task", port, tuple(p.pid for p in processes), started)
+        yield Tunnel(way.name, port, tuple(p.pid for p in processes), started)
     finally:
         for process in processes:
             process.terminate()
@@ -157,18 +203,18 @@ def tunnel(target: int, *, direct: bool = True) -> Iterator[Tunnel]:
             process.wait()
 
 
-def run_stage(name: str, arguments: list[int], *, direct: bool) -> None:
+def run_stage(name: str, arguments: list[int], way: Way) -> None:
     import signal
 
     # nothing to clean up; a profiler, though, writes its file at a regular exit
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0) if "PROFILE" in os.environ else os._exit(0))
     if name == "entry":
-        run_entry(socket.socket(fileno=arguments[0]), socket.socket(fileno=arguments[1]), direct=direct)
+        run_entry(socket.socket(fileno=arguments[0]), socket.socket(fileno=arguments[1]), way)
     elif name == "exit":
-        run_exit(arguments[1], socket.socket(fileno=arguments[0]), direct=direct)
+        run_exit(arguments[1], socket.socket(fileno=arguments[0]), way)
     else:
         role = Role.CLIENT if name == "link-client" else Role.SERVER
-        run_link(role, socket.socket(fileno=arguments[0]), socket.socket(fileno=arguments[1]), direct=direct)
+        run_link(role, socket.socket(fileno=arguments[0]), socket.socket(fileno=arguments[1]), way)
 
 
 def cpu_seconds(pids: tuple[int, ...]) -> float:
@@ -229,14 +275,16 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--references", action="store_true")
     parser.add_argument("--task", action="store_true", help="without the reactor's shortcut")
+    parser.add_argument("--seam", action="store_true", help="with stream descriptors and pumps")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--stage", nargs="+")
     options = parser.parse_args()
+    ours = Way(direct=not options.task, seam=options.seam)
     if options.stage:
-        run_stage(options.stage[0], [int(word) for word in options.stage[1:]], direct=not options.task)
+        run_stage(options.stage[0], [int(word) for word in options.stage[1:]], ours)
         return
     load = Load()
-    ways = [lambda target: tunnel(target, direct=not options.task)]
+    ways = [lambda target: tunnel(target, ours)]
     if options.references:
         ways += [ssh(), socat]
     results: dict[str, dict[str, list[float]]] = {}
