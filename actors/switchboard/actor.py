@@ -10,6 +10,7 @@ each stays in force while it is away, and before the first policy everything is 
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from actors.reactor import Reactor
 from actors.switchboard.addresses import AddressBook
 from actors.switchboard.admission import Limits
-from actors.switchboard.attached import AttachedStreams, check_socket
+from actors.switchboard.attached import AttachedStreams, NotATcpSocketError, check_socket
 from actors.switchboard.connections import MAX_CONNECTIONS, Connection, ConnectionTable
 from actors.switchboard.decisions import DecisionLog
 from actors.switchboard.dialer import Dialed, Dialer
@@ -83,18 +84,28 @@ from protocol.noise import Identity as NoiseIdentity
 from protocol.peer_id import PeerId
 from protocol.policy import BASIC_PROTOCOLS, DENY_ALL, Decision, PolicyIndex
 from protocol.protocol_ids import IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG
+from protocol.service import service_of_protocol
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
-from supervisor.errors import ActorRestartingError, AskError, NoSuchActorError, RefusedError
+from supervisor.errors import (
+    ActorRestartingError,
+    AskError,
+    DeadlineExceededError,
+    NoSuchActorError,
+    RefusedError,
+)
 
 KEYRING = "keyring"
 GATE = "gate"
 CONFIG = "config"
 
+SERVICES = "service/"
+"""What the names of the actors of services begin with."""
+
 KEYRING_DEADLINE = 5.0
 """Seconds for the keyring to sign."""
 SUBSCRIBE_DEADLINE = 2.0
-"""Seconds for a publisher to answer; if it does not, its next start brings another try."""
+"""Seconds for a publisher to answer; if it does not, it is asked again at the next tick."""
 TICK = 1.0
 """Seconds between looks at what only time changes: drained connections, expired peers, folded decisions, gauges."""
 REPORT_DEADLINE = 5.0
@@ -135,6 +146,7 @@ class Switchboard(Actor):
         self._record_seq = 0
         self._described: tuple[object, ...] = ()
         self._stopping = False
+        self._missing: set[str] = set()  # publishers that did not answer, though they are there
 
     async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
         """Get the identity signed, learn the policy, listen."""
@@ -247,7 +259,11 @@ class Switchboard(Actor):
         try:
             connection, protocol, stream = await self._open(request.peer, request.protocols)
             unread = stream.take_unread()
-            descriptor = Descriptor(stream.channel.hand_over(unread).detach())
+            with abandoning(stream.channel):
+                descriptor = Descriptor(stream.channel.hand_over(unread).detach())
+        except OSError as error:
+            self._numbers.stream("outbound", "no-descriptor")
+            raise RefusedError("no-descriptor", f"no descriptor for the stream: {error}") from error
         except PeerupError as error:
             self._numbers.stream("outbound", error.code)
             raise _refusal(error) from error
@@ -259,7 +275,9 @@ class Switchboard(Actor):
         """Open a stream to a peer, connecting first where needed, and carry its bytes from and to a socket."""
         owner = self.context.current_sender
         self._watch(owner)
-        sock = socket.socket(fileno=request.socket.detach())
+        sock = _socket_of(request.socket)
+        if sock is None:
+            raise _refusal(NotATcpSocketError("the descriptor is not a socket"))
         try:
             check_socket(sock)
             connection = self._known_to_speak(request.peer, request.protocols)
@@ -286,8 +304,11 @@ class Switchboard(Actor):
     @handles(AttachSocket)
     async def attach_socket(self, message: AttachSocket) -> None:
         """A socket for a stream that was offered."""
-        sock = socket.socket(fileno=message.socket.detach())
-        self._attached.attach(self.context.current_sender, message.stream_id, sock)
+        sock = _socket_of(message.socket)
+        if sock is None:
+            self._attached.reject(self.context.current_sender, message.stream_id, ResetCode.LOCAL_RESET)
+        else:
+            self._attached.attach(self.context.current_sender, message.stream_id, sock)
 
     @handles(RejectStream)
     async def reject_stream(self, message: RejectStream) -> None:
@@ -334,7 +355,11 @@ class Switchboard(Actor):
 
     @handles(ServeProtocol)
     async def serve_protocol(self, request: ServeProtocol) -> None:
-        """The sender serves this protocol."""
+        """The sender serves this protocol. Those of services are for the actors of services."""
+        sender = self.context.current_sender
+        of_service = service_of_protocol(request.protocol) is not None
+        if of_service and not sender.startswith(SERVICES) and self._protocols.handler(request.protocol) is None:
+            raise RefusedError("not-allowed", f"{sender} is not the actor of a service")
         try:
             self._protocols.serve(request.protocol, self.context.current_sender, attach=request.attach)
         except SwitchboardError as error:
@@ -390,12 +415,18 @@ class Switchboard(Actor):
     @handles(PolicyPublished)
     async def policy_published(self, message: PolicyPublished) -> None:
         """Apply a new policy at once, to what is open as well."""
-        self._apply_policy(PolicyIndex(message.policy))
+        if self.context.current_sender != GATE:
+            return
+        known = self._policy.policy
+        # One that was on its way while we subscribed may be older than the answer to that.
+        if known is None or message.policy.version >= known.version:
+            self._apply_policy(PolicyIndex(message.policy))
 
     @handles(ConfigSnapshot)
     async def config_changed(self, message: ConfigSnapshot) -> None:
         """Take over names and addresses."""
-        self._apply_config(message)
+        if self.context.current_sender == CONFIG:
+            self._apply_config(message)
 
     @handles(ActorUp)
     async def actor_up(self, message: ActorUp) -> None:
@@ -655,14 +686,19 @@ class Switchboard(Actor):
         self.context.tell(GATE, decided)
 
     async def _follow_gate(self) -> None:
+        before = self._policy
+        self._missing.discard(GATE)
         try:
             published = await self.context.ask(GATE, SubscribePolicy(), timeout=SUBSCRIBE_DEADLINE)
         except AskError as error:
             self._say_missing(GATE, error)
-        else:
+            return
+        now = self._policy
+        if now is before or now.policy is None or published.policy.version >= now.policy.version:
             self._apply_policy(PolicyIndex(published.policy))
 
     async def _follow_config(self) -> None:
+        self._missing.discard(CONFIG)
         try:
             snapshot = await self.context.ask(CONFIG, SubscribeConfig(), timeout=SUBSCRIBE_DEADLINE)
         except AskError as error:
@@ -671,7 +707,9 @@ class Switchboard(Actor):
             self._apply_config(snapshot)
 
     def _say_missing(self, publisher: str, error: AskError) -> None:
-        # Its ActorUp brings another try.
+        # One that is down is asked again when it is up; one that was only slow, at the next tick.
+        if isinstance(error, DeadlineExceededError | RefusedError):
+            self._missing.add(publisher)
         level = "DEBUG" if isinstance(error, ActorRestartingError | NoSuchActorError) else "WARNING"
         self.context.log.log(level, "{} does not answer, what it said last stays in force: {}", publisher, error)
 
@@ -740,6 +778,10 @@ class Switchboard(Actor):
             if self._decisions.pending:
                 self._decisions.flush()
             self._attached.tick()
+            if GATE in self._missing:
+                self.context.nursery.start_soon(self._follow_gate)
+            if CONFIG in self._missing:
+                self.context.nursery.start_soon(self._follow_config)
             self._numbers.measure(self._table, self._names)
 
     def _watch(self, actor: str) -> None:
@@ -765,6 +807,16 @@ class Switchboard(Actor):
             "identify_failure": connection.identify_failure,
             "draining": connection.draining,
         }
+
+
+def _socket_of(descriptor: Descriptor) -> socket.socket | None:
+    """The socket behind a descriptor that another actor sent; None (and closed) if it is none."""
+    fd = descriptor.detach()
+    try:
+        return socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        return None
 
 
 def _hand_over(channel: Channel, negotiation: Negotiation) -> socket.socket:

@@ -1,16 +1,24 @@
 """Switchboards that talk to each other over loopback."""
 
+import dataclasses
+import os
 import socket
 
 import pytest
 import trio
 
+from actors.switchboard import actor as switchboard_module
 from actors.switchboard.actor import Switchboard
+from protocol.messages import Descriptor
+from protocol.messages.config import ConfigSnapshot, NameEntry
+from protocol.messages.gate import PolicyPublished, SubscribePolicy
 from protocol.messages.switchboard import (
+    AttachSocket,
     Connect,
     Disconnect,
     InboundStream,
     NeedPeer,
+    OpenAttached,
     OpenStream,
     PingPeer,
     ReadStatus,
@@ -18,11 +26,12 @@ from protocol.messages.switchboard import (
     ServeProtocol,
     WithdrawProtocol,
 )
+from protocol.policy import Policy
 from protocol.protocol_ids import IDENTIFY, PING, PINGPONG
 from protocol.stream_descriptor import FINISH_MESSAGE, RESET, ResetCode, parse_reset
 from supervisor.actor import Actor, handles
 from supervisor.errors import RefusedError
-from tests.actors.local_node import LocalNode, peer_of, two_nodes, until
+from tests.actors.local_node import FakeGate, LocalNode, peer_of, two_nodes, until
 
 ECHO = "/peerup/echo/1.0.0"
 
@@ -276,6 +285,64 @@ async def test_streams_of_the_peer_are_judged_on_connections_that_we_dialled():
         assert error.code == "stream-refused"
         assert "policy" in str(error)
         assert not server.streams
+
+
+async def test_only_the_gate_says_what_the_policy_is():
+    async with two_nodes() as (_, bob):
+        anybody = Policy(99, gating=False, peers=(), services=())
+        bob.tell("switchboard", PolicyPublished(anybody))
+        nowhere = ConfigSnapshot(99, gating=False, services=(), names=(NameEntry("eve", bob.peer),), addresses=())
+        bob.tell("switchboard", nowhere)
+        await bob.ask("switchboard", ReadStatus())  # handled after both
+        assert bob.switchboard._policy.policy == bob.gate.policy
+        assert bob.switchboard._names == {}
+
+
+async def test_an_older_policy_that_comes_late_is_not_applied():
+    async with LocalNode.open("bob") as bob:
+        older = bob.gate.policy
+        bob.gate.publish(peers=["alice"])
+        bob.gate.context.tell("switchboard", PolicyPublished(older))
+        await bob.ask("switchboard", ReadStatus())
+        await until(lambda: bob.switchboard._policy.policy == bob.gate.policy)
+        await bob.ask("switchboard", ReadStatus())
+        assert bob.switchboard._policy.policy == bob.gate.policy
+
+
+async def test_a_gate_that_was_slow_to_answer_is_asked_again(monkeypatch):
+    monkeypatch.setattr(switchboard_module, "SUBSCRIBE_DEADLINE", 0.05)
+    monkeypatch.setattr(switchboard_module, "TICK", 0.05)
+    async with two_nodes() as (_, bob):
+        slow = trio.Event()
+        answer = FakeGate.subscribe
+
+        async def wait(gate, request):
+            await slow.wait()
+            return await answer(gate, request)
+
+        entry = FakeGate.handlers[SubscribePolicy.KIND]
+        monkeypatch.setitem(FakeGate.handlers, SubscribePolicy.KIND, dataclasses.replace(entry, function=wait))
+        await bob.stop("switchboard")
+        await bob.start_switchboard()
+        assert bob.switchboard._policy.policy is None
+        slow.set()
+        await until(lambda: bob.switchboard._policy.policy == bob.gate.policy)
+
+
+async def test_descriptors_that_are_no_sockets_are_refused(tmp_path):
+    async with two_nodes() as (alice, bob):
+        file = os.open(tmp_path, os.O_RDONLY)
+        error = await refusal(alice.ask("switchboard", OpenAttached(bob.peer, (ECHO,), Descriptor(os.dup(file)))))
+        assert error.code == "not-a-tcp-socket"
+        alice.tell("switchboard", AttachSocket("1-1", Descriptor(file)))
+        await alice.ask("switchboard", ReadStatus())
+
+
+async def test_only_actors_of_services_serve_what_services_are_called_by():
+    async with LocalNode.open("bob") as bob:
+        error = await refusal(bob.ask("switchboard", ServeProtocol(ECHO)))
+        assert error.code == "not-allowed"
+        assert ECHO not in bob.switchboard._protocols.names()
 
 
 async def test_a_removed_peer_is_cut_at_once():
