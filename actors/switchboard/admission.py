@@ -14,6 +14,7 @@ This module decides only; it owns no socket and no clock.
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -35,7 +36,19 @@ RETRY = 0.05
 SOURCES = 4096
 """Token buckets that are kept; the one used least recently is forgotten first."""
 
+IPV6_PREFIX = 64
+"""Bits of an IPv6 address that tell one source from another: within them every home has all addresses to itself."""
+
 T = TypeVar("T")
+
+
+def source_of(address: str) -> str:
+    """The source that a caller from this IP address counts for: the address itself, of IPv6 its network."""
+    if ":" not in address:
+        return address
+    bare, _, zone = address.partition("%")
+    network = ipaddress.IPv6Network((bare, IPV6_PREFIX), strict=False)
+    return f"{network}%{zone}" if zone else str(network)
 
 
 @dataclasses.dataclass(frozen=True)

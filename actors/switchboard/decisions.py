@@ -12,7 +12,8 @@ from protocol.policy import Decision
 WINDOW = 1.0
 """Seconds over which equal decisions are folded into one message."""
 SINGLES = 16
-"""Messages in one window that name their peer; what comes beyond is counted by rule alone."""
+"""Messages in one window that name their peer, for what is allowed and for what is refused apart, so that no crowd of
+strangers can hide who was let in. What comes beyond is counted by rule alone."""
 
 _Key = tuple[PeerId | None, str, bool, str, str]
 
@@ -27,7 +28,7 @@ class DecisionLog:
     def __init__(self, tell: Callable[[Decided], None]) -> None:
         self._tell = tell
         self._window = float("-inf")
-        self._told = 0
+        self._told = {True: 0, False: 0}  # by whether it was allowed
         self._folded: Counter[_Key] = Counter()
 
     @property
@@ -40,13 +41,14 @@ class DecisionLog:
         if now - self._window >= WINDOW:
             self.flush()
             self._window = now
-            self._told = 0
-        if self._told < SINGLES:
-            self._told += 1
+            self._told = {True: 0, False: 0}
+        if self._told[decision.allowed] < SINGLES:
+            self._told[decision.allowed] += 1
             self._tell(Decided(peer=peer, subject=subject, allowed=decision.allowed, rule=decision.rule, path=path))
             return
         known = (peer, subject, decision.allowed, decision.rule, path)
-        if known in self._folded or len(self._folded) < SINGLES:
+        alike = sum(allowed is decision.allowed for _, _, allowed, _, _ in self._folded)
+        if known in self._folded or alike < SINGLES:
             self._folded[known] += 1
         else:
             kind = subject if decision.allowed or subject == "connection" else "stream"

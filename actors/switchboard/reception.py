@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import trio
 
-from actors.switchboard.admission import Admission, Limits, Place
+from actors.switchboard.admission import Admission, Limits, Place, source_of
 from actors.switchboard.errors import HandshakeError, SwitchboardError
 from actors.switchboard.protocols import CancellableTimer
 from actors.switchboard.transports import accept_tcp
@@ -97,7 +97,7 @@ class Reception:
             self._timer.cancel()
 
     def _arrived(self, sock: socket.socket, source: str) -> None:
-        if not self._admission.arrive(source, sock):
+        if not self._admission.arrive(source_of(source), sock):
             sock.close()
             self._refused("queue-full")
 

@@ -177,7 +177,10 @@ async def connect_tcp(address: Multiaddr) -> socket.socket:
     if _is_name(wanted):
         raise AddressError(f"{address} must be resolved first")
     family = _FAMILIES[wanted.kind][0]
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    except OSError as error:  # out of descriptors, or a machine without IPv6
+        raise AddressError(_words(error)) from error
     try:
         error_number = sock.connect_ex(_sockaddr(family, wanted.host, wanted.port))
         if error_number == errno.EINPROGRESS:

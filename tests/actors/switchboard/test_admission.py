@@ -2,7 +2,7 @@
 
 import pytest
 
-from actors.switchboard.admission import Admission, Limits
+from actors.switchboard.admission import Admission, Limits, source_of
 
 
 def admit_all(admission, now):
@@ -10,6 +10,20 @@ def admit_all(admission, now):
     while (place := admission.next(now)) is not None:
         places.append(place)
     return places
+
+
+@pytest.mark.parametrize(
+    ("address", "source"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::1", "2001:db8:1:3::/64"),
+        ("fe80::1%eth0", "fe80::/64%eth0"),
+    ],
+)
+def test_an_ipv6_network_is_one_source(address, source):
+    assert source_of(address) == source
 
 
 def test_callers_begin_in_order_of_arrival_within_a_source():

@@ -32,6 +32,18 @@ def test_a_flood_of_strangers_becomes_a_count():
     assert told[-1].peer is None
 
 
+def test_a_flood_of_strangers_does_not_hide_who_was_let_in():
+    told = []
+    log = DecisionLog(told.append)
+    for number in range(1000):
+        log.note(peer(number), "connection", DENIED, "direct", 0.0)
+    for number in range(2 * SINGLES):
+        log.note(peer(number), "connection", Decision(allowed=True, rule="authorized_keys:1"), "direct", 0.1)
+    log.flush()
+    allowed = [one for one in told if one.allowed]
+    assert {one.peer for one in allowed} == {peer(number) for number in range(2 * SINGLES)}
+
+
 def test_strange_protocol_names_do_not_multiply_messages():
     told = []
     log = DecisionLog(told.append)

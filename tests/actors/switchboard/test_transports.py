@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import socket
 
 import pytest
@@ -46,6 +47,15 @@ async def test_nobody_listens():
         address = local_multiaddr(free)
     with pytest.raises(AddressError, match="connection refused"):
         await connect_tcp(address)
+
+
+async def test_a_process_without_descriptors_cannot_dial_and_does_not_end(monkeypatch):
+    def out_of_descriptors(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket, "socket", out_of_descriptors)
+    with pytest.raises(AddressError, match="too many open files"):
+        await connect_tcp(Multiaddr("/ip4/127.0.0.1/tcp/1"))
 
 
 @pytest.mark.parametrize(
