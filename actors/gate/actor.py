@@ -26,7 +26,7 @@ from pathlib import Path
 import trio
 
 from actors.files import FileError
-from actors.gate.audit import AuditLog
+from actors.gate.audit import AuditLog, sync_and_close
 from actors.gate.authorized_keys_file import load_authorized_keys
 from actors.watch import watch_file
 from protocol.authorized_keys import AuthorizedKeys
@@ -46,11 +46,14 @@ from protocol.peer_id import PeerId
 from protocol.policy import PeerRule, Policy, PolicyIndex, ServiceRule
 from protocol.service import service_of_protocol
 from supervisor.actor import Actor, Checkpoint, handles
-from supervisor.errors import AskError
+from supervisor.errors import AskError, DeadlineExceededError, RefusedError
 
 CONFIG = "config"
 SUBSCRIBE_SECONDS = 3.0
 """How long the configuration may take to answer; it answers from memory."""
+
+SUBSCRIBE_PAUSE = 1.0
+"""Seconds before a configuration that was there and did not answer is asked for again."""
 
 LONGEST_SLEEP = 30.0
 """The wall clock may be set; so long, at most, an expiry then comes late."""
@@ -86,6 +89,7 @@ class Gate(Actor):
         self._good = False  # whether what is in force came from a file without problems
         self._policy = Policy(0, gating=True, peers=(), services=())
         self._subscribers: set[str] = set()
+        self._told_by_config = 0
         self._policy_changed = trio.Event()
         self._warned_at = float("-inf")
 
@@ -151,6 +155,7 @@ class Gate(Actor):
     async def config_changed(self, snapshot: ConfigSnapshot) -> None:
         """Take over what the configuration says."""
         if self.context.current_sender == CONFIG:
+            self._told_by_config += 1
             self._publish(self._merged(snapshot))
 
     @handles(ActorUp)
@@ -214,11 +219,26 @@ class Gate(Actor):
         except AskError as error:
             # When it is back, ActorUp brings us here again; until then nobody gets a service that was not published.
             self.context.log.warning("no configuration yet: {}", error)
+            if isinstance(error, DeadlineExceededError | RefusedError):  # it is there, so no ActorUp will come
+                self.context.nursery.start_soon(self._subscribe_config_later)
             return
         if publish:
             self._publish(self._merged(snapshot))
         else:
             self._policy = self._merged(snapshot)
+
+    async def _subscribe_config_later(self) -> None:
+        await trio.sleep(SUBSCRIBE_PAUSE)
+        told = self._told_by_config
+        try:
+            snapshot = await self.context.ask(CONFIG, SubscribeConfig(), timeout=SUBSCRIBE_SECONDS)
+        except (DeadlineExceededError, RefusedError):
+            self.context.nursery.start_soon(self._subscribe_config_later)
+        except AskError as error:
+            self.context.log.debug("the configuration is asked for again when its actor is up: {}", error)
+        else:
+            if told == self._told_by_config:  # else something newer has come meanwhile
+                self._publish(self._merged(snapshot))
 
     def _merged(self, snapshot: ConfigSnapshot) -> Policy:
         services = tuple(
@@ -300,7 +320,10 @@ class Gate(Actor):
     async def _sync_audit(self, audit: AuditLog) -> None:
         while True:
             await trio.sleep(SYNC_SECONDS)
-            await trio.to_thread.run_sync(audit.sync)
+            audit.follow()
+            descriptor = audit.unsynced()
+            if descriptor is not None:
+                audit.last_error = await trio.to_thread.run_sync(sync_and_close, descriptor) or audit.last_error
 
     def _write_audit(self, event: str, fields: dict[str, object]) -> None:
         if self._audit is None:

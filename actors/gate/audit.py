@@ -23,6 +23,17 @@ KEEP = 5
 """Old files that are kept."""
 
 
+def sync_and_close(descriptor: int) -> str:
+    """Bring this file to the disk and close the descriptor; what failed, empty if nothing did. Blocks."""
+    try:
+        os.fdatasync(descriptor)
+    except OSError as error:
+        return str(error)
+    finally:
+        os.close(descriptor)
+    return ""
+
+
 class AuditLog:
     """One audit log. Nothing here raises for a full or failing disk; see `lost` and `last_error`.
 
@@ -58,22 +69,39 @@ class AuditLog:
         return False
 
     def sync(self) -> None:
-        """Bring everything to the disk, and notice when the file was moved away. Blocks; call it in a thread."""
+        """Bring everything to the disk. Blocks; where that must not be, do the same in a thread with `unsynced`."""
+        descriptor = self.unsynced()
+        if descriptor is not None:
+            self.last_error = sync_and_close(descriptor) or self.last_error
+
+    def unsynced(self) -> int | None:
+        """If there are lines that are not on the disk yet: a descriptor of their file, which the caller owns.
+
+        It is one of its own, so that a thread may sync it while this log goes on, closes its file or begins another.
+        """
+        if self._descriptor < 0 or not self._dirty:
+            return None
+        try:
+            descriptor = os.dup(self._descriptor)
+        except OSError as error:
+            self.last_error = str(error)
+            return None
+        self._dirty = False
+        return descriptor
+
+    def follow(self) -> None:
+        """Notice when the file was moved away: the next line begins a new one."""
         if self._descriptor < 0:
             return
         try:
-            if self._dirty:
-                self._dirty = False
-                os.fdatasync(self._descriptor)
             here, there = os.fstat(self._descriptor), self.path.stat()
-            moved = (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino)
         except FileNotFoundError:
-            moved = True
+            self._close()
         except OSError as error:
             self.last_error = str(error)
-            return
-        if moved:
-            self._close()
+        else:
+            if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
+                self._close()
 
     def close(self) -> None:
         """Sync and close."""

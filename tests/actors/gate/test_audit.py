@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from actors.gate.audit import AuditLog
+from actors.gate.audit import AuditLog, sync_and_close
 
 
 @pytest.fixture
@@ -100,11 +100,26 @@ def test_a_file_that_was_moved_away_is_made_anew(path):
     log = AuditLog(path)
     log.write("a", 0, {})
     path.rename(path.with_name("kept"))
-    log.sync()
+    log.follow()
     log.write("b", 0, {})
     log.close()
     assert [event["event"] for event in events(path)] == ["b"]
     assert [event["event"] for event in events(path.with_name("kept"))] == ["a"]
+
+
+def test_a_sync_in_a_thread_has_a_descriptor_of_its_own(path):
+    """Another one may be open under the log's old number by the time that the thread gets to it."""
+    log = AuditLog(path, max_bytes=100)
+    assert log.unsynced() is None
+    log.write("a", 0, {})
+    descriptor = log.unsynced()
+    assert log.unsynced() is None
+    log.write("b", 0, {"long": "x" * 100})  # goes to a file of its own
+    assert os.fstat(descriptor).st_ino == path.with_name("audit.jsonl.1").stat().st_ino
+    assert sync_and_close(descriptor) == ""
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    log.close()
 
 
 def test_a_directory_that_is_missing_loses_events_until_it_is_there(tmp_path):

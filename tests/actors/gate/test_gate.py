@@ -8,7 +8,7 @@ import msgpack
 import pytest
 import trio
 
-from actors.gate.actor import CHECKPOINT_BYTES, Gate
+from actors.gate.actor import CHECKPOINT_BYTES, SUBSCRIBE_SECONDS, Gate
 from protocol.keys import PrivateKey
 from protocol.messages.config import ConfigSnapshot, ServiceEntry, SubscribeConfig
 from protocol.messages.gate import (
@@ -197,6 +197,21 @@ async def test_a_gate_without_configuration_offers_nothing_until_there_is_one(pa
         policy = (await switchboard.ask("gate", SubscribePolicy())).policy
         assert (policy.gating, policy.services, len(policy.peers)) == (True, (), 1)
         await stage.start("config", FakeConfig(snapshot()))
+        assert len((await switchboard.wait_until(after(policy.version))).services) == 1
+
+
+async def test_a_configuration_that_was_slow_to_answer_is_asked_for_again(path, autojump_clock):
+    class SlowOnce(FakeConfig):
+        @handles(SubscribeConfig)
+        async def subscribe(self, request):
+            if not self.subscribers:
+                self.subscribers.append("nobody heard the answer")
+                await trio.sleep(SUBSCRIBE_SECONDS + 1)
+            return self.snapshot
+
+    async with Stage() as stage:
+        switchboard, policy = await stand(stage, path, config=SlowOnce(snapshot()))
+        assert policy.services == ()
         assert len((await switchboard.wait_until(after(policy.version))).services) == 1
 
 
