@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from tests.natlab.behaviour import Behaviour, Filtering, Mapping, Outbound, Ports, Unsolicited
 
 FIRST_SEQUENTIAL_PORT = 40000
-SEQUENTIAL_PORTS = 4096
+SEQUENTIAL_PORTS = 1024
 TABLE_SIZE = 65535
 
 

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.natlab import coturn
 from tests.natlab.behaviour import SYMMETRIC, Filtering, Mapping, Ports
 from tests.natlab.lab import Host, Lab
@@ -20,6 +22,7 @@ FILTER_WORDS = {
 }
 
 
+@pytest.mark.slow
 def test_coturn_and_stun_name_every_kind(natlab: Lab, natlab_program: Callable[..., None], tmp_path: Path) -> None:
     natlab_program("turnserver", "turnutils_natdiscovery", "stun")
     servers = Servers(natlab)

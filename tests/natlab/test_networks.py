@@ -106,6 +106,7 @@ def test_only_https_gets_out(natlab: Lab) -> None:
             far.recv(10)
 
 
+@pytest.mark.slow
 def test_short_mappings_end_after_their_life_and_not_before(natlab: Lab) -> None:
     """All kinds at once, because it is time that is tested here."""
     servers = Servers(natlab)
