@@ -34,8 +34,8 @@ BACK_WITHIN = 10.0
 console = Console(highlight=False)
 
 
-IN_THE_PATH = {"switchboard", "root", "proxies", "proxy/home/web", "service/web"}
-"""Killing one of these cuts the running transfer (the supervisors among them take their children along)."""
+IN_THE_PATH = {"switchboard", "root"}
+"""Killing one of these cuts the running transfer: the switchboard carries it, and root takes its children along."""
 
 
 @dataclass
