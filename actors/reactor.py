@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import mmap
 import os
 import select
 from collections import deque
@@ -92,7 +93,8 @@ class Reactor:
 
     def __init__(self, clock: Callable[[], float], *, direct: bool = True) -> None:
         self.clock = clock
-        self.scratch = memoryview(bytearray(SCRATCH_SIZE))
+        # Fresh pages: unlike a bytearray's they take no memory before there is traffic to fill them.
+        self.scratch = memoryview(mmap.mmap(-1, SCRATCH_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self.rounds = 0
         self._epoll = select.epoll()
         self._handlers: dict[int, tuple[Ready, Failed]] = {}

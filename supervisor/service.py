@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import gc
 import importlib
 import os
 import random
@@ -214,7 +213,6 @@ class Service:
         lost: collections.deque[float] = collections.deque()
         failed_starts = 0
         boot = Boot(directory, self._root, self._allow_faults, self._log_settings, self._factories)
-        gc.collect()
         while True:
             tree = _Tree(boot)
             try:

@@ -31,6 +31,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import mmap
 import os
 import select
 import socket
@@ -116,8 +117,8 @@ class Transport:
         self._uid = os.geteuid()
         self._pid = os.getpid()
         self._epoll = select.epoll()
-        self._buffer = bytearray(INLINE_LIMIT + 1)
-        self._view = memoryview(self._buffer)
+        # Fresh pages: unlike a bytearray's they take no memory before a message is long enough to reach them.
+        self._buffer = memoryview(mmap.mmap(-1, INLINE_LIMIT + 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self._links: dict[int, _Link] = {}
         self._by_name: dict[str, _Link] = {}
         self._by_pid: dict[int, _Link] = {}
@@ -427,7 +428,7 @@ class Transport:
             if flags & _CUT_FLAGS:
                 self._refuse("truncated", descriptors)
                 continue
-            self._receive(link, self._view[:length], descriptors)
+            self._receive(link, self._buffer[:length], descriptors)
             if self._links.get(link.fd) is not link:
                 return False
         return True
