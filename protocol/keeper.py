@@ -1,0 +1,421 @@
+"""Keeping a reservation at one relay for as long as a node runs. No clock, no sockets, no randomness of its own.
+
+Theory of operation
+-------------------
+
+The keeper is told what has happened and returns commands, each of which replaces what was under way: `Connect`,
+`Reserve`, `Publish` (others may dial us through the relay), `Withdraw` (they may not any more). Its owner carries them
+out and calls `tick` at `next_wakeup`. Each `Connect` and `Reserve` has the number of its attempt, and an answer to
+another attempt than the present one is ignored, so that what was given up cannot come back::
+
+    stateDiagram-v2
+        [*] --> stopped
+        stopped --> connecting: start
+        connecting --> reserving: connected
+        connecting --> waiting: failed
+        connecting --> connecting: network_changed
+        reserving --> held: granted
+        reserving --> waiting: failed
+        reserving --> waiting: refused
+        reserving --> waiting: disconnected
+        reserving --> connecting: network_changed
+        waiting --> connecting: retry
+        waiting --> connecting: network_changed
+        held --> renewing: renew
+        held --> renewing: network_changed
+        held --> connecting: disconnected
+        renewing --> held: granted
+        renewing --> held: refused
+        renewing --> waiting: denied
+        held --> waiting: flapped
+        renewing --> waiting: flapped
+        renewing --> connecting: failed
+        renewing --> connecting: disconnected
+        renewing --> connecting: expired
+        renewing --> renewing: network_changed
+        held --> connecting: expired
+        connecting --> stopped: stop
+        reserving --> stopped: stop
+        waiting --> stopped: stop
+        held --> stopped: stop
+        renewing --> stopped: stop
+
+- A reservation is renewed when between a half and three quarters of its time have passed, at random, so that a relay
+  that was restarted does not hear from everybody at once ever after. A renewal that is refused leaves the reservation
+  as it is and is tried again with back-off while there is time, unless the relay says that it does not serve us.
+- A reservation ends with the connection that it was made over. So a lost connection is a lost reservation, and so is
+  a renewal that gets no answer: the way to the relay is broken, and a fresh connection is made at once. Only where
+  the reservation was lost right after it had been made does the keeper back off first.
+- Failures back off exponentially with jitter. The pause is at most a twentieth of the time since there was last a
+  reservation (but 1.5 s are always allowed, and 5 minutes never exceeded): who was away for a moment is back in a
+  moment. A relay that answers but refuses is asked less often, and one that says "not you" least.
+- When the network has changed, waiting ends at once, and a reservation that seems to be held is proved by renewing it.
+- Lifetimes are counted on a clock that never goes back (`now`). `now_wall` serves to read the expiry that the relay
+  tells, and to notice jumps: when the wall clock runs away from the other, either somebody has set it, which means
+  nothing here, or the machine has slept, and the reservation may be gone. So it is renewed. A relay whose clock
+  disagrees with ours is believed within bounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from protocol.circuit.hop_client import Grant
+from protocol.circuit.messages import Refusal, Status
+from protocol.errors import InvalidValueError
+
+TRANSITIONS: Final = {
+    ("stopped", "start"): "connecting",
+    ("connecting", "connected"): "reserving",
+    ("connecting", "failed"): "waiting",
+    ("connecting", "network_changed"): "connecting",
+    ("reserving", "granted"): "held",
+    ("reserving", "failed"): "waiting",
+    ("reserving", "refused"): "waiting",
+    ("reserving", "disconnected"): "waiting",
+    ("reserving", "network_changed"): "connecting",
+    ("waiting", "retry"): "connecting",
+    ("waiting", "network_changed"): "connecting",
+    ("held", "renew"): "renewing",
+    ("held", "network_changed"): "renewing",
+    ("held", "disconnected"): "connecting",
+    ("held", "expired"): "connecting",
+    ("renewing", "granted"): "held",
+    ("renewing", "refused"): "held",
+    ("renewing", "denied"): "waiting",
+    ("held", "flapped"): "waiting",
+    ("renewing", "flapped"): "waiting",
+    ("renewing", "failed"): "connecting",
+    ("renewing", "disconnected"): "connecting",
+    ("renewing", "expired"): "connecting",
+    ("renewing", "network_changed"): "renewing",
+    ("connecting", "stop"): "stopped",
+    ("reserving", "stop"): "stopped",
+    ("waiting", "stop"): "stopped",
+    ("held", "stop"): "stopped",
+    ("renewing", "stop"): "stopped",
+}
+"""The machine: (state, event) to the next state."""
+
+CONNECT_TIMEOUT: Final = 15.0
+"""Seconds for a connection to the relay with its handshakes; a SYN that is lost three times is sent again by then."""
+
+RESERVE_TIMEOUT: Final = 10.0
+"""Seconds for the answer to a RESERVE, which takes a relay no time."""
+
+FIRST_PAUSE: Final = 0.25
+"""Seconds before the second attempt; each further pause is twice as long."""
+
+ALWAYS_ALLOWED_PAUSE: Final = 1.5
+"""Pauses may grow to this however short the outage was: less would burden a relay that is just coming back."""
+
+PAUSE_SHARE: Final = 1 / 20
+"""A pause is at most this share of the outage so far."""
+
+LONGEST_PAUSE: Final = 300.0
+"""No pause is longer, in seconds: a relay that was down for a week is found again within minutes."""
+
+REFUSED_PAUSE: Final = 5.0
+"""The first pause after a relay that has no room, in seconds."""
+
+DENIED_PAUSE: Final = 15.0
+"""The first pause after a relay that does not serve us: until somebody authorises us, asking is in vain."""
+
+PROBE_TIMEOUT: Final = 3.0
+"""Seconds for the answer where the connection is in doubt: being reachable again must not take long."""
+
+STABLE_AFTER: Final = 10.0
+"""A reservation that was lost within so many seconds counts as one more failure, so that losing it costs a pause."""
+
+RENEW_BETWEEN: Final = (0.5, 0.75)
+"""The shares of a reservation's time between which it is renewed."""
+
+SHORTEST_LIFETIME: Final = 30.0
+"""A reservation is counted on for at least so many seconds, whatever the relay's clock says: it has just granted it."""
+
+LONGEST_LIFETIME: Final = 6 * 3600.0
+"""And for at most so many: a relay whose clock is years ahead must not make us forget to renew."""
+
+CLOCK_JUMP: Final = 5.0
+"""Seconds by which the clocks may come apart between two wake-ups; adjusting a clock slowly stays far below."""
+
+CHECK_INTERVAL: Final = 30.0
+"""The longest sleep between two wake-ups, so that a jump is noticed: a clock that never goes back may sleep itself."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Connect:
+    """Make sure of a connection to the relay; answer by `connected` or `failed`.
+
+    Attributes:
+        attempt: to be given with the answer.
+        fresh: an existing connection must not be used, because it has not answered. Close it.
+    """
+
+    attempt: int
+    fresh: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reserve:
+    """Send RESERVE over that connection; answer by `granted`, `refused` or `failed` with this attempt."""
+
+    attempt: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Publish:
+    """The reservation is in force: announce `grant.addresses`, in place of earlier ones of this relay."""
+
+    grant: Grant
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Withdraw:
+    """The reservation is not in force any more: do not announce the relay's addresses."""
+
+    reason: str
+
+
+Command: TypeAlias = Connect | Reserve | Publish | Withdraw
+
+Uniform: TypeAlias = Callable[[float, float], float]
+"""A random number between two; `random.Random.uniform` is one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Health:
+    """How a relay has been doing.
+
+    Attributes:
+        successes: reservations granted, renewals included.
+        failures: attempts that failed or were refused, since the keeper was started.
+        failures_in_row: since the last success.
+        round_trip: seconds from RESERVE to its last OK; None before the first.
+        last_error: why the last attempt failed, for a person; empty when the last one succeeded.
+        held_since: since when there has been a reservation without a gap, on the clock of `now`; None without one.
+    """
+
+    successes: int = 0
+    failures: int = 0
+    failures_in_row: int = 0
+    round_trip: float | None = None
+    last_error: str = ""
+    held_since: float | None = None
+
+
+class Keeper:
+    """Keeps one reservation. Every method takes `now` and `now_wall`, both in seconds, and returns commands in order.
+
+    Attributes:
+        state: `stopped`, `connecting`, `reserving`, `waiting`, `held` or `renewing`.
+        attempt: the number of the present attempt.
+        grant: the reservation in force; None without one.
+        health: how the relay has been doing.
+    """
+
+    def __init__(self, uniform: Uniform) -> None:
+        """A keeper that is stopped."""
+        self.state = "stopped"
+        self.attempt = 0
+        self.grant: Grant | None = None
+        self.health = Health()
+        self._uniform = uniform
+        self._deadline: float | None = None  # of the state: time-out, end of the pause, or time to renew
+        self._expires = 0.0  # of the grant
+        self._asked = 0.0
+        self._down_since = 0.0
+        self._clock_difference = 0.0
+        self._last_seen = 0.0
+        self._failures = 0  # that back-off counts
+        self._refusals = 0  # likewise
+        self._fresh = False
+
+    @property
+    def next_wakeup(self) -> float | None:
+        """When `tick` must be called at the latest, on the clock of `now`, if nothing else happens; None for never."""
+        if self._deadline is None:
+            return None
+        # A pause that is long is looked after too: a machine that has slept should not wait it out.
+        wakeup = min(self._deadline, self._last_seen + CHECK_INTERVAL)
+        return wakeup if self.grant is None else min(wakeup, self._expires)
+
+    def start(self, now: float, now_wall: float) -> list[Command]:
+        """Begin to want a reservation. To start a keeper that runs has no effect."""
+        if self.state != "stopped":
+            return []
+        self._look_at_clocks(now, now_wall)
+        self._down_since = now
+        self.health = Health()
+        self._failures = self._refusals = 0
+        self._fresh = False
+        return self._connect("start", now)
+
+    def stop(self, now: float, now_wall: float) -> list[Command]:
+        """Want no reservation any more. It ends at the relay when it expires, or with the connection."""
+        if self.state == "stopped":
+            return []
+        self._look_at_clocks(now, now_wall)
+        self._step("stop")
+        self.attempt += 1
+        self._deadline = None
+        return self._lose("stopped", now)
+
+    def connected(self, attempt: int, now: float, now_wall: float) -> list[Command]:
+        """There is a connection to the relay."""
+        if attempt != self.attempt or self.state != "connecting":
+            return []
+        self._look_at_clocks(now, now_wall)
+        self._fresh = False
+        return self._reserve("connected", now)
+
+    def granted(self, attempt: int, grant: Grant, now: float, now_wall: float) -> list[Command]:
+        """The relay has answered OK to the RESERVE of this attempt."""
+        if attempt != self.attempt or self.state not in {"reserving", "renewing"}:
+            return []
+        self._look_at_clocks(now, now_wall)
+        self._step("granted")
+        lifetime = min(max(grant.expire - now_wall, SHORTEST_LIFETIME), LONGEST_LIFETIME)
+        self._expires = now + lifetime
+        self._deadline = now + lifetime * self._uniform(*RENEW_BETWEEN)
+        self._refusals = 0
+        self.health = dataclasses.replace(
+            self.health,
+            successes=self.health.successes + 1,
+            failures_in_row=0,
+            round_trip=now - self._asked,
+            last_error="",
+            held_since=now if self.grant is None else self.health.held_since,
+        )
+        same = self.grant is not None and (self.grant.addresses, self.grant.limit) == (grant.addresses, grant.limit)
+        self.grant = grant
+        return [] if same else [Publish(grant)]
+
+    def refused(self, attempt: int, refusal: Refusal, now: float, now_wall: float) -> list[Command]:
+        """The relay has refused the RESERVE of this attempt."""
+        if attempt != self.attempt or self.state not in {"reserving", "renewing"}:
+            return []
+        self._look_at_clocks(now, now_wall)
+        reason = f"the relay refused: {refusal}"
+        self._count_failure(reason)
+        denied = refusal.status == Status.PERMISSION_DENIED
+        commands = self._lose(reason, now) if denied else []
+        self._step("denied" if denied and self.state == "renewing" else "refused")
+        first = DENIED_PAUSE if denied else REFUSED_PAUSE
+        longest = min(LONGEST_PAUSE, first * 2 ** min(self._refusals, 16))
+        self._refusals += 1
+        self._deadline = now + self._uniform(longest / 2, longest)
+        return commands
+
+    def failed(self, attempt: int, reason: str, now: float, now_wall: float, *, fresh: bool = False) -> list[Command]:
+        """The `Connect` or `Reserve` of this attempt has failed.
+
+        `fresh` says that the connection, if there is one, is of no further use.
+        """
+        if attempt != self.attempt or self.state not in {"connecting", "reserving", "renewing"}:
+            return []
+        self._look_at_clocks(now, now_wall)
+        self._fresh = self._fresh or fresh
+        return self._fail("failed", reason, now)
+
+    def disconnected(self, now: float, now_wall: float) -> list[Command]:
+        """The connection to the relay, over which the reservation was or is being made, has ended."""
+        if self.state not in {"reserving", "held", "renewing"}:
+            return []
+        self._look_at_clocks(now, now_wall)
+        return self._fail("disconnected", "the connection to the relay has ended", now)
+
+    def network_changed(self, now: float, now_wall: float) -> list[Command]:
+        """This machine's addresses or routes have changed: try at once, and prove what seems to be held."""
+        if self.state == "stopped":
+            return []
+        self._look_at_clocks(now, now_wall)
+        self._failures = self._refusals = 0
+        if self.state in {"held", "renewing"}:
+            return self._reserve("network_changed", now, PROBE_TIMEOUT)
+        # A connection that has not answered yet was made over the network that is gone.
+        self._fresh = self._fresh or self.state == "reserving"
+        return self._connect("network_changed", now)
+
+    def tick(self, now: float, now_wall: float) -> list[Command]:
+        """Time has passed."""
+        if self.state == "stopped":
+            return []
+        jumped = self._look_at_clocks(now, now_wall)
+        if self.grant is not None and now >= self._expires:
+            return self._fail("expired", "the reservation has expired", now)
+        due = self._deadline is not None and now >= self._deadline
+        match self.state:
+            case "held" if due or jumped:
+                return self._reserve("renew", now, PROBE_TIMEOUT if jumped else RESERVE_TIMEOUT)
+            case "waiting" if due or jumped:
+                return self._connect("retry", now)
+            case "connecting" if due:
+                return self._fail("failed", "no connection to the relay in time", now)
+            case "reserving" | "renewing" if due:
+                # The connection may be dead without anybody's having noticed.
+                self._fresh = True
+                return self._fail("failed", "the relay did not answer in time", now)
+        return []
+
+    def _step(self, event: str) -> None:
+        after = TRANSITIONS.get((self.state, event))
+        if after is None:
+            raise InvalidValueError(f"a keeper in the state {self.state} cannot take {event}")
+        self.state = after
+
+    def _connect(self, event: str, now: float) -> list[Command]:
+        self._step(event)
+        self.attempt += 1
+        self._deadline = now + CONNECT_TIMEOUT
+        return [Connect(self.attempt, self._fresh)]
+
+    def _reserve(self, event: str, now: float, timeout: float = RESERVE_TIMEOUT) -> list[Command]:
+        self._step(event)
+        self.attempt += 1
+        self._asked = now
+        self._deadline = now + timeout
+        return [Reserve(self.attempt)]
+
+    def _fail(self, event: str, reason: str, now: float) -> list[Command]:
+        """Give up the attempt, and the reservation if there was one."""
+        self._count_failure(reason)
+        held_since = self.health.held_since
+        if held_since is not None and now - held_since < STABLE_AFTER:
+            event = "flapped"
+        commands = self._lose(reason, now)
+        if TRANSITIONS.get((self.state, event)) == "connecting":
+            return [*commands, *self._connect(event, now)]
+        self._step(event)
+        self.attempt += 1
+        allowed = min(LONGEST_PAUSE, max(ALWAYS_ALLOWED_PAUSE, (now - self._down_since) * PAUSE_SHARE))
+        longest = min(allowed, FIRST_PAUSE * 2 ** min(self._failures, 16))
+        self._failures += 1
+        self._deadline = now + self._uniform(longest / 2, longest)
+        return commands
+
+    def _lose(self, reason: str, now: float) -> list[Command]:
+        if self.grant is None:
+            return []
+        if self.health.held_since is not None and now - self.health.held_since >= STABLE_AFTER:
+            self._down_since = now
+            self._failures = 0
+        self.grant = None
+        self.health = dataclasses.replace(self.health, held_since=None)
+        return [Withdraw(reason)]
+
+    def _count_failure(self, reason: str) -> None:
+        self.health = dataclasses.replace(
+            self.health,
+            failures=self.health.failures + 1,
+            failures_in_row=self.health.failures_in_row + 1,
+            last_error=reason,
+        )
+
+    def _look_at_clocks(self, now: float, now_wall: float) -> bool:
+        """Whether the clocks have come apart since the last look."""
+        before, self._clock_difference = self._clock_difference, now_wall - now
+        self._last_seen = now
+        return abs(self._clock_difference - before) > CLOCK_JUMP
