@@ -111,7 +111,12 @@ class ProxyClient(Actor):
     @handles(Attach, concurrent=True)
     async def attach(self, request: Attach) -> None:
         """Tunnel a socket that somebody else has connected."""
-        local = socket.socket(fileno=request.socket.detach())
+        fd = request.socket.detach()
+        try:
+            local = socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)
+            raise RefusedError("not-a-socket", "the descriptor is not a connected socket") from None
         if not self._tunnels.reserve():
             local.close()
             raise RefusedError("limit-exceeded", f"{self._limit} connections are open, the limit")
@@ -121,10 +126,15 @@ class ProxyClient(Actor):
             self._tunnels.failed(self._peer, "", self._words(error), error.code)
             local.close()
             raise error if isinstance(error, RefusedError) else RefusedError(error.code, str(error)) from error
+        except OSError as error:
+            self._tunnels.failed(self._peer, "", self._words(error), "local-failure")
+            local.close()
+            raise RefusedError("local-failure", str(error)) from error
 
     @handles(ActorUp)
     async def actor_up(self, message: ActorUp) -> None:
         """A new switchboard does not know that we need the peer."""
+        self._tunnels.switchboard_back(message.incarnation)
         self.context.tell(SWITCHBOARD, NeedPeer(self._peer))
 
     @handles(ActorDown)
@@ -135,6 +145,8 @@ class ProxyClient(Actor):
     @handles(StreamReport)
     async def stream_report(self, report: StreamReport) -> None:
         """What attached streams carried, and how they ended."""
+        if self.context.current_sender != SWITCHBOARD:
+            raise RefusedError("not-allowed", "only the switchboard tells of streams")
         self._tunnels.reported(report)
 
     # ---- connections
@@ -172,6 +184,9 @@ class ProxyClient(Actor):
         except AskError as error:
             self._tunnels.failed(self._peer, "", self._words(error), error.code)
             close_with_reset(local)
+        except OSError as error:  # no descriptor is left
+            self._tunnels.failed(self._peer, "", self._words(error), "local-failure")
+            close_with_reset(local)
         except BaseException:
             close_with_reset(local)
             raise
@@ -208,5 +223,5 @@ class ProxyClient(Actor):
                 except DeadlineExceededError:
                     raise error from None
 
-    def _words(self, error: AskError) -> str:
+    def _words(self, error: Exception) -> str:
         return f"no stream to {self._service} at {self._peer_name}: {error}"

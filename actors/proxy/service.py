@@ -24,7 +24,7 @@ from protocol.messages.system import ActorDown, ActorUp
 from protocol.service import ServiceAddress, service_protocol
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
-from supervisor.errors import ActorRestartingError, DeadlineExceededError, NoSuchActorError
+from supervisor.errors import ActorRestartingError, DeadlineExceededError, NoSuchActorError, RefusedError
 
 CONNECT_DEADLINE = 10.0
 """Seconds for the service to accept, as in peer-up."""
@@ -81,6 +81,7 @@ class ServiceServer(Actor):
     @handles(ActorUp)
     async def actor_up(self, message: ActorUp) -> None:
         """A new switchboard does not know what we serve."""
+        self._tunnels.switchboard_back(message.incarnation)
         await self._serve()
 
     @handles(ActorDown)
@@ -92,6 +93,8 @@ class ServiceServer(Actor):
     @handles(StreamOffered)
     async def stream_offered(self, message: StreamOffered) -> None:
         """Connect a stream to the service."""
+        if self.context.current_sender != SWITCHBOARD:
+            return
         if not self._tunnels.reserve():
             self._tunnels.refused(f"{self._limit} connections are open, the limit", "limit-exceeded")
             self.context.tell(SWITCHBOARD, RejectStream(message.stream_id, int(ResetCode.LIMIT_EXCEEDED)))
@@ -105,13 +108,18 @@ class ServiceServer(Actor):
     @handles(StreamReport)
     async def stream_report(self, report: StreamReport) -> None:
         """What attached streams carried, and how they ended."""
+        if self.context.current_sender != SWITCHBOARD:
+            raise RefusedError("not-allowed", "only the switchboard tells of streams")
         self._tunnels.reported(report)
 
     async def _serve(self) -> None:
         try:
             await self.context.ask(SWITCHBOARD, ServeProtocol(self._protocol, attach=True), timeout=SERVE_DEADLINE)
-        except (ActorRestartingError, NoSuchActorError, DeadlineExceededError) as error:
+        except (ActorRestartingError, NoSuchActorError) as error:
             self.context.log.debug("the switchboard is not there, its start brings another try: {}", error)
+        except DeadlineExceededError as error:  # it is there, so no ActorUp will come
+            self.context.log.warning("asking the switchboard again: {}", error)
+            self.context.nursery.start_soon(self._serve)
         else:
             self._serving = True
 
@@ -179,7 +187,12 @@ class _Attempt:
             except OSError as error:
                 reason = _words(error.errno)
                 continue
-            number = local.connect_ex(sockaddr)
+            try:
+                number = local.connect_ex(sockaddr)
+            except OSError as error:  # the zone of an IPv6 address is not there
+                local.close()
+                reason = error.strerror or str(error)
+                continue
             if number == 0:
                 self._owner.connected(local, self._stream_id)
                 return

@@ -88,6 +88,8 @@ class Tunnels:
         self._limit = limit
         self._tunnels: dict[Tunnel, None] = {}
         self._attached: dict[str, Tunnel] = {}
+        self._ended_early: dict[str, EndedStream] = {}
+        self._switchboard = 0  # the incarnation of the present one, once it was seen to come
         self._reserved = 0
         self._counting = False
         self.last_failure = ""
@@ -124,6 +126,11 @@ class Tunnels:
         self._reserved -= 1
         self._attached[stream_id] = Tunnel(peer, path, self._context.now())
         self._measure()
+        early = self._ended_early.pop(stream_id, None)
+        if early is not None:
+            self._note_ends((early,))
+        elif _incarnation_of(stream_id) < self._switchboard:
+            self._lose(stream_id)
 
     def has_attached(self, stream_id: str) -> bool:
         """Whether the stream is ours and not known to be over."""
@@ -160,10 +167,20 @@ class Tunnels:
 
     def switchboard_lost(self) -> None:
         """The switchboard is gone and what was attached with it; what it carried since its last report is not known."""
-        for stream_id, tunnel in list(self._attached.items()):
-            del self._attached[stream_id]
-            result = PumpResult(Outcome.STREAM_LOST, ResetCode.LOST, tunnel.counted_sent, tunnel.counted_received)
-            self._ended_with(tunnel, result, None)
+        for stream_id in list(self._attached):
+            self._lose(stream_id)
+
+    def switchboard_back(self, incarnation: int) -> None:
+        """A successor of the switchboard is there: streams of earlier ones are gone, also those we hear of only now."""
+        self._switchboard = incarnation
+        self._ended_early.clear()
+        for stream_id in [one for one in self._attached if _incarnation_of(one) < incarnation]:
+            self._lose(stream_id)
+
+    def _lose(self, stream_id: str) -> None:
+        tunnel = self._attached.pop(stream_id)
+        result = PumpResult(Outcome.STREAM_LOST, ResetCode.LOST, tunnel.counted_sent, tunnel.counted_received)
+        self._ended_with(tunnel, result, None)
         self._measure()
 
     async def close(self) -> None:
@@ -213,9 +230,14 @@ class Tunnels:
         for ended in ends:
             stream = ended.stream
             tunnel = self._attached.pop(stream.stream_id, None)
-            if tunnel is not None:  # else it was told before
+            if tunnel is not None:  # else it was told before, or is over before we have noted that it began
                 result = PumpResult(Outcome(ended.outcome), ended.code, stream.sent, stream.received)
                 self._ended_with(tunnel, result, ended.duration)
+            elif self._reserved and len(self._ended_early) < self._limit:
+                # The task that has its opening in hand may not have run yet.
+                self._ended_early[stream.stream_id] = ended
+        if not self._reserved:
+            self._ended_early.clear()
         self._measure()
 
     def _ended(self, tunnel: Tunnel, result: PumpResult) -> None:
@@ -277,6 +299,12 @@ _KNOWN_CODES = frozenset(ResetCode)
 _BYTES_RECEIVED = slice(128, 136)
 _DATA_SEGMENTS_OUT = slice(156, 160)
 _CLOSE_WAIT = 8
+
+
+def _incarnation_of(stream_id: str) -> int:
+    """Of the switchboard that gave the stream this id (`StreamAttached`)."""
+    number = stream_id.partition("-")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def path_of(connection: ConnectionInfo) -> str:

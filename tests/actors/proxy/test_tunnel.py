@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import socket
 import struct
 
@@ -10,6 +11,7 @@ import trio
 
 from protocol.messages import Descriptor
 from protocol.messages.proxy import Attach
+from protocol.messages.switchboard import StreamReport
 from supervisor.errors import RefusedError
 from tests.actors.local_node import echo, peer_of, tcp_server, two_nodes, until
 
@@ -246,6 +248,22 @@ async def test_a_service_at_a_name_is_looked_up():
         await until(lambda: "nowhere.invalid" in bob.actors["service/lost"].describe()["last_failure"])
 
 
+async def test_a_service_at_an_interface_that_is_not_there_is_told():
+    async with two_nodes(services={"echo": None}) as (alice, bob):
+        await bob.serve("echo", 9, host="[fe80::1%nowhere]")
+        with trio.fail_after(10):
+            assert await is_reset(await alice.proxy("bob", "echo")) == (b"", True)
+        await until(lambda: bob.gate.ended)
+        assert bob.gate.ended[0].outcome == "service-unreachable"
+
+
+async def test_only_the_switchboard_brings_streams_and_news_of_them():
+    async with tunnel() as (alice, bob, _):
+        for node, actor in ((alice, "proxy/bob/echo"), (bob, "service/echo")):
+            with pytest.raises(RefusedError, match="only the switchboard"):
+                await node.ask(actor, StreamReport((), ()))
+
+
 async def test_a_service_that_is_not_offered_resets_the_client_and_says_why():
     async with tunnel() as (alice, _bob, _):
         address = await alice.proxy("bob", "other")
@@ -354,6 +372,13 @@ async def test_a_socket_can_be_attached():
                 await stream.send_all(b"over standard input")
                 await stream.send_eof()
                 assert await read_all(stream) == b"over standard input"
+
+
+async def test_a_descriptor_that_is_no_socket_is_refused(tmp_path):
+    async with tunnel() as (alice, _bob, _):
+        with pytest.raises(RefusedError) as caught:
+            await alice.ask("proxy/bob/echo", Attach(Descriptor(os.open(tmp_path, os.O_RDONLY))))
+        assert caught.value.code == "not-a-socket"
 
 
 async def test_an_attached_socket_that_leads_nowhere_is_refused_in_words():
