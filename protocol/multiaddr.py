@@ -12,6 +12,7 @@ by its protocol, an unknown protocol is an error, and equal addresses have one t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import ipaddress
 from collections.abc import Iterable
 from typing import Any, Final, Self
@@ -150,7 +151,7 @@ class Multiaddr:
         return cls((f"/ip6zone/{zone}" if zone else "") + f"/ip6/{bare}/{transport}/{port}")
 
     @classmethod
-    def from_wire(cls, value: Any) -> Self:
+    def from_wire(cls, value: Any) -> Multiaddr:
         """The multiaddr in this text form.
 
         Raises:
@@ -158,7 +159,7 @@ class Multiaddr:
         """
         if not isinstance(value, str):
             raise InvalidValueError("a multiaddr between actors is its text form")
-        return cls(value)
+        return _from_own_text(value)
 
     def to_wire(self) -> str:
         """The text form."""
@@ -323,3 +324,9 @@ def _parse_text(text: str) -> tuple[Component, ...]:
         if len(components) > MAX_COMPONENTS:
             break  # `from_components` says so
     return tuple(components)
+
+
+@functools.lru_cache(maxsize=1024)
+def _from_own_text(text: str) -> Multiaddr:
+    # Actors tell each other the same few addresses again and again, with every new stream.
+    return Multiaddr(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any, ClassVar, Final, Self
 
@@ -81,7 +82,7 @@ class PeerId:
             raise PeerIdError(f"{_excerpt(text)} is not a peer id: {error}") from None
 
     @classmethod
-    def from_wire(cls, value: Any) -> Self:
+    def from_wire(cls, value: Any) -> PeerId:
         """The peer id with this multihash.
 
         Raises:
@@ -89,7 +90,7 @@ class PeerId:
         """
         if not isinstance(value, bytes):
             raise PeerIdError("a peer id is bytes")
-        return cls(value)
+        return _from_own_multihash(value)
 
     def to_wire(self) -> bytes:
         """The multihash."""
@@ -162,3 +163,9 @@ def _multihash_of_cid(cid: bytes) -> bytes:
 
 def _excerpt(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:80] + "…")
+
+
+@functools.lru_cache(maxsize=1024)
+def _from_own_multihash(multihash: bytes) -> PeerId:
+    # Actors tell each other the same few peers again and again, with every new stream.
+    return PeerId(multihash)
