@@ -107,6 +107,7 @@ class Reactor:
         self._direct = False
         self._trio_epoll = -1
         self._dispatching = False
+        self._stale: set[int] = set()  # unregistered in this round
         self._failure: BaseException | None = None
         self._failed = trio.Event()
         self._buffers: list[memoryview] = []
@@ -130,6 +131,8 @@ class Reactor:
         """Forget a descriptor. Do this before closing it. Unknown descriptors are ignored."""
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
+            if self._dispatching:
+                self._stale.add(fd)
 
     def call_soon(self, function: Callable[[], None]) -> None:
         """Call it from the loop, after the callbacks of this round. Errors are raised from `run`."""
@@ -235,7 +238,10 @@ class Reactor:
             events = self._epoll.poll(None if timeout == math.inf else timeout, _MAX_EVENTS)
             self.rounds += 1
             self._dispatching = True
+            self._stale.clear()
             for fd, ready in events:
+                if self._stale and fd in self._stale:
+                    continue  # what was ready is gone; what has its number now is told of in the next round
                 handler = handlers.get(fd)
                 if handler is None:
                     if fd == self._trio_epoll:

@@ -54,6 +54,36 @@ async def test_readable_writable_and_hang_up(direct):
         near.close()
 
 
+async def test_an_event_is_never_told_to_what_has_the_number_of_a_closed_descriptor(direct):
+    async with no_leaks(), running(direct=direct) as reactor:
+        pairs = [socket.socketpair() for _ in range(2)]
+        newcomers, told = [], []
+
+        def close_the_other(mine, other):
+            """Both have hung up at once; who is told first closes the other, whose number a new socket gets."""
+            for sock in (mine, other):
+                reactor.unregister(sock.fileno())
+            number = other.fileno()
+            other.close()
+            newcomers.extend(socket.socketpair())
+            fresh = next(sock for sock in newcomers if sock.fileno() == number)
+            reactor.register(number, READ, told.append, ignore)
+            assert fresh.fileno() == number
+
+        (one, far_one), (two, far_two) = pairs
+        reactor.register(one.fileno(), READ, lambda _: close_the_other(one, two), ignore)
+        reactor.register(two.fileno(), READ, lambda _: close_the_other(two, one), ignore)
+        far_one.close()
+        far_two.close()
+        await until(lambda: newcomers)
+        await trio.testing.wait_all_tasks_blocked()
+        assert told == []
+        for sock in newcomers:
+            reactor.unregister(sock.fileno())
+        for sock in (one, two, *newcomers):
+            sock.close()
+
+
 async def test_timers_run_in_order_and_can_be_cancelled(direct):
     async with running(direct=direct) as reactor:
         calls = []
