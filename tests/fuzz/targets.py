@@ -6,6 +6,7 @@ back. The tests call the targets with a few hundred inputs; `python -m tests.fuz
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import unicodedata
 from collections.abc import Callable
@@ -13,6 +14,24 @@ from pathlib import Path
 
 from protocol import authorized_keys as keys_file
 from protocol import delimited, multistream, ping, service, signed_envelope, varint
+from protocol.circuit.addresses import announced_addresses, circuit_addresses
+from protocol.circuit.exchange import MAX_EARLY, Exchange
+from protocol.circuit.hop_client import ConnectClient, ReserveClient
+from protocol.circuit.hop_server import HopServer
+from protocol.circuit.messages import (
+    MAX_MESSAGE,
+    HopMessage,
+    HopType,
+    Limit,
+    Peer,
+    Reservation,
+    Status,
+    StopMessage,
+    StopType,
+    encode_message,
+)
+from protocol.circuit.stop import StopInitiator, StopResponder
+from protocol.circuit.voucher import Voucher, open_voucher, seal_voucher
 from protocol.errors import PeerupError
 from protocol.identify import IdentifyReader, printable
 from protocol.keys import PrivateKey, PublicKey
@@ -173,6 +192,69 @@ def fuzz_identify(data: bytes) -> None:
         assert printable(data).isprintable()
 
 
+def fuzz_hop_message(data: bytes) -> None:
+    _check_circuit_message(HopMessage, data)
+
+
+def fuzz_stop_message(data: bytes) -> None:
+    _check_circuit_message(StopMessage, data)
+
+
+def _check_circuit_message(kind: type[HopMessage | StopMessage], data: bytes) -> None:
+    try:
+        message = kind.from_bytes(data)
+    except PeerupError:
+        return
+    again = kind.from_bytes(message.to_bytes())
+    limit = None if message.limit is None or message.limit.unlimited else message.limit
+    assert again == dataclasses.replace(message, limit=limit)
+    assert message.reason.isprintable()
+    if isinstance(message, HopMessage) and message.reservation is not None:
+        addresses = message.reservation.addresses
+        assert all(address.peer_id == OTHERS.peer_id for address in announced_addresses(addresses, OTHERS.peer_id))
+        for address in circuit_addresses(addresses, OTHERS.peer_id, OURS.peer_id):
+            assert address.relay is not None
+            assert (address.relay.peer_id, address.peer_id) == (OTHERS.peer_id, OURS.peer_id)
+
+
+def fuzz_voucher(data: bytes) -> None:
+    for envelope in (data, signed_envelope.seal_envelope(OTHERS, "libp2p-relay-rsvp", b"\x03\x02", data).to_bytes()):
+        try:
+            voucher = open_voucher(envelope, relay=OTHERS.peer_id, peer=OURS.peer_id)
+        except PeerupError:
+            continue
+        assert (voucher.relay, voucher.peer) == (OTHERS.peer_id, OURS.peer_id)
+
+
+def fuzz_circuit_asker(data: bytes) -> None:
+    for machine in (
+        ConnectClient(OTHERS.peer_id),
+        ReserveClient(OTHERS.peer_id, OURS.peer_id),
+        StopInitiator(OTHERS.peer_id),
+    ):
+        _run_circuit(machine, data)
+        assert machine.leftover == b"" or data.endswith(machine.leftover)
+
+
+def fuzz_circuit_answerer(data: bytes) -> None:
+    for machine in (HopServer(), StopResponder()):
+        _run_circuit(machine, data)
+        assert len(machine.leftover) <= MAX_EARLY
+        assert (machine.refusal is not None) == (machine.state == "refused")
+        assert bool(machine.data_to_send()) == (machine.state == "refused")
+
+
+def _run_circuit(machine: Exchange, data: bytes) -> None:
+    step = (data[0] % 40 + 1 if data else 1) + len(data) // 1000
+    try:
+        for start in range(0, len(data), step):
+            machine.receive_data(data[start : start + step])
+    except PeerupError:
+        assert machine.state == "failed"
+    assert machine.state in {state for pair in machine.TRANSITIONS.items() for state in (pair[0][0], pair[1])}
+    assert len(machine._reader.take_rest()) <= MAX_MESSAGE + varint.MAX_LENGTH + step
+
+
 def fuzz_delimited(data: bytes) -> None:
     reader = delimited.DelimitedReader(100)
     try:
@@ -244,6 +326,21 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 _LINE = f"{OTHERS.peer_id}  expires=2026-12-24T18:00:00Z group=01234567 x=y # Anna's phone\n".encode()
 _NEGOTIATION = multistream.HEADER + multistream.encode_message("/c") + multistream.encode_message("/b")
 _ANSWERS = multistream.HEADER + multistream.NOT_AVAILABLE + multistream.encode_message("/b")
+_HOP_MESSAGES = [
+    HopMessage(HopType.CONNECT, peer=Peer(OTHERS.peer_id, (ADDRESS,))),
+    HopMessage(HopType.RESERVE),
+    HopMessage(HopType.STATUS, status=Status.NO_RESERVATION, reason="nobody here"),
+    HopMessage(
+        HopType.STATUS,
+        status=Status.OK,
+        limit=Limit(60, 1 << 20),
+        reservation=Reservation(5, (ADDRESS, Multiaddr.from_bytes(RELAYED)), seal_voucher(OTHERS, OURS.peer_id, 5)),
+    ),
+]
+_STOP_MESSAGES = [
+    StopMessage(StopType.CONNECT, peer=Peer(OTHERS.peer_id), limit=Limit(60)),
+    StopMessage(StopType.STATUS, status=Status.OK),
+]
 
 SEEDS: dict[str, list[bytes]] = {
     "varint": [b"\x80\x01", b"\xff" * 8 + b"\x7f"],
@@ -267,6 +364,11 @@ SEEDS: dict[str, list[bytes]] = {
         b"\x0a\x24" + OURS.public_key.to_protobuf() + b"\x1a\x06/a/1.0\x32\x05agent",
         delimited.encode_delimited(b"\x12" + bytes((len(RELAYED),)) + RELAYED),
     ],
+    "hop_message": [message.to_bytes() for message in _HOP_MESSAGES],
+    "stop_message": [message.to_bytes() for message in _STOP_MESSAGES],
+    "voucher": [seal_voucher(OTHERS, OURS.peer_id, 5), Voucher(OTHERS.peer_id, OURS.peer_id, 5).to_bytes()],
+    "circuit_asker": [encode_message(message) + b"early" for message in (*_HOP_MESSAGES, *_STOP_MESSAGES)],
+    "circuit_answerer": [encode_message(message) + b"early" for message in (*_HOP_MESSAGES, *_STOP_MESSAGES)],
     "delimited": [delimited.encode_delimited(b"hello") * 3],
     "ping": [bytes(range(64))],
     "pingpong": [b"ping\n", b"pong\n", b"x" * 80],
