@@ -432,6 +432,8 @@ def _dialable_by(peer: PeerId) -> Callable[[str], Multiaddr]:
         address = Multiaddr(text)
         if address.peer_id not in (None, peer):
             raise InvalidValueError(f"{text} leads to another peer, {address.peer_id}")
+        if address.endpoint is None and all(component.name != "p2p-circuit" for component in address.components):
+            raise InvalidValueError(f"{text} has no port to connect to; write it like /ip4/192.0.2.7/tcp/4101")
         return address
 
     return parse
