@@ -128,6 +128,7 @@ class Node:
     def stop(self) -> set[int]:
         """Stop the daemon as systemd would; the processes that it left behind (there must be none)."""
         if self._daemon is None:
+            self._log.close()
             return set()
         everybody = self.process_ids()
         if self._daemon.poll() is None:
