@@ -56,6 +56,18 @@ def describe_status(status: int) -> str:
         return f"killed by signal {-code}"
 
 
+def _on_roomy_stack(main: Callable[[], int]) -> int:
+    return main()
+
+
+# CPython keeps the frames of a thread in chunks of 16 KiB, and gives a chunk back to the kernel as soon as no frame is
+# in it. A child starts deep inside its ancestors' calls; where that happens to be close to the end of a chunk, every
+# further call maps memory and unmaps it again: some actors needed half as much CPU again for that. A frame that wants
+# more than a chunk gets one of the next power of two: this one asks for a little over half of 256 KiB, which is never
+# touched, and all the calls of the child find room in the other half.
+_on_roomy_stack.__code__ = _on_roomy_stack.__code__.replace(co_stacksize=17 * 1024)
+
+
 def fork(main: Callable[[], int], *, keep: Collection[int], inherited: object = None) -> Child:
     """Make a process that runs `main` and ends with the status that it returns.
 
@@ -91,7 +103,7 @@ def _run(main: Callable[[], int], parent: int, keep: Collection[int]) -> None:
         linux.close_all_descriptors(keep)
         _reset_signals()
         faulthandler.enable()
-        status = main()
+        status = _on_roomy_stack(main)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else CRASHED
     except BaseException:  # noqa: BLE001 - the last line of defence of a process; it ends below
