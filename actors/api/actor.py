@@ -107,7 +107,8 @@ class ApiActor(Actor):
     @handles(ConfigSnapshot)
     async def configured(self, message: ConfigSnapshot) -> None:
         """The configuration changed; the names in it are shown beside peer ids."""
-        self._keep(message)
+        if self.context.current_sender == "config":
+            self._keep(message)
 
     @handles(ActorUp)
     async def actor_up(self, message: ActorUp) -> None:

@@ -16,7 +16,9 @@ import pytest
 import trio
 
 from actors.api.routes import ROUTES
-from actors.http import HttpLimits
+from actors.api.routes.proxies import stdio
+from actors.api.routing import Call
+from actors.http import HttpLimits, HttpRequest
 from peerup.client import Client, ClientError, LostConnectionError, NotRunningError, RefusedByNodeError
 from protocol.messages import Descriptor, Envelope, encode_body
 from protocol.messages.config import AddProxy, ProxyAdded, ProxyEntry, ReloadConfig, Resolve, Resolved
@@ -530,6 +532,22 @@ async def test_stdio_hands_a_socket_over_and_closes_its_own_copies(serve):
             theirs.close()
             # The end arrives only if nobody else still holds the proxy's side.
             assert await node.call(mine.recv, 100) == b""
+
+
+async def test_a_client_that_leaves_before_it_has_its_descriptor_ends_its_own_connection_alone(serve):
+    entry = ProxyEntry("proxy/home/ssh", PEER, "home", "ssh", "", "running")
+    async with serve() as node:
+        node.context.answers[AddProxy] = always(ProxyAdded(entry, created=True))
+        node.context.answers[Attach] = always(Ok())
+        headers = {"upgrade": "peerup-descriptor"}
+        request = HttpRequest(
+            "GET", "/v1/stdio", ("v1", "stdio"), {"peer": "home", "service": "ssh"}, headers, b"", None
+        )
+        upgrade = await stdio(node.actor._node, Call(request, {}, {}))
+        near, far = trio.socket.socketpair()
+        far.close()
+        with near, pytest.raises(trio.BrokenResourceError):  # which the server bears, unlike an OSError
+            await upgrade.run(trio.SocketStream(near), b"")
 
 
 async def test_stdio_failure_is_told_in_words(serve):

@@ -32,6 +32,9 @@ START_DEADLINE = 20.0
 ATTACH_DEADLINE = 50.0
 """Seconds for the stream to the service, the connection to the peer that it may need first included."""
 
+HAND_OVER_DEADLINE = 10.0
+"""Seconds for the client to take one byte."""
+
 UPGRADE = "peerup-descriptor"
 
 routes = Routes()
@@ -89,7 +92,10 @@ async def stdio(node: Node, call: Call) -> Answer:
         try:
             assert isinstance(stream, trio.SocketStream)
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [kept.fileno()]))]
-            await stream.socket.sendmsg([b"\0"], rights)
+            with trio.fail_after(HAND_OVER_DEADLINE):
+                await stream.socket.sendmsg([b"\0"], rights)
+        except OSError as error:
+            raise trio.BrokenResourceError("the client has left") from error
         finally:
             kept.close()
 
