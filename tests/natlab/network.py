@@ -238,7 +238,7 @@ class Uplink:
         if link is None:
             plain_cable(ends)
         else:
-            link.connect(shared.attendant, ends, shared.wires)
+            link.connect(shared.attendant, ends, lambda: shared.wires)
         node.uplinks.append(self)
         network.members.append(self)
         self.configure()
@@ -267,6 +267,8 @@ class Uplink:
         self.node.ns.ip(*self._commands())
         self.network.ns.wait_running(self.network.running_with(self))
         self.node.ns.wait_running([self.interface])
+        if self.link is not None:
+            self.link.wait_running()
 
     def _commands(self) -> Iterator[str]:
         name, lease = self.interface, self.lease

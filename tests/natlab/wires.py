@@ -17,7 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ ANSWER_TIMEOUT = 20.0  # the forwarder answers in well under a millisecond; a ma
 
 Device = Literal["tap", "packet"]
 ToNetwork = Literal["out", "in", "both"]
+End = tuple[Namespace, str]  # where an interface is to be, and its name
+Ends = tuple[End, End]
 
 
 class Attendant:
@@ -104,6 +106,8 @@ class Link:
         self._device: Device = device
         self._shapes = {"out": out.check(), "in": back.check()}
         self._attendant: Attendant | None = None
+        self._wires: Namespace | None = None
+        self._halves: list[str] = []
         self.mtu = mtu
 
     @property
@@ -148,25 +152,34 @@ class Link:
             raise LabError("this link is not the uplink of any node yet")
         return self._attendant
 
-    def connect(
-        self, attendant: Attendant, ends: tuple[tuple[Namespace, str], tuple[Namespace, str]], wires: Namespace
-    ) -> None:
+    def connect(self, attendant: Attendant, ends: Ends, wires: Callable[[], Namespace]) -> None:
         """Make the two interfaces, first the node's, then the network's, and let frames travel between them.
 
         Args:
-            wires: where the other halves of veth pairs are put if there are no TAP interfaces.
+            wires: the namespace for the other halves of veth pairs, if there are no TAP interfaces.
         """
         if self._attendant is not None:
             raise LabError("a link has two ends only; make another one with lab.link()")
-        make = _tap if self._device == "tap" else _packet_end
         with contextlib.ExitStack() as stack:
-            descriptors = [make(stack, namespace, name, wires) for namespace, name in ends]
+            if self._device == "tap":
+                descriptors = [_tap(stack, namespace, name) for namespace, name in ends]
+            else:
+                self._wires = wires()
+                self._halves = [f"w{2 * self._number + end}" for end in range(2)]
+                descriptors = [
+                    _packet_end(stack, end, half, self._wires) for end, half in zip(ends, self._halves, strict=True)
+                ]
             order = {"do": "wire", "wire": self._number, "seed": self._seed, "shapes": self._described()}
             attendant.ask(order, descriptors)
         self._attendant = attendant
 
+    def wait_running(self) -> None:
+        """Wait until what is between the two ends carries frames; the ends themselves must be up."""
+        if self._wires is not None:
+            self._wires.wait_running(self._halves)
 
-def plain_cable(ends: tuple[tuple[Namespace, str], tuple[Namespace, str]]) -> None:
+
+def plain_cable(ends: Ends) -> None:
     """Make a veth pair with its ends in two namespaces."""
     (one, name), (other, other_name) = ends
     one.ip(f"link add name {name} type veth peer name {other_name} netns {other.path}")
@@ -183,7 +196,7 @@ def best_device() -> Device:
     return "tap"
 
 
-def _tap(stack: contextlib.ExitStack, namespace: Namespace, name: str, _wires: Namespace) -> int:
+def _tap(stack: contextlib.ExitStack, namespace: Namespace, name: str) -> int:
     with namespace.enter():
         descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         stack.callback(os.close, descriptor)
@@ -191,8 +204,8 @@ def _tap(stack: contextlib.ExitStack, namespace: Namespace, name: str, _wires: N
     return descriptor
 
 
-def _packet_end(stack: contextlib.ExitStack, namespace: Namespace, name: str, wires: Namespace) -> int:
-    half = f"w{len(wires.interfaces())}"  # nothing is ever removed there but with the laboratory
+def _packet_end(stack: contextlib.ExitStack, end: End, half: str, wires: Namespace) -> int:
+    namespace, name = end
     namespace.ip(f"link add name {name} type veth peer name {half} netns {wires.path}")
     # Without this the frames that we read have no checksums yet, and several packets in one.
     namespace.run(["ethtool", "-K", name, "tx", "off", "tso", "off", "gso", "off"])
