@@ -16,10 +16,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from protocol.version import VERSION
+
 if TYPE_CHECKING:
     from peerup.client import Client
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = ["__version__", "connect"]
 

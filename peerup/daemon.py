@@ -113,6 +113,8 @@ def run(
 
 def _check_not_running(home: NodeHome) -> None:
     """Say at once that a node runs here already, and which; the lock of the run directory would only say so late."""
+    if not home.control_socket.exists():
+        return  # nobody to ask, and the client's HTTP takes a while to import
     from peerup.client import Client, ClientError
 
     try:

@@ -1,8 +1,9 @@
 """What this program calls itself towards peers."""
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-try:
-    AGENT = f"peerup/{version('peerup')}"
-except PackageNotFoundError:  # run from a source tree that was never installed
-    AGENT = "peerup"
+from typing import Final
+
+from protocol.version import VERSION
+
+AGENT: Final = f"peerup/{VERSION}"
