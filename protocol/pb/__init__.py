@@ -6,5 +6,6 @@ After a change to a `.proto` file, from the top of the repository::
 
 Strings that a peer sends are declared `bytes` (the wire form is the same), so that bad UTF-8 is met where it
 can be judged. Each message has one module that knows it (`protocol.keys`, `protocol.noise`,
-`protocol.signed_envelope`, `protocol.peer_record`, `protocol.identify`); nothing else imports from here.
+`protocol.signed_envelope`, `protocol.peer_record`, `protocol.identify`; `protocol.circuit.messages` and
+`protocol.circuit.voucher` share one file); nothing else imports from here.
 """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,6 +90,27 @@ def test_bytes_on_the_wire_are_those_of_the_spec():
         b"\x08\x00" + peer + b"\x1a\x04\x08\x78\x10\x00"
     )
     assert StopMessage(StopType.STATUS, status=Status.CONNECTION_FAILED).to_bytes().hex() == "080120cb01"
+
+
+def test_what_go_libp2p_wrote():
+    vectors = json.loads((Path(__file__).parent / "data/circuit_go.json").read_text())
+    made = {name: bytes.fromhex(value) for name, value in vectors.items() if name not in {"source", "relay", "peer"}}
+    assert (vectors["relay"], vectors["peer"]) == (str(RELAY), str(US))
+    limit = Limit(120, 1 << 17)
+    voucher = seal_voucher(RELAY_KEY, US, 1_700_000_000)
+    assert voucher == made["voucher"]  # Ed25519 signatures are deterministic
+    assert open_voucher(made["voucher"], relay=RELAY, peer=US).expiration == 1_700_000_000
+    reservation = Reservation(1_700_000_000, (ADDRESS.with_peer_id(RELAY),), voucher)
+    for name, message in {
+        "hop_reserve": HopMessage(HopType.RESERVE),
+        "hop_connect": HopMessage(HopType.CONNECT, peer=Peer(US)),
+        "hop_status_ok": HopMessage(HopType.STATUS, reservation=reservation, limit=limit, status=Status.OK),
+        "hop_status_denied": HopMessage(HopType.STATUS, status=Status.PERMISSION_DENIED),
+        "stop_connect": StopMessage(StopType.CONNECT, peer=Peer(US), limit=limit),
+        "stop_status_ok": StopMessage(StopType.STATUS, status=Status.OK),
+    }.items():
+        assert message.to_bytes() == made[name], name
+        assert type(message).from_bytes(made[name]) == message
 
 
 def test_status_codes_are_those_of_the_spec():
