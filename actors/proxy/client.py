@@ -205,7 +205,7 @@ class ProxyClient(Actor):
             again=lambda: is_untouched(local),
         )
         local.close()
-        self._tunnels.attached(attached.stream_id, self._peer, path_of(attached.connection))
+        self._tunnels.attached(attached.stream_id, self._peer, attached.path)
 
     async def _ask(self, request: Callable[[], Request[R]], again: Callable[[], bool] = lambda: True) -> R:
         """Ask the switchboard, again after its restart if it was away and `again` allows it."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import trio
 
-from actors.proxy.tunnels import MAX_TUNNELS, SWITCHBOARD, Tunnels, path_of, reset_on_close
+from actors.proxy.tunnels import MAX_TUNNELS, SWITCHBOARD, Tunnels, reset_on_close
 from actors.reactor import WRITE, Reactor, Timer
 from protocol.messages import Data, Descriptor
 from protocol.messages.switchboard import AttachSocket, RejectStream, ServeProtocol, StreamOffered, StreamReport
@@ -99,7 +99,7 @@ class ServiceServer(Actor):
             self._tunnels.refused(f"{self._limit} connections are open, the limit", "limit-exceeded")
             self.context.tell(SWITCHBOARD, RejectStream(message.stream_id, int(ResetCode.LIMIT_EXCEEDED)))
             return
-        self._tunnels.attached(message.stream_id, message.peer, path_of(message.connection))
+        self._tunnels.attached(message.stream_id, message.peer, message.path)
         if self._targets:
             _Attempt(self, message.stream_id, self._targets)
         else:

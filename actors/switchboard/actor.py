@@ -299,7 +299,7 @@ class Switchboard(Actor):
             sock.close()
             raise
         self._numbers.stream("outbound", "opened")
-        return StreamAttached(stream_id, protocol, connection.info())
+        return StreamAttached(stream_id, protocol, connection.way)
 
     @handles(AttachSocket)
     async def attach_socket(self, message: AttachSocket) -> None:
@@ -513,7 +513,7 @@ class Switchboard(Actor):
         except PeerupError:
             return None  # the slow way finds the words for it
         self._numbers.stream("outbound", "opened")
-        return StreamAttached(stream_id, protocol, connection.info())
+        return StreamAttached(stream_id, protocol, connection.way)
 
     def _send_report(self, owner: str, report: StreamReport, told: Callable[[bool], None]) -> None:
         async def send() -> None:
@@ -638,7 +638,7 @@ class Switchboard(Actor):
         try:
             if self._protocols.attaches(agreed.protocol):
                 stream_id = self._attached.offer(agreed.actor, connection, agreed.protocol, channel, agreed.unread)
-                message = StreamOffered(stream_id, connection.peer, agreed.protocol, connection.info(), agreed.rule)
+                message = StreamOffered(stream_id, connection.peer, agreed.protocol, connection.way, agreed.rule)
             else:
                 descriptor = Descriptor(channel.hand_over(agreed.unread).detach())
                 message = InboundStream(connection.peer, agreed.protocol, descriptor, connection.info(), agreed.rule)

@@ -71,11 +71,14 @@ class OpenStream(Request[StreamOpened]):
 
 @message("switchboard.stream-attached")
 class StreamAttached(Message):
-    """The socket given is joined with this stream; close your copy of it, or nobody will see the end of it."""
+    """The socket given is joined with this stream; close your copy of it, or nobody will see the end of it.
+
+    `path` is how the peer is connected, in words.
+    """
 
     stream_id: str
     protocol: str
-    connection: ConnectionInfo
+    path: str
 
 
 @message("switchboard.open-attached")
@@ -123,12 +126,15 @@ class InboundStream(Message):
 
 @message("switchboard.stream-offered")
 class StreamOffered(Message):
-    """As `InboundStream`, but the stream waits in the switchboard, a bounded time, for `AttachSocket`."""
+    """As `InboundStream`, but the stream waits in the switchboard, a bounded time, for `AttachSocket`.
+
+    `path` is how the peer is connected, in words.
+    """
 
     stream_id: str
     peer: PeerId
     protocol: str
-    connection: ConnectionInfo
+    path: str
     rule: str
 
 
