@@ -43,6 +43,7 @@ from protocol.messages import (
     decode_body,
     encode_body,
 )
+from protocol.messages.codec import is_kind
 from protocol.messages.system import (
     ActorDown,
     ActorUp,
@@ -298,7 +299,8 @@ class Exchange:
     def deliver(self, envelope: Envelope, descriptors: list[Descriptor]) -> None:
         """Receiver: an envelope arrived."""
         kind = envelope.kind
-        self._received[kind] = self._received.get(kind, 0) + 1
+        counted = kind if is_kind(kind) else "unknown"  # a sender gone wrong must not make up series
+        self._received[counted] = self._received.get(counted, 0) + 1
         if kind not in UNRECORDED:
             self._journal.append(_head(envelope, self.now()))
         if self._edges is not None and self._edges.crashes(envelope):

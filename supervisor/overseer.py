@@ -288,7 +288,11 @@ class Overseer:
             self._do(self.logic.start_requested(spec, envelope, self._exchange.now()))
 
     def _on_stop_child(self, message: StopChild, envelope: Envelope) -> None:
-        self._do(self.logic.stop_requested(message.name, envelope, self._exchange.now()))
+        if any(child.name == message.name for child in self.logic.spec.children):
+            reason = f"{message.name} belongs to {self.name} and runs for as long as that does"
+            self._exchange.refuse(envelope, RefusedError("not-allowed", reason))
+        else:
+            self._do(self.logic.stop_requested(message.name, envelope, self._exchange.now()))
 
     def _on_read_tree(self, _: ReadTree, envelope: Envelope) -> None:
         _TreeReport(self, envelope)

@@ -151,6 +151,11 @@ def prepare() -> None:
         _converter_for(cls)
 
 
+def is_kind(kind: str) -> bool:
+    """Whether this process knows messages of this kind."""
+    return kind in _KINDS
+
+
 def encode_body(body: Message) -> tuple[bytes, list[Descriptor]]:
     """The message's fields as msgpack, and the descriptors in it, in order of their place in the body.
 

@@ -360,7 +360,7 @@ class StartChild(Request[ChildStarted]):
 
 @message("system.stop-child")
 class StopChild(Request[Ok]):
-    """Ask a supervisor to stop a child and forget it."""
+    """Ask a supervisor to stop a child that it was asked to start, and forget it. Others are `not-allowed`."""
 
     name: str
 

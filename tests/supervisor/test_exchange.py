@@ -458,6 +458,16 @@ def test_metrics(bench):
     assert seen["peerup_own_total",] == 4
 
 
+def test_made_up_kinds_make_up_no_series(bench):
+    for number in range(100):
+        envelope = Envelope(f"you:1:{number}", None, None, "you", "me", f"made-up.{number}", None, b"\x80")
+        bench.exchange.deliver(envelope, [])
+    bench.said()
+    seen = samples(bench)
+    assert seen["peerup_messages_received_total", "unknown"] == 100
+    assert not any("made-up" in label for key in seen for label in key)
+
+
 def test_dead_letters_can_be_read(bench):
     bench.port.states["nobody"] = NameState.UNKNOWN
     bench.exchange.tell("nobody", Note("x"))

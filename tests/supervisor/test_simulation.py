@@ -325,6 +325,14 @@ async def test_dynamic_children(autojump_clock):
         assert world.incarnation("d") == 2
 
 
+async def test_nobody_can_have_a_static_child_stopped(autojump_clock):
+    async with simulation().run(tree(child("a"))) as world:
+        with pytest.raises(RefusedError) as refused:
+            await world.ask("root", StopChild("a"))
+        assert refused.value.code == "not-allowed"
+        assert await world.ask("a", Total()) is not None
+
+
 async def test_a_name_belongs_to_one_supervisor(autojump_clock):
     spec = tree(child("a"), below("sub", tree(child("x"))))
     async with simulation().run(spec) as world:
