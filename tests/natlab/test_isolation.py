@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from tests.natlab import namespaces
 from tests.natlab.behaviour import SYMMETRIC
