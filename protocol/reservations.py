@@ -32,7 +32,7 @@ from protocol.circuit.messages import Limit, Refusal, Status
 from protocol.errors import InvalidValueError
 from protocol.peer_id import PeerId
 from protocol.policy import Decision
-from protocol.token_bucket import Key, Scoped, ScopedBuckets
+from protocol.token_bucket import Key, Scoped, ScopedBuckets, TokenBucket
 
 Ip: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -128,9 +128,10 @@ class Circuit:
         deadline: when it must have been opened or must end, on the clock that never goes back.
         is_open: whether both ends have agreed.
         forwarded: bytes by `Direction`.
+        buckets: the budgets of bytes per second that it takes from.
     """
 
-    __slots__ = ("deadline", "destination", "forwarded", "is_open", "keys", "limit", "number", "source")
+    __slots__ = ("buckets", "deadline", "destination", "forwarded", "is_open", "keys", "limit", "number", "source")
 
     def __init__(
         self,
@@ -150,6 +151,7 @@ class Circuit:
         self.deadline = now + HANDSHAKE_TIMEOUT
         self.is_open = False
         self.forwarded = [0, 0]
+        self.buckets: tuple[TokenBucket, ...] = ()
 
     def left(self, direction: Direction) -> float:
         """Bytes that it may still carry this way; infinity without limit."""
@@ -353,7 +355,7 @@ class RelayTable:
         circuit = Circuit(self._last_number, source, destination, limit=limit, keys=keys, now=now)
         self._circuits[circuit.number] = circuit
         self._connected.add(keys)
-        self._bytes.hold(keys)
+        circuit.buckets = self._bytes.hold(keys, now)
         self._push(circuit.deadline, circuit.number)
         return circuit
 
@@ -390,14 +392,18 @@ class RelayTable:
             return Allowance(0, 0.0, over=True)  # closed here, which the owner is about to hear from `expire`
         left = circuit.left(direction)
         within = wanted if wanted <= left else int(left)
-        count = int(min(within, self._bytes.level(circuit.keys, now)))
+        count = within
+        for bucket in circuit.buckets:
+            count = min(count, int(bucket.level(now)))
         if 0 < count < within and count < LEAST_CHUNK:
             count = 0  # no crumbs
-        if count:
-            self._bytes.take(circuit.keys, count, now)
-            circuit.forwarded[direction] += count
-        wait = self._bytes.wait(circuit.keys, min(LEAST_CHUNK, within - count), now)
-        return Allowance(count, wait if count < within else 0.0, over=count == within < wanted)
+        wait = 0.0
+        for bucket in circuit.buckets if wanted else ():
+            bucket.take(count, now)
+            if count < within:
+                wait = max(wait, bucket.wait(min(LEAST_CHUNK, within - count), now))
+        circuit.forwarded[direction] += count
+        return Allowance(count, wait, over=count == within < wanted)
 
     def next_deadline(self) -> float | None:
         """When `expire` has something to do next, on the clock that never goes back; None for never."""
@@ -438,12 +444,12 @@ class RelayTable:
                     break
         return Ended(tuple(gone), tuple(cut))
 
-    def set_limits(self, limits: RelayLimits) -> None:
+    def set_limits(self, limits: RelayLimits, now: float) -> None:
         """Grant by other limits from now on. What was granted stays; rates apply to open circuits at once."""
         self.limits = limits
         self._make_buckets()
         for circuit in self._circuits.values():
-            self._bytes.hold(circuit.keys)
+            circuit.buckets = self._bytes.hold(circuit.keys, now)
 
     def drain(self) -> None:
         """Grant nothing new. Open circuits may go on."""

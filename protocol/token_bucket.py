@@ -95,10 +95,11 @@ class ScopedBuckets:
         """How many buckets there are."""
         return len(self._buckets)
 
-    def hold(self, keys: Collection[Key]) -> None:
-        """Keep these scopes' buckets until they are released as often as they were held."""
+    def hold(self, keys: Collection[Key], now: float) -> tuple[TokenBucket, ...]:
+        """Keep these scopes' buckets, which are returned, until they are released as often as they were held."""
         for key in keys:
             self._held[key] = self._held.get(key, 0) + 1
+        return tuple(self._of(keys, now))
 
     def release(self, keys: Collection[Key], now: float) -> None:
         """Undo one `hold`. A bucket that is not full stays for a while, so that coming back does not fill it."""
@@ -110,18 +111,10 @@ class ScopedBuckets:
                 del self._held[key]
         self._sweep(now)
 
-    def level(self, keys: Iterable[Key], now: float) -> float:
-        """How much can be taken from all of these scopes now; infinity where none is limited."""
-        return min([bucket.level(now) for bucket in self._of(keys, now)], default=float("inf"))
-
     def take(self, keys: Iterable[Key], amount: float, now: float) -> None:
-        """Take from all of these scopes what `level` said is there."""
+        """Take from all of these scopes what is there."""
         for bucket in self._of(keys, now):
             bucket.take(amount, now)
-
-    def wait(self, keys: Iterable[Key], amount: float, now: float) -> float:
-        """Seconds until so much can be taken from all of these scopes."""
-        return max([bucket.wait(amount, now) for bucket in self._of(keys, now)], default=0.0)
 
     def exhausted(self, keys: Iterable[Key], now: float) -> Key | None:
         """The first of these scopes from which not even one can be taken; None if there is none."""

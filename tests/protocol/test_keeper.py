@@ -246,6 +246,8 @@ def test_a_relay_that_refuses_is_asked_less_often():
 
 def test_a_refused_renewal_keeps_the_reservation_while_it_lasts():
     world = World().reach("renewing")
+    expires = world.keeper._expires
+    assert expires == 1000 + 3600
     assert world.answer("refused", FULL) == []
     assert world.keeper.state == "held"
     said = []
@@ -254,6 +256,7 @@ def test_a_refused_renewal_keeps_the_reservation_while_it_lasts():
         if world.keeper.state == "renewing":
             world.answer("refused", FULL)
     assert said == [Withdraw("the reservation has expired"), Connect(world.keeper.attempt, False)]
+    assert world.now == expires
 
 
 def test_a_denied_renewal_ends_it_at_once():

@@ -354,7 +354,7 @@ def test_new_limits_apply_to_open_circuits_rates():
     made = table()
     made.reserve(B, IP, 0.0, WALL)
     found = circuit(made)
-    made.set_limits(dataclasses.replace(FREE, bytes_per_second=Scoped(None, None, None, 1)))
+    made.set_limits(dataclasses.replace(FREE, bytes_per_second=Scoped(None, None, None, 1)), 0.0)
     assert made.allow(found, Direction.TO_SOURCE, 1 << 20, 0.0).count == LEAST_BURST
     made.close(found, 0.0)
 
@@ -428,11 +428,25 @@ def test_a_bucket_does_not_mind_a_clock_that_stands_still():
     assert bucket.level(101.0) == 1
 
 
+def test_an_empty_bucket_is_not_forgotten_before_it_is_full():
+    buckets = ScopedBuckets(Scoped(1, None, None, None), burst_seconds=10, least_burst=1)
+    for number in range(2000):
+        buckets.take((("peer", number),), 10, 0.0)
+    assert all(buckets._buckets["peer", number].level(5.0) == 5 for number in range(2000))
+    (held,) = buckets.hold((("peer", 7),), 5.0)
+    assert held.level(5.0) == 5
+    for number in range(2000, 12_000):
+        buckets.take((("peer", number),), 10, 10.0)
+    assert ("peer", 8) not in buckets._buckets
+    assert ("peer", 7) in buckets._buckets
+    buckets.release((("peer", 7),), 20.0)
+    assert not buckets._held
+
+
 def test_what_nobody_limits_has_no_buckets():
     buckets = ScopedBuckets(UNLIMITED, burst_seconds=1, least_burst=1)
     keys = (("peer", A), ("total", None))
-    assert buckets.level(keys, 0.0) == math.inf
-    assert buckets.wait(keys, 1e9, 0.0) == 0
+    assert buckets.hold(keys, 0.0) == ()
     assert buckets.exhausted(keys, 0.0) is None
     assert len(buckets) == 0
 
