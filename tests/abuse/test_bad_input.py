@@ -393,7 +393,8 @@ def test_a_service_that_is_down_closes_the_connection_and_is_told(pair: tuple[No
     port = int(laptop.run_json("proxy", "home", "down", "0")["listen"].rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection, contextlib.suppress(ConnectionError):
         assert connection.recv(100) == b""
-    assert "refused" in (home.home.parent / "home.log").read_text()
+    log = home.home.parent / "home.log"
+    wait_until(lambda: "refused" in log.read_text(), within=10, what="the reason in the log")
     # As soon as it is up, the same proxy serves.
     server = EchoServer()
     try:
