@@ -44,7 +44,7 @@ from actors.switchboard.protocols import Agreed, InboundStreams, ProtocolTable
 from actors.switchboard.reception import Reception
 from actors.switchboard.streams import ChannelStream, Negotiation, abandoning, open_ahead, open_negotiated
 from actors.switchboard.transports import connect_tcp, local_multiaddr, remote_multiaddr, resolve
-from actors.switchboard.upgrade import Upgraded, Upgrader, not_authorised
+from actors.switchboard.upgrade import RefusedPeerError, Upgraded, Upgrader, not_authorised
 from actors.switchboard.version import AGENT
 from protocol.errors import PeerupError
 from protocol.messages import Data, Descriptor, Message
@@ -106,6 +106,8 @@ KEYRING_DEADLINE = 5.0
 """Seconds for the keyring to sign."""
 SUBSCRIBE_DEADLINE = 2.0
 """Seconds for a publisher to answer; if it does not, it is asked again at the next tick."""
+ASK_AGAIN = 30.0
+"""Seconds after which the gate is asked for the policy although it would tell: news can be lost in a full mailbox."""
 TICK = 1.0
 """Seconds between looks at what only time changes: drained connections, expired peers, folded decisions, gauges."""
 REPORT_DEADLINE = 5.0
@@ -574,6 +576,10 @@ class Switchboard(Actor):
         return decision.allowed
 
     def _welcome(self, sock: socket.socket, upgraded: Upgraded) -> None:
+        # The muxer's negotiation may have taken the peer seconds, in which the policy may have changed.
+        late = self._policy.decide_connection(upgraded.peer, self.context.wall())
+        if not late.allowed and not self._judge_caller(upgraded.peer, sock):
+            raise RefusedPeerError(upgraded.peer)
         self._establish(sock, upgraded, outbound=False)
 
     def _establish(self, sock: socket.socket, upgraded: Upgraded, *, outbound: bool) -> Connection:
@@ -694,7 +700,9 @@ class Switchboard(Actor):
             self._say_missing(GATE, error)
             return
         now = self._policy
-        if now is before or now.policy is None or published.policy.version >= now.policy.version:
+        if published.policy != now.policy and (
+            now is before or now.policy is None or published.policy.version >= now.policy.version
+        ):
             self._apply_policy(PolicyIndex(published.policy))
 
     async def _follow_config(self) -> None:
@@ -766,6 +774,7 @@ class Switchboard(Actor):
 
     async def _tick(self) -> None:
         expiry_checked = self.context.wall()
+        ask_again = self.context.now() + ASK_AGAIN
         while True:
             await trio.sleep(TICK)
             for connection in self._table.drained(self.context.now()):
@@ -778,6 +787,9 @@ class Switchboard(Actor):
             if self._decisions.pending:
                 self._decisions.flush()
             self._attached.tick()
+            if self.context.now() >= ask_again:
+                ask_again = self.context.now() + ASK_AGAIN
+                self._missing.add(GATE)
             if GATE in self._missing:
                 self.context.nursery.start_soon(self._follow_gate)
             if CONFIG in self._missing:

@@ -329,6 +329,33 @@ async def test_a_gate_that_was_slow_to_answer_is_asked_again(monkeypatch):
         await until(lambda: bob.switchboard._policy.policy == bob.gate.policy)
 
 
+async def test_a_policy_that_got_lost_on_its_way_is_asked_for(monkeypatch):
+    monkeypatch.setattr(switchboard_module, "TICK", 0.05)
+    monkeypatch.setattr(switchboard_module, "ASK_AGAIN", 0.1)
+    async with two_nodes() as (alice, bob):
+        await alice.ask("switchboard", Connect(bob.peer))
+        bob.gate.subscribers.clear()
+        bob.gate.publish(peers=[])
+        await until(lambda: not bob.connections("alice"))
+
+
+async def test_a_peer_that_is_removed_during_its_handshake_is_not_let_in():
+    async with two_nodes() as (alice, bob):
+        upgrade = bob.switchboard._upgrader.inbound
+
+        async def slow(sock, judge):
+            upgraded = await upgrade(sock, judge)
+            bob.gate.publish(peers=[])
+            await until(lambda: bob.switchboard._policy.policy == bob.gate.policy)
+            return upgraded
+
+        bob.switchboard._upgrader.inbound = slow
+        error = await refusal(alice.ask("switchboard", Connect(bob.peer)))
+        assert error.code == "not-authorised"
+        assert not bob.connections("alice")
+        assert [one.allowed for one in bob.gate.decided if one.peer == alice.peer] == [True, False]
+
+
 async def test_descriptors_that_are_no_sockets_are_refused(tmp_path):
     async with two_nodes() as (alice, bob):
         file = os.open(tmp_path, os.O_RDONLY)
