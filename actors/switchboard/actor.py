@@ -10,10 +10,9 @@ each stays in force while it is away, and before the first policy everything is 
 
 from __future__ import annotations
 
-import os
 import resource
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -21,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from actors.reactor import Reactor
 from actors.switchboard.addresses import AddressBook
 from actors.switchboard.admission import Limits
-from actors.switchboard.attached import AttachedStreams, NotATcpSocketError, check_socket
+from actors.switchboard.attached import AttachedStreams, NotATcpSocketError, check_socket, socket_of
 from actors.switchboard.connections import MAX_CONNECTIONS, Connection, ConnectionTable
 from actors.switchboard.decisions import DecisionLog
 from actors.switchboard.dialer import Dialed, Dialer
@@ -31,7 +30,7 @@ from actors.switchboard.errors import (
     SwitchboardError,
     TooManyError,
     UnreachableError,
-    WrongPeerError,
+    refusal,
 )
 from actors.switchboard.identify import IdentifyRoom, OwnDescription
 from actors.switchboard.interfaces import expand
@@ -73,7 +72,6 @@ from protocol.messages.switchboard import (
     StreamAttached,
     StreamOffered,
     StreamOpened,
-    StreamReport,
     StreamsClosed,
     SwitchboardStatus,
     WithdrawProtocol,
@@ -110,8 +108,6 @@ ASK_AGAIN = 30.0
 """Seconds after which the gate is asked for the policy although it would tell: news can be lost in a full mailbox."""
 TICK = 1.0
 """Seconds between looks at what only time changes: drained connections, expired peers, folded decisions, gauges."""
-REPORT_DEADLINE = 5.0
-"""Seconds for the owner of attached streams to note a report; else it is told again."""
 PROOF_DEADLINE = 5.0
 """Seconds that `Connect` waits for the peer to show by a first byte that it accepts us."""
 
@@ -186,7 +182,7 @@ class Switchboard(Actor):
         self._inbound = InboundStreams(
             self._protocols, self._reactor.call_later, self._judge_stream, self._may_connect, self._hand_out
         )
-        self._attached = AttachedStreams(context.incarnation, context.now, self._reactor.call_later, self._send_report)
+        self._attached = AttachedStreams(context, self._reactor.call_later)
         self._identify = IdentifyRoom(
             self._describe_ourselves, self._protocols_for, self._book.learn, self._reactor.call_later
         )
@@ -212,6 +208,7 @@ class Switchboard(Actor):
         self._reception.close()
         for connection in self._table:
             connection.link.close("shutdown", "this node is stopping")
+        await self._attached.say_goodbye()
         self._decisions.flush()
         self._listeners.close()
 
@@ -223,7 +220,9 @@ class Switchboard(Actor):
             "listen": [str(listener.address) for listener in self._listeners],
             "announced": [str(address) for address in self._announced()],
             "policy_version": None if self._policy.policy is None else self._policy.policy.version,
-            "connections": [self._describe_connection(connection, now) for connection in self._table],
+            "connections": [
+                connection.describe(self._names.get(connection.peer, ""), now) for connection in self._table
+            ],
             "needed": {
                 str(peer): {
                     "by": list(self._keeper.needed_by(peer)),
@@ -268,7 +267,7 @@ class Switchboard(Actor):
             raise RefusedError("no-descriptor", f"no descriptor for the stream: {error}") from error
         except PeerupError as error:
             self._numbers.stream("outbound", error.code)
-            raise _refusal(error) from error
+            raise refusal(error) from error
         self._numbers.stream("outbound", "opened")
         return StreamOpened(protocol, descriptor, connection.info())
 
@@ -277,9 +276,9 @@ class Switchboard(Actor):
         """Open a stream to a peer, connecting first where needed, and carry its bytes from and to a socket."""
         owner = self.context.current_sender
         self._watch(owner)
-        sock = _socket_of(request.socket)
+        sock = socket_of(request.socket)
         if sock is None:
-            raise _refusal(NotATcpSocketError("the descriptor is not a socket"))
+            raise refusal(NotATcpSocketError("the descriptor is not a socket"))
         try:
             check_socket(sock)
             connection = self._known_to_speak(request.peer, request.protocols)
@@ -296,7 +295,7 @@ class Switchboard(Actor):
         except PeerupError as error:
             sock.close()
             self._numbers.stream("outbound", error.code)
-            raise _refusal(error) from error
+            raise refusal(error) from error
         except BaseException:
             sock.close()
             raise
@@ -306,7 +305,7 @@ class Switchboard(Actor):
     @handles(AttachSocket)
     async def attach_socket(self, message: AttachSocket) -> None:
         """A socket for a stream that was offered."""
-        sock = _socket_of(message.socket)
+        sock = socket_of(message.socket)
         if sock is None:
             self._attached.reject(self.context.current_sender, message.stream_id, ResetCode.LOCAL_RESET)
         else:
@@ -334,7 +333,7 @@ class Switchboard(Actor):
         try:
             connection, tried = await self._connect_proven(request.peer)
         except PeerupError as error:
-            raise _refusal(error) from error
+            raise refusal(error) from error
         return Connected(connection.info(), self.context.now() - began, tried)
 
     @handles(Disconnect)
@@ -365,7 +364,7 @@ class Switchboard(Actor):
         try:
             self._protocols.serve(request.protocol, self.context.current_sender, attach=request.attach)
         except SwitchboardError as error:
-            raise _refusal(error) from error
+            raise refusal(error) from error
         self._watch(self.context.current_sender)
         await self._describe_anew()
 
@@ -409,7 +408,7 @@ class Switchboard(Actor):
             except ConnectionLostError as error:
                 raise self._why_lost(connection, error) from error
         except PeerupError as error:
-            raise _refusal(error) from error
+            raise refusal(error) from error
         return Pinged(rtt, protocol, connection.info(), connected_in)
 
     # ---- what is published to us, and who comes and goes
@@ -516,17 +515,6 @@ class Switchboard(Actor):
             return None  # the slow way finds the words for it
         self._numbers.stream("outbound", "opened")
         return StreamAttached(stream_id, protocol, connection.way)
-
-    def _send_report(self, owner: str, report: StreamReport, told: Callable[[bool], None]) -> None:
-        async def send() -> None:
-            try:
-                await self.context.ask(owner, report, timeout=REPORT_DEADLINE)
-            except AskError:
-                told(False)
-            else:
-                told(True)
-
-        self.context.nursery.start_soon(send)
 
     async def _open(self, peer: PeerId, protocols: Sequence[str]) -> tuple[Connection, str, ChannelStream]:
         known = self._table.best(peer)
@@ -801,35 +789,6 @@ class Switchboard(Actor):
             self._watched.add(actor)
             self.context.watch(actor)
 
-    def _describe_connection(self, connection: Connection, now: float) -> dict[str, Data]:
-        told = connection.identification
-        return {
-            "id": connection.id,
-            "peer": str(connection.peer),
-            "name": self._names.get(connection.peer, ""),
-            "direction": connection.direction,
-            "way": connection.way,
-            "age": now - connection.opened,
-            "streams": connection.link.streams,
-            "rtt": connection.link.rtt,
-            "sent": connection.link.sent,
-            "received": connection.link.received,
-            "agent": (told.agent_version or "") if told else "",
-            "observed_address": str(told.observed_address) if told and told.observed_address else None,
-            "identify_failure": connection.identify_failure,
-            "draining": connection.draining,
-        }
-
-
-def _socket_of(descriptor: Descriptor) -> socket.socket | None:
-    """The socket behind a descriptor that another actor sent; None (and closed) if it is none."""
-    fd = descriptor.detach()
-    try:
-        return socket.socket(fileno=fd)
-    except OSError:
-        os.close(fd)
-        return None
-
 
 def _hand_over(channel: Channel, negotiation: Negotiation) -> socket.socket:
     return channel.hand_over(negotiation=negotiation)
@@ -837,14 +796,3 @@ def _hand_over(channel: Channel, negotiation: Negotiation) -> socket.socket:
 
 def _forget(connection: Connection, channel: Channel) -> None:
     connection.inbound_streams.pop(channel, None)
-
-
-def _refusal(error: PeerupError) -> RefusedError:
-    if isinstance(error, RefusedError):
-        return error
-    action = ""
-    if error.code == "no-addresses":
-        action = "say where it is: peerup names add NAME PEER_ID --address MULTIADDR"
-    elif isinstance(error, WrongPeerError):
-        action = "check the address, or the peer id if the peer has a new key"
-    return RefusedError(error.code, str(error), action)

@@ -16,8 +16,12 @@ whose owner stays away for good are reset: nobody could close them any more.
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
+from collections import Counter
 from collections.abc import Callable
+
+import trio
 
 from actors.pump import Outcome
 from actors.switchboard.connections import Connection
@@ -26,17 +30,29 @@ from actors.switchboard.link import Channel
 from actors.switchboard.protocols import CancellableTimer
 from actors.switchboard.socket_end import SocketEnd
 from actors.switchboard.streams import Negotiation
+from protocol.messages import Descriptor
 from protocol.messages.switchboard import AttachedStream, EndedStream, StreamReport, StreamTraffic
+from protocol.peer_id import PeerId
 from protocol.stream_descriptor import ResetCode
+from supervisor.actor import Context
+from supervisor.errors import AskError
 
-OFFER_DEADLINE = 60.0
+OFFER_DEADLINE = 30.0
 """Seconds for an actor to give a socket to a stream that was offered: it may try several addresses of its service."""
 MAX_OFFERED = 1024
-"""Streams that may wait for a socket; each may keep one window of bytes."""
+"""Streams that may wait for a socket."""
+MAX_OFFERED_PER_PEER = 512
+"""So that one peer cannot take all the room."""
+MAX_OFFERED_BYTES = 32 * 1024 * 1024
+"""Bytes that may wait together with them."""
 REPORT_DELAY = 0.1
 """Seconds between the end of a stream and its report: those that end in the meantime share it."""
 TRAFFIC_INTERVAL = 2.0
 """Seconds between reports of bytes while they flow."""
+REPORT_DEADLINE = 5.0
+"""Seconds for an owner to note a report; else it is told again."""
+LAST_REPORT_DEADLINE = 0.5
+"""Seconds for all owners together when the switchboard stops."""
 OWNER_PATIENCE = 60.0
 """Seconds that the streams of an owner go on without it."""
 MAX_REPORTED = 512
@@ -88,26 +104,20 @@ class AttachedStreams:
     """All of them.
 
     Args:
-        incarnation: of the switchboard, for ids that no other one has used.
-        now: seconds, monotonic.
+        context: of the switchboard; its incarnation makes ids that no other one has used.
         call_later: the reactor's timer.
-        send: starts to send a report to an owner; `told` is called from there with whether it was answered.
     """
 
-    def __init__(
-        self,
-        incarnation: int,
-        now: Callable[[], float],
-        call_later: Callable[[float, Callable[[], None]], CancellableTimer],
-        send: Callable[[str, StreamReport, Callable[[bool], None]], None],
-    ) -> None:
-        self._incarnation = incarnation
-        self._now = now
+    def __init__(self, context: Context, call_later: Callable[[float, Callable[[], None]], CancellableTimer]) -> None:
+        self._context = context
+        self._now = context.now
         self._call_later = call_later
-        self._send = send
         self._owners: dict[str, _Owner] = {}
         self._streams: dict[str, _Stream] = {}
+        self._down: set[str] = set()  # names of actors that are away
         self._count = 0
+        self._offered_by: Counter[PeerId] = Counter()
+        self._offered_bytes = 0
         self.offered = 0
 
     def __len__(self) -> int:
@@ -147,10 +157,11 @@ class AttachedStreams:
             LinkClosedError: the stream is over.
             TooManyError: so many wait already.
         """
-        if self.offered >= MAX_OFFERED:
-            raise TooManyError(f"{MAX_OFFERED} streams wait for a socket, the limit")
+        if self.offered >= MAX_OFFERED or self._offered_by[connection.peer] >= MAX_OFFERED_PER_PEER:
+            raise TooManyError("too many streams wait for a socket")
         stream = self._join(owner, connection, protocol, channel, unread=unread, negotiation=None)
         self.offered += 1
+        self._offered_by[connection.peer] += 1
         stream.deadline = self._call_later(OFFER_DEADLINE, lambda: self._abort(stream, ResetCode.SERVICE_UNREACHABLE))
         return stream.id
 
@@ -179,6 +190,7 @@ class AttachedStreams:
 
     def owner_down(self, owner: str) -> None:
         """Its streams go on, but those that wait for a socket would wait in vain."""
+        self._down.add(owner)
         known = self._owners.get(owner)
         if known is not None:
             known.away_since = self._now()
@@ -186,6 +198,7 @@ class AttachedStreams:
 
     def owner_up(self, owner: str) -> None:
         """It is back: tell it what it missed."""
+        self._down.discard(owner)
         known = self._owners.get(owner)
         if known is not None and known.away_since is not None:
             known.away_since = None
@@ -193,11 +206,11 @@ class AttachedStreams:
 
     def adopt(self, owner: str) -> tuple[AttachedStream, ...]:
         """The streams whose end the owner, which has just started, was not told of."""
+        self.owner_up(owner)
         known = self._owners.get(owner)
         if known is None:
             return ()
         self._abort_offered(known)
-        self.owner_up(owner)
         streams = [*known.streams.values(), *(stream for stream, _ in known.ended)]
         return tuple(stream.info(stream.told_sent, stream.told_received) for stream in streams)
 
@@ -210,12 +223,22 @@ class AttachedStreams:
             self._abort(stream, ResetCode.SHUTDOWN)
         return tuple(ended for _, ended in known.ended)
 
+    async def say_goodbye(self) -> None:
+        """Tell owners that are there what they were not told; the switchboard is stopping."""
+        with trio.move_on_after(LAST_REPORT_DEADLINE):
+            async with trio.open_nursery() as nursery:
+                for owner in self._owners.values():
+                    if owner.ended and owner.away_since is None:
+                        report = StreamReport((), tuple(ended for _, ended in owner.ended))
+                        nursery.start_soon(self._was_told, owner, report)
+
     def tick(self) -> None:
         """Report traffic that is due; close what nobody owns any more. To be called every second or so."""
         now = self._now()
         for owner in list(self._owners.values()):
             missed_since = owner.away_since or owner.deaf_since
             if missed_since is not None and now - missed_since >= OWNER_PATIENCE:
+                self._context.log.warning("closed the streams of {}, which did not come back", owner.name)
                 self.close(owner.name)
             elif owner.away_since is None and now - owner.told_at >= TRAFFIC_INTERVAL:
                 self._report(owner)
@@ -236,14 +259,16 @@ class AttachedStreams:
     ) -> _Stream:
         known = self._owners.get(owner)
         if known is None:
-            known = self._owners[owner] = _Owner(owner, told_at=self._now())
+            away_since = self._now() if owner in self._down else None
+            known = self._owners[owner] = _Owner(owner, told_at=self._now(), away_since=away_since)
         self._count += 1
-        stream = _Stream(f"{self._incarnation}-{self._count}", known, connection, protocol, self._now())
+        stream = _Stream(f"{self._context.incarnation}-{self._count}", known, connection, protocol, self._now())
         stream.end = SocketEnd(
             channel,
             lambda outcome, code: self._ended(stream, outcome, code),
             unread=unread,
             negotiation=negotiation,
+            admit=self._admit,
         )
         self._streams[stream.id] = known.streams[stream.id] = stream
         return stream
@@ -259,6 +284,12 @@ class AttachedStreams:
         owner.ended.append((stream, ended))
         del owner.ended[:-MAX_UNTOLD]
         self._plan(owner)
+
+    def _admit(self, length: int) -> bool:
+        if self._offered_bytes + length > MAX_OFFERED_BYTES:
+            return False
+        self._offered_bytes += length
+        return True
 
     def _abort(self, stream: _Stream, code: int) -> None:
         if stream.end is not None:
@@ -278,6 +309,9 @@ class AttachedStreams:
             stream.deadline.cancel()
             stream.deadline = None
             self.offered -= 1
+            self._offered_by[stream.connection.peer] -= 1
+            if not self._offered_by[stream.connection.peer]:
+                del self._offered_by[stream.connection.peer]
 
     def _forget(self, stream: _Stream) -> None:
         self._no_longer_offered(stream)
@@ -308,22 +342,32 @@ class AttachedStreams:
         if not moved and not ended:
             return
 
-        def told(answered: bool) -> None:  # noqa: FBT001  # the outcome, not a switch
-            owner.reporting = False
-            if not answered:
-                owner.deaf_since = owner.deaf_since or self._now()
-            else:
-                owner.deaf_since = None
-                for stream, traffic in moved:
-                    stream.told_sent, stream.told_received = traffic.sent, traffic.received
-                gone = {stream for stream, _ in ended}
-                owner.ended = [each for each in owner.ended if each[0] not in gone]
-                if owner.ended:
-                    self._plan(owner)
-
         owner.reporting = True
+        self._context.nursery.start_soon(self._send, owner, moved, ended)
+
+    async def _send(
+        self, owner: _Owner, moved: list[tuple[_Stream, StreamTraffic]], ended: list[tuple[_Stream, EndedStream]]
+    ) -> None:
         report = StreamReport(tuple(traffic for _, traffic in moved), tuple(each for _, each in ended))
-        self._send(owner.name, report, told)
+        answered = await self._was_told(owner, report)
+        owner.reporting = False
+        if not answered:
+            owner.deaf_since = owner.deaf_since or self._now()
+            return
+        owner.deaf_since = None
+        for stream, traffic in moved:
+            stream.told_sent, stream.told_received = traffic.sent, traffic.received
+        gone = {stream for stream, _ in ended}
+        owner.ended = [each for each in owner.ended if each[0] not in gone]
+        if owner.ended:
+            self._plan(owner)
+
+    async def _was_told(self, owner: _Owner, report: StreamReport) -> bool:
+        try:
+            await self._context.ask(owner.name, report, timeout=REPORT_DEADLINE)
+        except AskError:
+            return False
+        return True
 
 
 def check_socket(sock: socket.socket) -> None:
@@ -336,3 +380,13 @@ def check_socket(sock: socket.socket) -> None:
     if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
         raise NotATcpSocketError("the descriptor is not a TCP socket")
     sock.getpeername()
+
+
+def socket_of(descriptor: Descriptor) -> socket.socket | None:
+    """The socket behind a descriptor that another actor sent; None (and closed) if it is none."""
+    fd = descriptor.detach()
+    try:
+        return socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        return None

@@ -23,6 +23,7 @@ import trio
 from actors.switchboard.errors import TooManyError
 from actors.switchboard.link import Channel, LinkEnd
 from protocol.identify import Identification
+from protocol.messages import Data
 from protocol.messages.switchboard import ConnectionInfo
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
@@ -126,6 +127,26 @@ class Connection:
             agent=(told.agent_version or "") if told else "",
             protocols=told.protocols if told else (),
         )
+
+    def describe(self, name: str, now: float) -> dict[str, Data]:
+        """For people; `name` is what this node calls the peer."""
+        told = self.identification
+        return {
+            "id": self.id,
+            "peer": str(self.peer),
+            "name": name,
+            "direction": self.direction,
+            "way": self.way,
+            "age": now - self.opened,
+            "streams": self.link.streams,
+            "rtt": self.link.rtt,
+            "sent": self.link.sent,
+            "received": self.link.received,
+            "agent": (told.agent_version or "") if told else "",
+            "observed_address": str(told.observed_address) if told and told.observed_address else None,
+            "identify_failure": self.identify_failure,
+            "draining": self.draining,
+        }
 
 
 class ConnectionTable:

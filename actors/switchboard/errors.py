@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from protocol.errors import PeerupError
+from supervisor.errors import RefusedError
 
 
 class SwitchboardError(PeerupError):
@@ -80,3 +81,15 @@ class TooManyError(SwitchboardError):
     """A limit of this node is reached."""
 
     code: ClassVar[str] = "limit-exceeded"
+
+
+def refusal(error: PeerupError) -> RefusedError:
+    """What an actor that asked for something is told when it fails like this."""
+    if isinstance(error, RefusedError):
+        return error
+    action = ""
+    if error.code == "no-addresses":
+        action = "say where it is: peerup names add NAME PEER_ID --address MULTIADDR"
+    elif isinstance(error, WrongPeerError):
+        action = "check the address, or the peer id if the peer has a new key"
+    return RefusedError(error.code, str(error), action)

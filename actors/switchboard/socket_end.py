@@ -41,7 +41,8 @@ class SocketEnd:
     """Joins `channel`, and owns the socket that it is given by `attach`.
 
     `unread` came with the stream's negotiation. `on_done(outcome, code)` is called once, from the reactor, when the
-    stream is over and the socket closed.
+    stream is over and the socket closed. `admit(n)` is asked before `n` bytes are kept while there is no socket yet
+    (the stream is reset if it says no), and told `-n` when they need no more room.
 
     Attributes:
         sent: bytes taken from the socket for the peer.
@@ -53,6 +54,8 @@ class SocketEnd:
     """
 
     __slots__ = (
+        "_admit",
+        "_admitted",
         "_channel",
         "_done",
         "_drained",
@@ -77,10 +80,13 @@ class SocketEnd:
         *,
         unread: bytes = b"",
         negotiation: Callable[[bytes], bytes | None] | None = None,
+        admit: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self.sent = 0
         self.received = len(unread)
         self.attached = False
+        self._admit = admit
+        self._admitted = 0
         self._channel = channel
         self._on_done = on_done
         self._socket: socket.socket | None = None
@@ -111,6 +117,7 @@ class SocketEnd:
             sock.close()
             raise
         self.attached = True
+        self._release()
         self._socket = sock
         self._fd = sock.fileno()
         self._want(READ)
@@ -173,6 +180,11 @@ class SocketEnd:
                 if start == end:
                     return
             self._want(self._events | WRITE)
+        elif sock is None:
+            if not self._admit(end - start):
+                self._reset(Outcome.ABORTED, ResetCode.LIMIT_EXCEEDED)
+                return
+            self._admitted += end - start
         self._pending.append((memoryview(bytes(buffer[start:end])), True))
 
     def peer_finished(self) -> None:
@@ -266,6 +278,7 @@ class SocketEnd:
             return
         self._done = True
         self._pending.clear()
+        self._release()
         sock, self._socket = self._socket, None
         if sock is not None:
             if self._registered:
@@ -275,6 +288,11 @@ class SocketEnd:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FINISH_ON_CLOSE)
             sock.close()
         self._on_done(outcome, code)
+
+    def _release(self) -> None:
+        if self._admitted:
+            self._admit(-self._admitted)
+            self._admitted = 0
 
     def _want(self, events: int) -> None:
         if not self._registered:
