@@ -133,8 +133,24 @@ async def test_the_end_of_the_switchboard_is_the_end_of_its_tunnels():
         with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
             await client.receive_some(1)
         await until(lambda: alice.gate.ended and bob.gate.ended)
-        assert alice.gate.ended[0].outcome.startswith(("stream-lost", "stream-reset"))
+        # one that is stopped, not killed, still tells what it carried
+        assert (alice.gate.ended[0].sent, alice.gate.ended[0].outcome) == (1, "stream-reset: shutdown")
         assert alice.actors[PROXY].describe()["open"] == 0
+
+
+async def test_the_death_of_the_switchboard_is_the_end_of_its_tunnels_as_well():
+    async with tunnel() as (alice, _, _, _):
+        await until(lambda: alice.actors[PROXY].describe()["open"] == 1)
+        await alice.kill("switchboard")
+        await until(lambda: alice.gate.ended)
+        assert alice.gate.ended[0].outcome == "stream-lost: lost"
+        assert alice.actors[PROXY].describe()["open"] == 0
+        for listener in alice.switchboard._listeners:
+            listener.socket.close()
+        for connection in alice.switchboard._table:
+            connection.link._socket.close()
+        for stream in alice.switchboard._attached._streams.values():
+            stream.end._socket.close()
 
 
 async def test_tunnels_of_an_owner_that_never_comes_back_are_reset(monkeypatch):
@@ -178,8 +194,36 @@ async def test_a_stream_that_waits_when_its_service_dies_is_reset(monkeypatch):
                 await client.receive_some(1)
 
 
-async def test_more_streams_than_may_wait_are_refused(monkeypatch):
-    monkeypatch.setattr(attached_module, "MAX_OFFERED", 0)
+async def test_more_bytes_than_may_wait_reset_their_stream(monkeypatch):
+    monkeypatch.setattr(attached_module, "MAX_OFFERED_BYTES", 100_000)
+    async with tcp_server(echo) as port, two_nodes(services={"echo": None}) as (alice, bob):
+        await bob.serve("echo", port)
+        address = await alice.proxy("bob", "echo")
+        monkeypatch.setattr(bob.actors[SERVICE], "_targets", ())
+        monkeypatch.setattr(bob.actors[SERVICE], "_look_up", never)
+        async with await trio.open_tcp_stream(*address) as modest, await trio.open_tcp_stream(*address) as greedy:
+            await modest.send_all(bytes(50_000))
+            await until(lambda: bob.switchboard._attached._offered_bytes == 50_000)
+            await greedy.send_all(bytes(90_000))
+            with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
+                await greedy.receive_some(1)
+            assert bob.switchboard._attached._offered_bytes == 50_000
+            assert bob.switchboard._attached.offered == 1
+            waiting = next(iter(bob.switchboard._attached._streams))
+            server = await trio.open_tcp_stream("127.0.0.1", port)
+            sock = server.socket.detach()
+            await until(lambda: bob.actors[SERVICE]._tunnels.has_attached(waiting))
+            bob.actors[SERVICE].connected(socket.socket(fileno=sock), waiting)
+            await until(lambda: bob.switchboard._attached._offered_bytes == 0)
+            with trio.fail_after(10):
+                received = 0
+                while received < 50_000:
+                    received += len(await modest.receive_some(65536))
+
+
+@pytest.mark.parametrize("limit", ["MAX_OFFERED", "MAX_OFFERED_PER_PEER"])
+async def test_more_streams_than_may_wait_are_refused(monkeypatch, limit):
+    monkeypatch.setattr(attached_module, limit, 0)
     async with tcp_server(echo) as port, two_nodes(services={"echo": None}) as (alice, bob):
         await bob.serve("echo", port)
         client = await trio.open_tcp_stream(*await alice.proxy("bob", "echo"))
