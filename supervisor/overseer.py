@@ -235,6 +235,8 @@ class Overseer:
 
     def _on_ready(self, message: Ready, envelope: Envelope) -> None:
         name = envelope.sender
+        if name not in self._published:
+            return  # not a child of this supervisor (any more)
         self._ready[name] = message.state
         self._do(self.logic.child_ready(name, message.incarnation, self._exchange.now()))
         if self._published.get(name) == (NameState.READY, message.incarnation):

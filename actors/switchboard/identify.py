@@ -8,14 +8,16 @@ what this one peer has seen.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 
 import trio
 
 from actors.switchboard.connections import Connection
 from actors.switchboard.link import Channel
+from actors.switchboard.protocols import CancellableTimer
 from actors.switchboard.streams import abandoning, open_negotiated
-from protocol.errors import PeerupError, ProtocolError
+from protocol.errors import LimitExceededError, PeerupError, ProtocolError
 from protocol.identify import Identification, IdentifyReader, encode_identification
 from protocol.multiaddr import Multiaddr
 from protocol.protocol_ids import IDENTIFY, IDENTIFY_PUSH
@@ -23,6 +25,8 @@ from protocol.stream_descriptor import ResetCode
 
 IDENTIFY_DEADLINE = 10.0
 """Seconds for a peer to tell all about itself."""
+MAX_PUSHES = 4
+"""Pushes of one connection at a time: each may make us keep 32 KiB until it is complete."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,23 +54,43 @@ class IdentifyRoom:
         describe: Callable[[], OwnDescription],
         protocols_for: Callable[[Connection], tuple[str, ...]],
         learned: Callable[[Connection], None],
-        call_later: Callable[[float, Callable[[], None]], object],
+        call_later: Callable[[float, Callable[[], None]], CancellableTimer],
     ) -> None:
         self._describe = describe
         self._protocols_for = protocols_for
         self._learned = learned
         self._call_later = call_later
+        self._pushes: Counter[Connection] = Counter()  # under way
 
     def serve_identify(self, connection: Connection, channel: Channel, first: bytes) -> None:
         """Take over a stream of `/ipfs/id/1.0.0`: tell, and finish."""
         channel.on_data, channel.on_finish, channel.on_reset = _ignore_data, _ignore, _ignore_reset
-        channel.send(self._encode(connection))
+        try:
+            channel.send(self._encode(connection))
+        except (
+            LimitExceededError
+        ):  # so many services that no peer takes them all; it is no reason to end the connection
+            channel.reset(ResetCode.LIMIT_EXCEEDED)
+            return
         channel.finish()
 
     def serve_push(self, connection: Connection, channel: Channel, first: bytes) -> None:
         """Take over a stream of `/ipfs/id/push/1.0.0`: listen to its end."""
+        if self._pushes[connection] >= MAX_PUSHES:
+            channel.reset(ResetCode.LIMIT_EXCEEDED)
+            return
+        self._pushes[connection] += 1
         reader = IdentifyReader()
         over = False
+
+        def end() -> None:
+            nonlocal over
+            if not over:
+                over = True
+                deadline.cancel()
+                self._pushes[connection] -= 1
+                if not self._pushes[connection]:
+                    del self._pushes[connection]
 
         def on_data(data: bytes) -> None:
             try:
@@ -75,28 +99,25 @@ class IdentifyRoom:
                 give_up()
 
         def on_finish() -> None:
-            nonlocal over
             try:
                 push = reader.finish(connection.peer)
             except ProtocolError:
                 give_up()
                 return
-            over = True
+            end()
             channel.finish()
             self._keep(connection, push)
 
         def on_reset(_: int) -> None:
-            nonlocal over
-            over = True
+            end()
 
         def give_up() -> None:
-            nonlocal over
             if not over:
-                over = True
+                end()
                 channel.reset(ResetCode.PROTOCOL_VIOLATION)
 
         channel.on_data, channel.on_finish, channel.on_reset = on_data, on_finish, on_reset
-        self._call_later(IDENTIFY_DEADLINE, give_up)
+        deadline = self._call_later(IDENTIFY_DEADLINE, give_up)
         if first:
             on_data(first)
 
