@@ -13,8 +13,8 @@ frame is one packet: a type byte and a body.
 Nobody can speak for another: the kernel tells the pid and uid behind a link (`SO_PEERCRED`), the uid must be ours, and
 the sender named in an envelope must be the name whose registry entry has that pid. The first envelope binds the
 name to the link. A connecting side checks the listener in the same way. (The registry itself can be written by every
-process of this user: this is no wall against one of them that an attacker has taken over.) Frames that break a rule are counted in
-`refusals` and dropped; they never end a process.
+process of this user: this is no wall against one of them that an attacker has taken over.) Frames that break a rule are
+counted in `refusals` and dropped; they never end a process.
 
 Sending never blocks. What the kernel does not take is queued for its link, within bounds, and sent when the socket
 is writable again, so one stuck process delays only messages to itself. A link breaks when the process behind it
