@@ -13,6 +13,11 @@ from protocol.messages import Data, Descriptor, Envelope, MessageError, decode_b
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 
+_ABSENT = Descriptor(0)
+"""Stands for descriptors of a message that was only copied; it holds none."""
+_ABSENT.detach()
+_MAX_DESCRIPTORS = 16
+
 
 def plain(value: Any) -> Data:
     """The value as JSON knows it: dataclasses as objects, ids and addresses as text, bytes as base64."""
@@ -38,9 +43,9 @@ def plain(value: Any) -> Data:
 def body_of(envelope: Envelope) -> Data:
     """The fields of the envelope's message as JSON, as far as this process can read them."""
     try:
-        return plain(decode_body(envelope.kind, envelope.body))
+        return plain(decode_body(envelope.kind, envelope.body, [_ABSENT] * _MAX_DESCRIPTORS))
     except MessageError:
-        pass  # it holds descriptors, which a copy does not bring, or an actor's own kind
+        pass  # an actor's own kind
     try:
         return plain(msgpack.unpackb(envelope.body, raw=False, strict_map_key=False))
     except (ValueError, msgpack.exceptions.UnpackException, UnicodeDecodeError, RecursionError):

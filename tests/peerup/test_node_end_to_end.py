@@ -282,10 +282,14 @@ def test_the_main_job_and_every_look_at_it(pair):
         assert fetch(listen) == WANTED
         seen = [json.loads(line) for line in tap.communicate(timeout=20)[0].splitlines()]
         assert [(line["sender"], line["kind"]) for line in seen] == [
-            ("proxy/home/web", "switchboard.open-stream"),
-            ("switchboard", "switchboard.stream-opened"),
+            ("proxy/home/web", "switchboard.open-attached"),
+            ("switchboard", "switchboard.stream-attached"),
         ]
-        assert seen[0]["body"] == {"peer": home.peer_id, "protocols": ["/peerup/web/1.0.0"]}
+        assert seen[0]["body"] == {
+            "peer": home.peer_id,
+            "protocols": ["/peerup/web/1.0.0"],
+            "socket": "descriptor",
+        }
         chain = laptop.json("why", seen[1]["id"])["chain"]
         assert [entry["id"] for entry in chain[:2]] == [seen[1]["id"], seen[0]["id"]]
         assert laptop.run("why", "nobody:1:1", status=1).stderr.startswith("error: no actor remembers")
