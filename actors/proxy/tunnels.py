@@ -27,7 +27,7 @@ from protocol.messages.switchboard import AdoptStreams, CloseStreams, Connection
 from protocol.peer_id import PeerId
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Context
-from supervisor.errors import AskError
+from supervisor.errors import AskError, DeadlineExceededError, RefusedError
 
 MAX_TUNNELS = 2048
 """Concurrent tunnels of one actor. An attached one takes a descriptor in the switchboard, a pumped one two here."""
@@ -91,6 +91,7 @@ class Tunnels:
         self._ended_early: dict[str, EndedStream] = {}
         self._switchboard = 0  # the incarnation of the present one, once it was seen to come
         self._reserved = 0
+        self._adopted = True
         self._counting = False
         self.last_failure = ""
         metrics = context.metrics
@@ -145,12 +146,30 @@ class Tunnels:
             self._report(tunnel, outcome)
 
     async def adopt(self) -> None:
-        """Take over what a predecessor left in the switchboard."""
+        """Take over what a predecessor left in the switchboard; later, if that does not answer now."""
+        try:
+            await self._adopt()
+        except DeadlineExceededError:
+            self._adopted = False
+            self._context.nursery.start_soon(self._adopt_later)
+
+    async def _adopt_later(self) -> None:
+        while not self._adopted:
+            try:
+                await self._adopt()
+            except DeadlineExceededError as error:
+                self._context.log.warning("the tunnels of this actor's predecessor are not known yet: {}", error)
+
+    async def _adopt(self) -> None:
         try:
             left = await self._context.ask(SWITCHBOARD, AdoptStreams(), timeout=ADOPT_DEADLINE)
-        except AskError as error:  # then it has no streams either
+        except DeadlineExceededError:
+            raise
+        except AskError as error:  # it is not there; then it has no streams either
             self._context.log.debug("no tunnels to adopt: {}", error)
+            self._adopted = True
             return
+        self._adopted = True
         for stream in left.streams:
             self._attached[stream.stream_id] = Tunnel(
                 stream.peer, stream.path, stream.since, None, stream.sent, stream.received
@@ -158,7 +177,13 @@ class Tunnels:
         self._measure()
 
     def reported(self, report: StreamReport) -> None:
-        """Take note of what the switchboard tells of our streams."""
+        """Take note of what the switchboard tells of our streams.
+
+        Raises:
+            RefusedError: not yet, tell it again.
+        """
+        if not self._adopted:
+            raise RefusedError("not-ready", "the streams of the predecessor are not known yet")
         for traffic in report.moved:
             tunnel = self._attached.get(traffic.stream_id)
             if tunnel is not None:

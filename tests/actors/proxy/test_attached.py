@@ -7,6 +7,7 @@ import struct
 import pytest
 import trio
 
+from actors.proxy import tunnels as tunnels_module
 from actors.proxy.tunnels import is_untouched
 from actors.switchboard import attached as attached_module
 from protocol.messages import Descriptor
@@ -94,6 +95,26 @@ async def test_a_tunnel_that_ends_while_nobody_owns_it_is_still_in_the_audit_log
         await until(lambda: counted(alice, PROXY, "sent") == 1001)
         await until(lambda: not alice.switchboard._attached._owners)
         assert len(alice.gate.ended) == 1
+
+
+async def test_a_successor_adopts_later_from_a_switchboard_that_hangs(monkeypatch):
+    monkeypatch.setattr(tunnels_module, "ADOPT_DEADLINE", 0.05)
+    async with tunnel() as (alice, _, client, _):
+        await alice.kill(PROXY)
+        asked = []
+        deliver = alice.deliver
+
+        def loses(envelope, descriptors):
+            if envelope.kind != AdoptStreams.KIND or asked.append(1) or len(asked) > 2:
+                deliver(envelope, descriptors)
+
+        monkeypatch.setattr(alice, "deliver", loses)
+        await alice.proxy("bob", "echo")
+        assert alice.actors[PROXY].describe()["open"] == 0
+        await exchange(client, bytes(1000))
+        await finish(client)
+        await until(lambda: alice.gate.ended)
+        assert (alice.gate.ended[0].sent, len(asked)) == (1001, 3)
 
 
 async def test_bytes_are_counted_while_they_flow_and_once(monkeypatch):
