@@ -87,6 +87,8 @@ def build_tree(options: Options) -> SupervisorSpec:
                 "actors.switchboard.actor:Switchboard",
                 listen=[str(address) for address in config.network.listen_addresses],
                 max_connections=limits.connections,
+                max_streams=limits.streams_per_connection,
+                admission={"concurrent": limits.handshakes},
             ),
             start_deadline=SWITCHBOARD_START_DEADLINE,
         ),

@@ -10,6 +10,7 @@ each stays in force while it is away, and before the first policy everything is 
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import socket
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ from actors.switchboard.streams import ChannelStream, Negotiation, abandoning, o
 from actors.switchboard.transports import connect_tcp, local_multiaddr, remote_multiaddr, resolve
 from actors.switchboard.upgrade import RefusedPeerError, Upgraded, Upgrader, not_authorised
 from actors.switchboard.version import AGENT
+from protocol import yamux
 from protocol.errors import PeerupError
 from protocol.messages import Data, Descriptor, Message
 from protocol.messages.config import ConfigSnapshot, SubscribeConfig
@@ -118,6 +120,7 @@ class Switchboard(Actor):
     Arguments:
         listen: multiaddrs to listen on; none: this node only dials.
         max_connections: how many there may be in all.
+        max_streams: how many a peer may have open on one connection.
         admission: changes to the limits of handshakes, see `actors.switchboard.admission.Limits`.
     """
 
@@ -128,10 +131,12 @@ class Switchboard(Actor):
         listen: Sequence[str] = (),
         *,
         max_connections: int = MAX_CONNECTIONS,
+        max_streams: int = yamux.DEFAULT_LIMITS.inbound_streams,
         admission: dict[str, float] | None = None,
     ) -> None:
         self._listen = tuple(Multiaddr(text) for text in listen)
         self._max_connections = max_connections
+        self._session_limits = dataclasses.replace(yamux.DEFAULT_LIMITS, inbound_streams=max_streams)
         self._limits = Limits(**(admission or {}))  # type: ignore[arg-type]  # plain data; a wrong name is a TypeError
         self._listeners = Listeners()
         self._policy = DENY_ALL
@@ -604,6 +609,7 @@ class Switchboard(Actor):
             plaintext=upgraded.plaintext,
             on_stream=lambda channel: self._inbound.accept(connection, channel),
             on_end=lambda end: self._connection_ended(connection, end),
+            limits=self._session_limits,
         )
         self._table.add(connection, now)
         self._numbers.connection_opened(connection)
