@@ -115,13 +115,20 @@ class Client:
 
     def open_stdio(self, peer: str, service: str) -> socket.socket:
         """A connected socket to this service of this peer: what is written to it comes out there, and back."""
+        sock, outcome = self.open_tunnel(peer, service)
+        os.close(outcome)
+        return sock
+
+    def open_tunnel(self, peer: str, service: str) -> tuple[socket.socket, int]:
+        """As :meth:`open_stdio`, and the read end of a pipe that tells the outcome, see :mod:`peerup.stdio`."""
         headers = {"Upgrade": UPGRADE, "Connection": "Upgrade"}
         with self._connection() as connection:
             target = _target("/v1/stdio", {"peer": peer, "service": service})
             response = connection.exchange("GET", target, None, headers)
             if response.status != http.client.SWITCHING_PROTOCOLS:
                 raise self._lost(f"unexpected status {response.status}")
-            return socket.socket(fileno=connection.receive_descriptor())
+            sock = socket.socket(fileno=connection.receive_descriptor())
+            return sock, connection.receive_descriptor()
 
     def _call(self, method: str, path: str, query: dict[str, Any], body: dict[str, Any] | None) -> Any:
         with self._connection() as connection:

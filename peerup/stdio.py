@@ -5,6 +5,9 @@ input has a thread of its own. The end of standard input shuts down the socket's
 client that sends its question and closes still gets the answer. When the far side has finished, standard output is
 closed, and what is left is to send on until standard input ends, too, or the far side is entirely gone, which the
 socket tells by a hang-up: then nobody is left to read, and we are done without waiting for input that may never come.
+
+A Unix socket cannot tell an end from a break, so the proxy says in a pipe of its own what came of the tunnel. A tunnel
+that broke, or whose proxy died without a word, is a failure and is told as one.
 """
 
 from __future__ import annotations
@@ -30,8 +33,18 @@ CHUNK = 256 * 1024
 """Bytes per read: more than a pipe or a Unix socket holds by default, so each call takes all there is."""
 
 
-def pump(sock: socket.socket, source: int = 0, sink: int = 1) -> int:
-    """Move bytes until both directions have ended; 0, or 1 if the far side broke off. Closes the socket and `sink`."""
+FINISHED = "finished"
+"""What the pipe says of a tunnel whose both directions came to their end."""
+
+OUTCOME_DEADLINE = 5.0
+"""Seconds after the end of both directions within which the outcome must be known; it takes milliseconds."""
+
+
+def pump(sock: socket.socket, outcome: int, source: int = 0, sink: int = 1) -> int:
+    """Move bytes until both directions have ended; 0, or 1 if the tunnel broke.
+
+    Closes the socket, `outcome` and `sink`.
+    """
     ended, telling = os.pipe()
     sock.setblocking(True)
     sender = threading.Thread(target=_send, args=(sock, source, telling), daemon=True)
@@ -40,8 +53,7 @@ def pump(sock: socket.socket, source: int = 0, sink: int = 1) -> int:
         try:
             _receive(sock, sink)
         except ConnectionResetError:
-            sys.stderr.write("error: the connection to the service broke off\n")
-            return 1
+            return _tell_failure(_read_outcome(outcome))
         except BrokenPipeError:
             return 0  # whoever read our output has left; that ends it for both
         with contextlib.suppress(OSError):
@@ -50,8 +62,10 @@ def pump(sock: socket.socket, source: int = 0, sink: int = 1) -> int:
         poll.register(ended, select.POLLIN)
         poll.register(sock.fileno(), 0)  # POLLHUP and POLLERR alone
         poll.poll()
-        return 0
+        said = _read_outcome(outcome)
+        return 0 if said == FINISHED else _tell_failure(said)
     finally:
+        os.close(outcome)
         os.close(ended)
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
@@ -73,6 +87,21 @@ def pass_on(sock: socket.socket, sink: int = 1) -> None:
         ) from error
     finally:
         sock.close()
+
+
+def _read_outcome(outcome: int) -> str:
+    os.set_blocking(outcome, True)
+    poll = select.poll()
+    poll.register(outcome, select.POLLIN)
+    if not poll.poll(OUTCOME_DEADLINE * 1000):
+        return "the node does not say what came of the connection"
+    return os.read(outcome, 4096).decode(errors="replace")
+
+
+def _tell_failure(said: str) -> int:
+    reason = "the part of the node that carried it ended" if said in ("", FINISHED) else said
+    sys.stderr.write(f"error: the connection to the service broke off: {reason}\n")
+    return 1
 
 
 def _receive(sock: socket.socket, sink: int) -> None:

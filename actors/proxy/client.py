@@ -121,7 +121,7 @@ class ProxyClient(Actor):
             local.close()
             raise RefusedError("limit-exceeded", f"{self._limit} connections are open, the limit")
         try:
-            await self._carry(local)
+            await self._carry(local, request.outcome)
         except AskError as error:
             self._tunnels.failed(self._peer, "", self._words(error), error.code)
             local.close()
@@ -191,12 +191,12 @@ class ProxyClient(Actor):
             close_with_reset(local)
             raise
 
-    async def _carry(self, local: socket.socket) -> None:
+    async def _carry(self, local: socket.socket, outcome: Descriptor | None = None) -> None:
         """Have the socket, which is taken over if this succeeds, joined with a stream."""
         if not is_tcp(local):
             opened = await self._ask(lambda: OpenStream(self._peer, (self._protocol,)))
             stream = socket.socket(fileno=opened.stream.detach())
-            self._tunnels.run(local, stream, self._peer, path_of(opened.connection))
+            self._tunnels.run(local, stream, self._peer, path_of(opened.connection), outcome)
             return
         reset_on_close(local)
         attached = await self._ask(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import os
 import socket
 import struct
 import sys
@@ -21,7 +22,7 @@ from collections.abc import Iterable
 
 from actors.pump import Outcome, Pump, PumpResult
 from actors.reactor import Reactor
-from protocol.messages import Data
+from protocol.messages import Data, Descriptor
 from protocol.messages.gate import TunnelEnded
 from protocol.messages.switchboard import AdoptStreams, CloseStreams, ConnectionInfo, EndedStream, StreamReport
 from protocol.peer_id import PeerId
@@ -65,6 +66,7 @@ class Tunnel:
     pump: Pump | None = None
     counted_sent: int = 0
     counted_received: int = 0
+    outcome: Descriptor | None = None
 
 
 class Tunnels:
@@ -111,10 +113,15 @@ class Tunnels:
         self._reserved += 1
         return True
 
-    def run(self, local: socket.socket, stream: socket.socket, peer: PeerId, path: str) -> None:
-        """Carry bytes between the two sockets, which are taken over, until both directions are done."""
+    def run(
+        self, local: socket.socket, stream: socket.socket, peer: PeerId, path: str, outcome: Descriptor | None = None
+    ) -> None:
+        """Carry bytes between the two sockets, which are taken over, until both directions are done.
+
+        What came of it is written to `outcome` (see `protocol.messages.proxy.Attach`).
+        """
         self._reserved -= 1
-        tunnel = Tunnel(peer, path, self._context.now())
+        tunnel = Tunnel(peer, path, self._context.now(), outcome=outcome)
         self._tunnels[tunnel] = None
         self._measure()
         tunnel.pump = Pump(self._reactor, local, stream, lambda result: self._ended(tunnel, result))
@@ -282,6 +289,8 @@ class Tunnels:
             outcome = ResetCode.describe(result.code) if result.code in _KNOWN_CODES else outcome
         self._finished(outcome)
         self._report(tunnel, words, duration)
+        if tunnel.outcome is not None:
+            _tell_outcome(tunnel.outcome, words if words == Outcome.FINISHED.value else self.last_failure)
 
     def _measure(self) -> None:
         self._open.set(len(self._tunnels) + len(self._attached))
@@ -335,6 +344,12 @@ def _incarnation_of(stream_id: str) -> int:
 def path_of(connection: ConnectionInfo) -> str:
     """How a peer is connected, in words for the audit log."""
     return f"{connection.path} {connection.transport} {connection.remote_address}"
+
+
+def _tell_outcome(pipe: Descriptor, words: str) -> None:
+    with contextlib.suppress(OSError):  # whoever wanted to know has left
+        os.write(pipe.fileno(), words.encode())
+    pipe.close()
 
 
 def reset_on_close(sock: socket.socket) -> None:

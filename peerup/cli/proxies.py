@@ -54,7 +54,7 @@ def add(session: Session, peer: str, service: str, local_port: str | None, *, st
         if fdpass:
             pass_on(session.client.open_stdio(peer, service))
             return
-        raise click.exceptions.Exit(pump(session.client.open_stdio(peer, service)))
+        raise click.exceptions.Exit(pump(*session.client.open_tunnel(peer, service)))
     if local_port is None:
         raise click.UsageError("give the LOCAL_PORT to listen on (0 for a free one), or --stdio")
     listen = parse_listen(local_port)

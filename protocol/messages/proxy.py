@@ -11,6 +11,10 @@ class Attach(Request[Ok]):
     """Tunnel this already connected stream socket as if it had come in at the listener (`peerup proxy --stdio`).
 
     Answered once the stream to the peer is open, so that failure can still be told in words.
+
+    A Unix socket cannot tell a tunnel that broke from one that ended. `outcome`, the write end of a pipe, is told at
+    the end: `finished`, or what broke it. An end without a word means that the process that carried it died.
     """
 
     socket: Descriptor
+    outcome: Descriptor | None = None

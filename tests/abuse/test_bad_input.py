@@ -395,6 +395,12 @@ def test_a_service_that_is_down_closes_the_connection_and_is_told(pair: tuple[No
         assert connection.recv(100) == b""
     log = home.home.parent / "home.log"
     wait_until(lambda: "refused" in log.read_text(), within=10, what="the reason in the log")
+    done = subprocess.run(
+        laptop.command("proxy", "home", "down", "--stdio"), input=b"hello", capture_output=True, timeout=30, check=False
+    )
+    assert done.returncode == 1
+    assert b"broke off" in done.stderr
+    assert b"service" in done.stderr
     # As soon as it is up, the same proxy serves.
     server = EchoServer()
     try:

@@ -176,14 +176,17 @@ def test_outline_of_nested_data():
 class Pumped:
     """`pump` in a thread, between two pipes and a socket pair."""
 
-    def __init__(self) -> None:
+    def __init__(self, outcome: bytes = b"finished") -> None:
         self.far, near = socket.socketpair()
+        told, telling = os.pipe()
+        os.write(telling, outcome)
+        os.close(telling)
         self.far.settimeout(10)
         source, self.stdin = os.pipe()
         self.stdout, sink = os.pipe()
         self.source = source
         self.results: list[int] = []
-        self.thread = threading.Thread(target=lambda: self.results.append(pump(near, source, sink)))
+        self.thread = threading.Thread(target=lambda: self.results.append(pump(near, told, source, sink)))
         self.thread.start()
 
     def finish(self) -> int:
@@ -238,6 +241,22 @@ def test_a_far_side_that_broke_off_is_a_failure():
     assert pumped.finish() == 1
     os.close(pumped.stdin)
     os.close(pumped.stdout)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [
+        (b"stream-reset: service-unreachable", "service-unreachable"),
+        (b"", "the part of the node that carried it ended"),
+    ],
+)
+def test_an_end_that_was_none_is_a_failure(capsys, outcome, words):
+    pumped = Pumped(outcome)
+    pumped.far.close()
+    assert read_all(pumped.stdout) == b""
+    assert pumped.finish() == 1
+    assert words in capsys.readouterr().err
+    os.close(pumped.stdin)
 
 
 def test_a_connection_is_handed_over_as_a_descriptor():

@@ -6,14 +6,15 @@
     GET    /v1/stdio?peer=&service=   one tunnelled connection, handed over as a descriptor (below)
 
 The stdio route wants `Upgrade: peerup-descriptor`. When the stream to the service is open, the answer is
-`101 Switching Protocols`, followed by one byte that carries (`SCM_RIGHTS`) one end of a socket pair: the other
-end is with the proxy actor. So the tunnelled bytes pass through no process of the API, and nothing that
-either side says early can be taken for a part of the HTTP exchange. If the stream cannot be opened, the answer is an
-ordinary error.
+`101 Switching Protocols`, followed by one byte that carries (`SCM_RIGHTS`) two descriptors: one end of a socket pair,
+whose other end is with the proxy actor, and the read end of a pipe in which the proxy says at the end what came of the
+tunnel. So the tunnelled bytes pass through no process of the API, and nothing that either side says early can be taken
+for a part of the HTTP exchange. If the stream cannot be opened, the answer is an ordinary error.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from array import array
 
@@ -84,19 +85,22 @@ async def stdio(node: Node, call: Call) -> Answer:
     request = AddProxy(call.text("peer"), call.text("service"), None)
     proxy = (await node.context.ask("config", request, timeout=START_DEADLINE)).proxy
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    told, telling = (Descriptor(fd) for fd in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
     with near:
-        await node.context.ask(proxy.actor, Attach(Descriptor(far.detach())), timeout=ATTACH_DEADLINE)
+        attach = Attach(Descriptor(far.detach()), telling)
+        await node.context.ask(proxy.actor, attach, timeout=ATTACH_DEADLINE)
         kept = Descriptor(near.detach())
 
     async def hand_over(stream: trio.abc.Stream, early: bytes) -> None:
         try:
             assert isinstance(stream, trio.SocketStream)
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [kept.fileno()]))]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [kept.fileno(), told.fileno()]))]
             with trio.fail_after(HAND_OVER_DEADLINE):
                 await stream.socket.sendmsg([b"\0"], rights)
         except OSError as error:
             raise trio.BrokenResourceError("the client has left") from error
         finally:
             kept.close()
+            told.close()
 
     return Upgrade(UPGRADE, hand_over)
