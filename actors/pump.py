@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Final
 
 from actors.reactor import ERROR, HANG_UP, READ, WRITE, Reactor
+from actors.sockets import send_at_once
 from protocol.stream_descriptor import (
     DATA,
     FINISH,
@@ -113,8 +114,7 @@ class Pump:
         self._done = False
         local.setblocking(False)
         stream.setblocking(False)
-        if local.family in (socket.AF_INET, socket.AF_INET6):
-            local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        send_at_once(local)
         self._local_fd = local.fileno()
         self._stream_fd = stream.fileno()
         self._local_events = READ

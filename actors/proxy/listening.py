@@ -7,6 +7,7 @@ import ipaddress
 import socket
 
 from actors.proxy.errors import ListenError, PortInUseError
+from actors.sockets import fit_for_loopback
 from supervisor.actor import Checkpoint
 
 BACKLOG = 1024
@@ -25,6 +26,7 @@ def listen(address: str) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        fit_for_loopback(sock, host)
         sock.bind((host, port))
         sock.listen(BACKLOG)
     except OSError as error:

@@ -18,6 +18,7 @@ import trio
 
 from actors.proxy.tunnels import MAX_TUNNELS, SWITCHBOARD, Tunnels, reset_on_close
 from actors.reactor import WRITE, Reactor, Timer
+from actors.sockets import fit_for_loopback
 from protocol.messages import Data, Descriptor
 from protocol.messages.switchboard import AttachSocket, RejectStream, ServeProtocol, StreamOffered, StreamReport
 from protocol.messages.system import ActorDown, ActorUp
@@ -187,6 +188,7 @@ class _Attempt:
             except OSError as error:
                 reason = _words(error.errno)
                 continue
+            fit_for_loopback(local, str(sockaddr[0]))
             try:
                 number = local.connect_ex(sockaddr)
             except OSError as error:  # the zone of an IPv6 address is not there

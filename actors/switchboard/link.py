@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Final
 
 from actors.reactor import READ, WRITE, Reactor, Timer
+from actors.sockets import send_at_once
 from actors.switchboard.channel import Channel, LinkClosedError
 from protocol import yamux
 from protocol.errors import PeerupError, ProtocolError
@@ -122,8 +123,7 @@ class Link:
         self._ping_value = 0
         self._ping_at: float | None = None
         sock.setblocking(False)
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        send_at_once(sock)
         reactor.register(self._fd, READ, self._socket_ready, self._failed)
         self._timer: Timer = reactor.call_later(KEEPALIVE_INTERVAL, self._tick)
         self._ping()

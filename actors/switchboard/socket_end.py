@@ -29,6 +29,7 @@ from typing import Final
 
 from actors.pump import Outcome
 from actors.reactor import ERROR, HANG_UP, READ, WRITE
+from actors.sockets import send_at_once
 from actors.switchboard.channel import Channel
 from protocol.stream_descriptor import ResetCode
 
@@ -112,7 +113,7 @@ class SocketEnd:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            send_at_once(sock)
         except OSError:
             sock.close()
             raise

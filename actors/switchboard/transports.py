@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+from actors.sockets import fit_for_loopback, send_at_once
 from actors.switchboard.errors import AddressError
 from protocol.multiaddr import Endpoint, Multiaddr
 
@@ -87,6 +88,7 @@ def listen_tcp(address: Multiaddr) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        fit_for_loopback(sock, wanted.host)
         sock.bind(_sockaddr(family, wanted.host, wanted.port))
         sock.listen(BACKLOG)
     except OSError as error:
@@ -132,8 +134,8 @@ def accept_tcp(listener: socket.socket) -> tuple[socket.socket, str] | None:
 
 def tune(sock: socket.socket) -> None:
     """Options of every connected TCP socket: no delay, and the kernel notices a peer that vanished."""
+    send_at_once(sock)
     with contextlib.suppress(OSError):  # the peer may have reset it already; reading will say so
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
@@ -181,6 +183,7 @@ async def connect_tcp(address: Multiaddr) -> socket.socket:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     except OSError as error:  # out of descriptors, or a machine without IPv6
         raise AddressError(_words(error)) from error
+    fit_for_loopback(sock, wanted.host)
     try:
         error_number = sock.connect_ex(_sockaddr(family, wanted.host, wanted.port))
         if error_number == errno.EINPROGRESS:
