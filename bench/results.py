@@ -122,6 +122,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": platform.release(),
+        "congestion_control": _congestion_control(),
         "python": platform.python_version(),
         "versions": {
             name: metadata.version(name) for name in ("peerup", "cryptography", "trio", "thespian", "msgpack")
@@ -129,6 +130,13 @@ def machine() -> dict[str, Any]:
         "openssh": _first_line("ssh", "-V"),
         "socat": _first_line("socat", "-V", having="version"),
     }
+
+
+def _congestion_control() -> str | None:
+    try:
+        return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+    except OSError:
+        return None
 
 
 def _first_line(*command: str, having: str = "") -> str | None:
