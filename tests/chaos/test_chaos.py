@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -77,10 +78,9 @@ def hurt(node: Node, name: str, action: str) -> set[int]:
     pid = by_name(node).get(name, {}).get("pid")
     if pid is None:
         return set()
-    if action == "kill":
-        os.kill(pid, signal.SIGKILL)
-    elif action == "stop":
-        os.kill(pid, signal.SIGSTOP)
+    if action in {"kill", "stop"}:
+        with contextlib.suppress(ProcessLookupError):  # it has just gone with its supervisor, the first victim
+            os.kill(pid, signal.SIGKILL if action == "kill" else signal.SIGSTOP)
     else:
         try:
             Client(node.home / "run" / "control.sock", timeout=5).post(
