@@ -17,12 +17,11 @@ import contextlib
 import dataclasses
 import enum
 import socket
-import struct
 from collections.abc import Callable
 from typing import Final
 
 from actors.reactor import ERROR, HANG_UP, READ, WRITE, Reactor
-from actors.sockets import send_at_once
+from actors.sockets import RESET_ON_CLOSE, send_at_once
 from protocol.stream_descriptor import (
     DATA,
     FINISH,
@@ -37,7 +36,6 @@ from protocol.stream_descriptor import (
 
 _ROUNDS: Final = 8  # reads of one callback: about half a megabyte
 _GATHER: Final = 4 * MAX_MESSAGE  # of one write to the local socket
-_NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class Outcome(enum.Enum):
@@ -342,7 +340,7 @@ class Pump:
             with contextlib.suppress(OSError):
                 self._stream.send(reset_message(code))
         with contextlib.suppress(OSError):
-            self._local.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            self._local.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         self._finish(outcome, code)
 
     def _finish(self, outcome: Outcome, code: int) -> None:

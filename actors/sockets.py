@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from typing import Final
+
+RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+"""SO_LINGER: closing the socket, or the end of all processes that hold it, is a reset for its peer."""
+
+FINISH_ON_CLOSE: Final = struct.pack("ii", 0, 0)
+"""SO_LINGER: closing the socket is a clean end again."""
 
 _UNPACED: Final = b"reno"
 """A congestion control that never waits: always there, and free for everybody to choose."""

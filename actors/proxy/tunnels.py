@@ -15,13 +15,13 @@ import dataclasses
 import fcntl
 import os
 import socket
-import struct
 import sys
 import termios
 from collections.abc import Iterable
 
 from actors.pump import Outcome, Pump, PumpResult
 from actors.reactor import Reactor
+from actors.sockets import RESET_ON_CLOSE
 from protocol.messages import Data, Descriptor
 from protocol.messages.gate import TunnelEnded
 from protocol.messages.switchboard import AdoptStreams, CloseStreams, ConnectionInfo, EndedStream, StreamReport
@@ -52,8 +52,6 @@ MEANINGS: dict[int, str] = {
     ResetCode.SERVICE_UNAVAILABLE: "the peer's actor for the service is being restarted",
 }
 """What a reset by the far side means, for people."""
-
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 @dataclasses.dataclass(eq=False)
@@ -355,7 +353,7 @@ def _tell_outcome(pipe: Descriptor, words: str) -> None:
 def reset_on_close(sock: socket.socket) -> None:
     """From now on the end of all processes that hold this TCP socket, or of the socket, is a reset for its client."""
     with contextlib.suppress(OSError):  # not a TCP socket, or already broken
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
 
 def close_with_reset(sock: socket.socket) -> None:

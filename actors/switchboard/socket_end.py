@@ -22,19 +22,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 from actors.pump import Outcome
 from actors.reactor import ERROR, HANG_UP, READ, WRITE
-from actors.sockets import send_at_once
+from actors.sockets import FINISH_ON_CLOSE, RESET_ON_CLOSE, send_at_once
 from actors.switchboard.channel import Channel
 from protocol.stream_descriptor import ResetCode
 
-_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
-_FINISH_ON_CLOSE: Final = struct.pack("ii", 0, 0)
 _GATHER: Final = 16  # pieces of one send
 
 
@@ -112,7 +109,7 @@ class SocketEnd:
         """
         try:
             sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
             send_at_once(sock)
         except OSError:
             sock.close()
@@ -286,7 +283,7 @@ class SocketEnd:
                 self._channel.reactor.unregister(self._fd)
             if outcome is Outcome.FINISHED:
                 with contextlib.suppress(OSError):  # it is broken already; then nothing is left to be said with care
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FINISH_ON_CLOSE)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, FINISH_ON_CLOSE)
             sock.close()
         self._on_done(outcome, code)
 
