@@ -28,6 +28,7 @@ from actors.pump import Pump
 from actors.reactor import READ, Reactor
 from actors.switchboard.link import Channel, Link, LinkEnd
 from actors.switchboard.socket_end import SocketEnd
+from actors.switchboard.wire import SocketWire
 from bench.load import Load
 from bench.references import AbsentError, Tunnel, socat, ssh
 from protocol import yamux
@@ -101,7 +102,7 @@ def run_link(role: Role, connection: socket.socket, control: socket.socket, way:
 
     link = Link(
         reactor,
-        connection,
+        SocketWire(reactor, connection),
         role=role,
         send_cipher=secured.send,
         receive_cipher=secured.receive,

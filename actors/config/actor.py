@@ -371,7 +371,12 @@ def _serves(present: DesiredProxy, listen: str | None) -> bool:
 
 def _snapshot(config: NodeConfig, version: int) -> ConfigSnapshot:
     return ConfigSnapshot(
-        version, config.security.enable_connection_gating, config.services, config.names, config.addresses
+        version,
+        config.security.enable_connection_gating,
+        config.services,
+        config.names,
+        config.addresses,
+        config.relay.addresses,
     )
 
 

@@ -46,6 +46,7 @@ from actors.switchboard.streams import ChannelStream, Negotiation, abandoning, o
 from actors.switchboard.transports import connect_tcp, local_multiaddr, remote_multiaddr, resolve
 from actors.switchboard.upgrade import RefusedPeerError, Upgraded, Upgrader, not_authorised
 from actors.switchboard.version import AGENT
+from actors.switchboard.wire import SocketWire
 from protocol import yamux
 from protocol.errors import PeerupError
 from protocol.messages import Data, Descriptor, Message
@@ -601,7 +602,7 @@ class Switchboard(Actor):
         )
         connection.link = Link(
             self._reactor,
-            sock,
+            SocketWire(self._reactor, sock),
             role=upgraded.role,
             send_cipher=upgraded.send,
             receive_cipher=upgraded.receive,

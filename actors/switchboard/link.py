@@ -1,18 +1,18 @@
 """A link: one secured, multiplexed connection to a peer, on a reactor.
 
-Theory of operation. A link owns a non-blocking TCP socket whose Noise handshake is done, and runs yamux over it:
+Theory of operation. A link owns a wire (a TCP socket, say) on which the Noise handshake is done, and runs yamux over it:
 
-    socket -> scratch buffer -> decrypt in place -> yamux -> channels        (as the socket becomes readable)
-    channels -> a buffer, laid out as frames -> encrypt in place -> socket   (once a round of the reactor)
+    wire -> scratch buffer -> decrypt in place -> yamux -> channels        (as the wire becomes readable)
+    channels -> a buffer, laid out as frames -> encrypt in place -> wire   (once a round of the reactor)
 
 A byte is copied by the kernel only, and within user space only when somebody does not keep up.
 
 Sending. Channels that have something to send stand in a queue. Once a round the link goes round that queue, one
 message of each at a time, until about four Noise messages are full; small frames of several streams share one Noise
-message, and all go out with one `send`. What the socket does not take is kept with its buffer, and nothing more is read
+message, and all go out with one `send`. What the wire does not take is kept with its buffer, and nothing more is read
 from any descriptor until it has gone. A stream whose window is used up leaves the queue until the peer grants more.
 
-The life of a link: alive, until one of the ends of :class:`LinkEnd`; then it resets what is open, closes its socket and
+The life of a link: alive, until one of the ends of :class:`LinkEnd`; then it resets what is open, closes its wire and
 tells `on_end` from the loop. There is no state in between.
 """
 
@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from actors.reactor import READ, WRITE, Reactor, Timer
-from actors.sockets import send_at_once
+from actors.reactor import WRITE, Reactor, Timer
 from actors.switchboard.channel import Channel, LinkClosedError
+from actors.switchboard.wire import Wire
 from protocol import yamux
 from protocol.errors import PeerupError, ProtocolError
 from protocol.noise import MAX_PLAINTEXT, TAG_LENGTH, CipherState, NoiseError
@@ -43,7 +42,7 @@ KEEPALIVE_TIMEOUT: Final = 20.0
 """Seconds of silence after a ping that end the link: a few retransmissions of TCP, no longer than a person waits."""
 
 SEND_TIMEOUT: Final = 60.0
-"""Seconds in which the socket must take something while something waits: a peer may be slow, but not for ever."""
+"""Seconds in which the wire must take something while something waits: a peer may be slow, but not for ever."""
 
 _PREFIX: Final = 2  # length of a Noise message
 _HEADER: Final = yamux.HEADER_LENGTH
@@ -71,11 +70,11 @@ class LinkEnd:
 
 
 class Link:
-    """Takes over a connected TCP socket after the Noise handshake and muxer negotiation, in both roles alike.
+    """Takes over a wire after the Noise handshake and muxer negotiation, in both roles alike.
 
     `received` is ciphertext that came in with the last handshake message, `plaintext` what a Noise message held behind
     the end of the muxer's negotiation. `on_stream` is called for each stream that the peer opens; `on_end` once, from
-    the loop, when the link is gone and its socket closed.
+    the loop, when the link is gone and its wire closed.
 
     Attributes:
         reactor, session: what its channels work with.
@@ -87,7 +86,7 @@ class Link:
     def __init__(
         self,
         reactor: Reactor,
-        sock: socket.socket,
+        wire: Wire,
         *,
         role: Role,
         send_cipher: CipherState,
@@ -106,8 +105,7 @@ class Link:
         self.rtt: float | None = None
         self.end: LinkEnd | None = None
         self._clock = reactor.clock
-        self._socket = sock
-        self._fd = sock.fileno()
+        self._wire = wire
         self._send_cipher = send_cipher
         self._receive_cipher = receive_cipher
         self._tail = received  # the beginning of a Noise message
@@ -116,22 +114,20 @@ class Link:
         self._on_end = on_end
         self._queue: deque[Channel] = deque()
         self._flush_planned = False
-        self._unsent: memoryview | None = None  # sealed, not taken by the socket yet; within `_unsent_buffer`
+        self._unsent: memoryview | None = None  # sealed, not taken by the wire yet; within `_unsent_buffer`
         self._unsent_buffer: memoryview | None = None
         self._now = now  # when the last bytes came
-        self._progress_at = now  # when the socket last took something
+        self._progress_at = now  # when the wire last took something
         self._ping_value = 0
         self._ping_at: float | None = None
-        sock.setblocking(False)
-        send_at_once(sock)
-        reactor.register(self._fd, READ, self._socket_ready, self._failed)
+        wire.start(self._wire_ready, self._failed)
         self._timer: Timer = reactor.call_later(KEEPALIVE_INTERVAL, self._tick)
         self._ping()
         if received or plaintext:
             reactor.call_soon(self._open_first)
 
     def __repr__(self) -> str:
-        return f"<Link {self._fd}{'' if self.end is None else ' ' + self.end.code}>"
+        return f"<Link {self._wire!r}{'' if self.end is None else ' ' + self.end.code}>"
 
     # ---- what others use
 
@@ -158,11 +154,11 @@ class Link:
         return channel
 
     def close(self, code: str = "local-close", reason: str = "closed by this node") -> None:
-        """Say go away, reset what is open, close the socket. `on_end` follows from the loop. Twice is once."""
+        """Say go away, reset what is open, close the wire. `on_end` follows from the loop. Twice is once."""
         self._finish(LinkEnd(code, reason), ResetCode.SHUTDOWN, GoAwayCode.NORMAL)
 
     def abort(self, code: str = "local-abort", reason: str = "cut off by this node") -> None:
-        """Close the socket now, without a word to the peer. `on_end` follows from the loop. Twice is once."""
+        """Close the wire now, without a word to the peer. `on_end` follows from the loop. Twice is once."""
         self._finish(LinkEnd(code, reason), ResetCode.CONNECTION_LOST, None)
 
     def enqueue(self, channel: Channel) -> None:
@@ -179,15 +175,15 @@ class Link:
             self._flush_planned = True
             self.reactor.call_soon(self._flush)
 
-    # ---- socket -> channels
+    # ---- wire -> channels
 
-    def _socket_ready(self, ready: int) -> None:
+    def _wire_ready(self, ready: int) -> None:
         if ready & WRITE and self._unsent is not None:
             self._send_unsent()
         if ready & ~WRITE and self.end is None:
-            self._read_socket()
+            self._read_wire()
 
-    def _read_socket(self) -> None:
+    def _read_wire(self) -> None:
         scratch = self.reactor.scratch
         for _ in range(_RECEIVE_ROUNDS):
             tail = self._tail
@@ -195,7 +191,7 @@ class Link:
             if start:
                 scratch[:start] = tail
             try:
-                length = self._socket.recv_into(scratch[start : start + _RECEIVE])
+                length = self._wire.recv_into(scratch[start : start + _RECEIVE])
             except BlockingIOError:
                 return
             if not length:
@@ -250,7 +246,7 @@ class Link:
         if self.session.has_control:
             self.plan_flush()
 
-    # ---- channels -> socket
+    # ---- channels -> wire
 
     def _flush(self) -> None:
         self._flush_planned = False
@@ -263,14 +259,14 @@ class Link:
                 if not end:
                     break
                 try:
-                    taken = self._socket.send(buffer[:end])
+                    taken = self._wire.send(buffer[:end])
                 except BlockingIOError:
                     taken = 0
                 self.sent += taken
                 if taken < end:
                     self._unsent, self._unsent_buffer = buffer[taken:end], buffer
                     self._progress_at = self._clock()
-                    self.reactor.modify(self._fd, READ | WRITE)
+                    self._wire.want_write(wanted=True)
                     return
                 if not self._queue:
                     break
@@ -284,7 +280,7 @@ class Link:
         unsent = self._unsent
         assert unsent is not None
         try:
-            taken = self._socket.send(unsent)
+            taken = self._wire.send(unsent)
         except BlockingIOError:
             return
         self.sent += taken
@@ -293,7 +289,7 @@ class Link:
             self._unsent = unsent[taken:]
             return
         self._release_unsent()
-        self.reactor.modify(self._fd, READ)
+        self._wire.want_write(wanted=False)
         if self._queue or self.session.has_control:
             self.plan_flush()
 
@@ -432,18 +428,17 @@ class Link:
         if go_away is not None and self._unsent is None:
             self._say_go_away(go_away)
         self._release_unsent()
-        self.reactor.unregister(self._fd)
-        self._socket.close()
+        self._wire.close()
         for stream in self.session:
             self.session.reset(stream, code)
             stream.owner.over(code)
         self.reactor.call_soon(lambda: self._on_end(end))
 
     def _say_go_away(self, code: GoAwayCode) -> None:
-        """The last words, if the socket takes them at once."""
+        """The last words, if the wire takes them at once."""
         buffer = self.reactor.take_buffer(_SEND_BUFFER)
         with contextlib.suppress(OSError, PeerupError):
             if not self.session.local_gone:
                 self.session.go_away(code)
-            self.sent += self._socket.send(buffer[: self._lay_out(buffer)])
+            self.sent += self._wire.send(buffer[: self._lay_out(buffer)])
         self.reactor.return_buffer(buffer)

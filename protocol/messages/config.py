@@ -36,13 +36,17 @@ class AddressEntry:
 
 @message("config.snapshot")
 class ConfigSnapshot(Message):
-    """What the running node needs of its configuration; told to each subscriber when it changes."""
+    """What the running node needs of its configuration; told to each subscriber when it changes.
+
+    `relays` are those where this node keeps reservations, each address with its relay's `/p2p/…`.
+    """
 
     version: int
     gating: bool
     services: tuple[ServiceEntry, ...]
     names: tuple[NameEntry, ...]
     addresses: tuple[AddressEntry, ...]
+    relays: tuple[Multiaddr, ...] = ()
 
 
 @message("config.subscribe")

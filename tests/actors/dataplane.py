@@ -9,6 +9,7 @@ import trio
 
 from actors.reactor import Reactor
 from actors.switchboard.link import Channel, Link, LinkEnd
+from actors.switchboard.wire import SocketWire
 from protocol import yamux
 from protocol.noise import CipherState
 from protocol.yamux import Role
@@ -73,7 +74,7 @@ class Ends:
     def _link(self, reactor, sock, role, ciphers, limits):
         return Link(
             reactor,
-            sock,
+            SocketWire(reactor, sock),
             role=role,
             send_cipher=ciphers[0],
             receive_cipher=ciphers[1],

@@ -10,6 +10,7 @@ import trio
 from actors.switchboard import channel as channel_module
 from actors.switchboard import link as link_module
 from actors.switchboard.link import LinkClosedError
+from actors.switchboard.wire import SocketWire
 from protocol import yamux
 from protocol.errors import LimitExceededError
 from protocol.noise import CipherState
@@ -356,7 +357,7 @@ async def test_bytes_that_came_with_the_handshake_are_not_lost():
             opened, ended = [], []
             link = link_module.Link(
                 reactor,
-                far,
+                SocketWire(reactor, far),
                 role=Role.SERVER,
                 send_cipher=CipherState(b"2" * 32),
                 receive_cipher=CipherState(b"1" * 32),
@@ -380,7 +381,7 @@ async def test_a_peer_that_vanishes_is_noticed(monkeypatch):
         ended = []
         link_module.Link(
             reactor,
-            near,
+            SocketWire(reactor, near),
             role=Role.CLIENT,
             send_cipher=CipherState(b"1" * 32),
             receive_cipher=CipherState(b"2" * 32),
@@ -413,7 +414,7 @@ async def test_a_peer_that_takes_nothing_is_given_up(monkeypatch):
         ended = []
         link = link_module.Link(
             reactor,
-            near,
+            SocketWire(reactor, near),
             role=Role.CLIENT,
             send_cipher=CipherState(b"1" * 32),
             receive_cipher=CipherState(b"2" * 32),
