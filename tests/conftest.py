@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest_plugins = ["tests.natlab.plugin"]
+pytest_plugins = ["tests.natlab.plugin", "tests.support.deadlines"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -201,7 +201,7 @@ async def test_plaintext_is_neither_offered_nor_accepted(world: World, source: s
         await caller.send(HEADER + encode_message("ls"))
         listed = b""
         while b"\n\n" not in listed:
-            listed += await caller.receive()
+            listed += await caller.more()
         assert b"/noise" in listed
         assert b"plaintext" not in listed
         for protocol in ("/plaintext/2.0.0", "/plaintext/1.0.0", "/secio/1.0.0", "/tls/1.0.0"):
@@ -245,7 +245,7 @@ async def _until_last_message(stranger: Attacker, identity: Identity | None = No
     await stranger.send(HEADER + NOISE + handshake.data_to_send())
     received = b""
     while handshake.result is None:
-        received += await stranger.receive()
+        received += await stranger.more()
         if len(received) >= OPENING:
             handshake.receive_data(received[OPENING:])
             received = received[:OPENING]

@@ -41,13 +41,15 @@ class World:
         return wait_until(self._try_to_connect, within=15, what="a tunnel")
 
     def _try_to_connect(self) -> socket.socket | None:
-        client = socket.create_connection(("127.0.0.1", self.port), timeout=15)
-        try:
-            exchange(client, b"x")
-        except ConnectionError:
-            client.close()
-            return None
-        return client
+        with ExitStack() as stack:
+            try:
+                # A reset may come so soon that connecting itself reports it.
+                client = stack.enter_context(socket.create_connection(("127.0.0.1", self.port), timeout=15))
+                exchange(client, b"x")
+            except ConnectionError:
+                return None
+            stack.pop_all()
+            return client
 
 
 @pytest.fixture(scope="module")
