@@ -8,7 +8,7 @@ from typing import Any
 
 from actors.config.schema import NodeConfig
 
-LIVE = frozenset({"security.enable_connection_gating"})
+LIVE = frozenset({"security.enable_connection_gating", "relay.addresses"})
 """Keys outside of services, names and addresses that take effect at once."""
 
 _LATER = " (takes effect when the node is started again)"

@@ -166,6 +166,47 @@ class ConfigEditor:
         else:
             self._delete(("addresses", key))
 
+    def add_relays(self, addresses: Sequence[Multiaddr]) -> tuple[Multiaddr, ...]:
+        """Keep a reservation at these relays, too; those of the addresses that are new.
+
+        Raises:
+            InvalidValueError: one has no peer id at its end, no port, or leads through a relay itself.
+        """
+        for address in addresses:
+            if address.peer_id is None:
+                raise InvalidValueError(f"{address} does not end with the relay's peer id; append /p2p/<peer id>")
+            if address.is_relayed:
+                raise InvalidValueError(f"{address} leads through a relay; give the address of the relay itself")
+            if address.endpoint is None:
+                raise InvalidValueError(f"{address} has no port to connect to; write it like /ip4/192.0.2.7/tcp/4001")
+        known = self.config.relay.addresses
+        added = tuple(address for address in dict.fromkeys(addresses) if address not in known)
+        if added:
+            self._set(("relay", "addresses"), [*self._written_relays(), *map(str, added)])
+        return added
+
+    def remove_relays(self, which: PeerId | Multiaddr) -> tuple[Multiaddr, ...]:
+        """Want no reservation at this relay, or not at this address, any more; the addresses that were removed.
+
+        Raises:
+            ConfigEditError: `not-found`.
+        """
+        known = self.config.relay.addresses
+        if isinstance(which, PeerId):
+            removed = [address for address in known if address.peer_id == which]
+        else:
+            removed = [address for address in known if which in (address, address.without_peer_id())]
+        if not removed:
+            there = ", ".join(map(str, known)) or "none"
+            raise ConfigEditError("not-found", f"there is no relay {which} in {self._path} (there are: {there})")
+        written = zip(self._written_relays(), known, strict=True)
+        self._set(("relay", "addresses"), [text for text, address in written if address not in removed])
+        return tuple(dict.fromkeys(removed))
+
+    def _written_relays(self) -> list[str]:
+        """The relays as the file has them: one address has several spellings."""
+        return [str(text) for text in (parse_yaml(self.text).get("relay") or {}).get("addresses") or ()]
+
     def _need_service(self, name: str) -> None:
         if not any(service.name == name for service in self.config.services):
             known = ", ".join(sorted(service.name for service in self.config.services)) or "none"

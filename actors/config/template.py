@@ -37,9 +37,10 @@ network:
   # resource_limits_enabled: false
 
 relay:
-  # Relays that carry connections when no direct path exists, each ending with /p2p/<peer id>.
+  # [live] Relays that carry connections when no direct path exists, each ending with /p2p/<peer id>; edit with
+  # `peerup relay`.
   addresses: []
-  # How often a place at each relay is renewed. Default: 2m
+  # Accepted for compatibility; a place at a relay is renewed when half to three quarters of its time have passed.
   reservation_interval: "2m"
 
 discovery:

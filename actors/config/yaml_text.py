@@ -201,6 +201,8 @@ def _splice_value(text: str, path: Sequence[str], value: Any) -> str | None:
             return _insert(text, here, path[depth:], value)
         found = entry[1]
         if depth == len(path) - 1:
+            if isinstance(found, SequenceNode) and isinstance(value, list | tuple):
+                return _replace_items(text, entry, value)
             return _replace(text, found, value)
         if _is_empty(found):
             return _fill(text, entry, path[depth + 1 :], value)
@@ -246,6 +248,32 @@ def _replace(text: str, node: Node, value: Any) -> str | None:
     begin, end = node.start_mark.index, node.end_mark.index
     space = "" if text[begin - 1 : begin].isspace() else " "
     return f"{text[:begin]}{space}{_scalar(value)}{text[end:]}"
+
+
+def _replace_items(text: str, entry: tuple[Node, Node], value: Sequence[Any]) -> str | None:
+    """Take out the items of a list that are not wanted any more, and add the new ones at its end."""
+    key, items = entry
+    assert isinstance(items, SequenceNode)
+    if items.flow_style or not value:
+        begin, end = _line_start(text, key.start_mark.index), _content_end(text, entry)
+        if "#" in text[begin:end] or (items.flow_style and _line_start(text, items.end_mark.index) != begin):
+            return None
+        return text[:begin] + render_entry(key.value, value, key.start_mark.column) + text[end:]
+    if not all(isinstance(item, ScalarNode) and item.style not in ("|", ">") for item in items.value):
+        return None
+    rest = list(value)
+    spans = []
+    for item in items.value:
+        begin = _line_start(text, item.start_mark.index)
+        spans.append((begin, text.index("\n", item.end_mark.index) + 1))
+        if rest and item.value == rest[0]:
+            rest.pop(0)
+            spans.pop()
+    last = text.index("\n", items.value[-1].end_mark.index) + 1
+    text = text[:last] + "".join(f"{' ' * items.start_mark.column}- {_scalar(item)}\n" for item in rest) + text[last:]
+    for begin, end in reversed(spans):
+        text = text[:begin] + text[end:]
+    return text
 
 
 def _insert(text: str, mapping: MappingNode, path: Sequence[str], value: Any) -> str:

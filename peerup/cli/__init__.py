@@ -21,6 +21,7 @@ COMMANDS = {
     "service": "peerup.cli.services:service",
     "proxy": "peerup.cli.proxies:proxy",
     "names": "peerup.cli.names:names",
+    "relay": "peerup.cli.relay:relay",
     "config": "peerup.cli.config:config",
     "actors": "peerup.cli.actors:actors",
     "log": "peerup.cli.actors:log",

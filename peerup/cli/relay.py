@@ -1,0 +1,163 @@
+"""`peerup relay add`, `list` and `remove`: the relays through which peers reach this node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peerup.cli.files import CONFIG, read_config, report, tell_node
+from peerup.cli.framework import LazyGroup, Session, command, examples
+from peerup.cli.output import Column, short_id, size, span, styled, table
+
+if TYPE_CHECKING:
+    from protocol.multiaddr import Multiaddr
+    from protocol.peer_id import PeerId
+
+SERVER_COMMANDS: dict[str, str] = {}
+"""Commands of a relay itself, as `name: module:attribute`."""
+
+STATE_STYLES = {"held": "green", "renewing": "green", "waiting": "red"}
+
+
+@click.group(
+    "relay",
+    cls=LazyGroup,
+    sources=SERVER_COMMANDS,
+    epilog=examples(
+        "peerup relay add /dns/relay.example/tcp/4001/p2p/12D3KooW...",
+        "peerup relay list",
+        "peerup relay remove 12D3KooW...",
+    ),
+)
+def relay() -> None:
+    """Use relays, so that peers reach this node behind its NAT; or be one.
+
+    A relay carries connections where no direct path exists. It sees only ciphertext.
+    """
+
+
+@command("add", json_output=True)
+@click.argument("addresses", metavar="MULTIADDR...", nargs=-1, required=True)
+def add(session: Session, addresses: tuple[str, ...]) -> None:
+    """Reach this node through these relays.
+
+    Each address ends with the relay's peer id: .../p2p/12D3KooW... Several addresses of one relay are ways to the same
+    relay. A running node takes the change over at once.
+    """
+    from actors.config.file import edit_config
+    from protocol.multiaddr import Multiaddr
+
+    given = [Multiaddr(address) for address in addresses]
+    with edit_config(session.home.config_file) as editor:
+        added = editor.add_relays(given)
+        known = editor.config.relay.addresses
+    data = {"added": [str(address) for address in added], "relays": [str(address) for address in known]}
+    text = "\n".join(f"added {address}" for address in added) or "known already; nothing to add"
+    report(session, text, data, tell_node(session, CONFIG))
+
+
+@command("remove", json_output=True)
+@click.argument("which", metavar="PEER|MULTIADDR")
+def remove(session: Session, which: str) -> None:
+    """Use a relay no longer: all of it, by peer id or name, or one of its addresses."""
+    from actors.config.file import edit_config
+
+    meant = _relay_meant(session, which)
+    with edit_config(session.home.config_file) as editor:
+        removed = editor.remove_relays(meant)
+        known = editor.config.relay.addresses
+    data = {"removed": [str(address) for address in removed], "relays": [str(address) for address in known]}
+    report(session, "\n".join(f"removed {address}" for address in removed), data, tell_node(session, CONFIG))
+
+
+@command("list", json_output=True)
+def list_relays(session: Session) -> None:
+    """Show the relays and the reservations there."""
+    from peerup.client import NotRunningError
+
+    try:
+        data = session.client.get("/v1/relays")
+    except NotRunningError:
+        data = _configured(session)
+    columns = (
+        Column("RELAY"),
+        Column("STATE"),
+        Column("EXPIRES", right=True),
+        Column("RTT", right=True),
+        Column("PER CIRCUIT"),
+        Column("ADDRESSES", fold=True),
+    )
+
+    def show() -> None:
+        table(columns, [_row(item) for item in data], empty="no relays; see `peerup relay add --help`")
+        for item in data:
+            if item["last_failure"]:
+                again = "" if item["next_attempt"] is None else f" (next attempt in {span(item['next_attempt'])})"
+                click.echo(f"{_name(item)}: {item['last_failure']}{again}")
+        if data and data[0]["state"] is None:
+            click.echo("the node is not running, so nothing is known of the reservations")
+
+    session.show(data, show)
+
+
+def _relay_meant(session: Session, which: str) -> PeerId | Multiaddr:
+    from peerup.cli.files import find_peer
+    from protocol.multiaddr import Multiaddr
+
+    return Multiaddr(which) if which.startswith("/") else find_peer(session, which)
+
+
+def _configured(session: Session) -> list[dict[str, Any]]:
+    """What can be told of the relays without the node, in the form of `GET /v1/relays`."""
+    config = read_config(session)
+    names = {entry.peer: entry.name for entry in config.names}
+    places: dict[PeerId, list[str]] = {}
+    for address in config.relay.addresses:
+        if address.peer_id is not None:
+            places.setdefault(address.peer_id, []).append(str(address))
+    unknown = ("expires_in", "held_for", "next_attempt", "limit_seconds", "limit_bytes", "rtt", "granted", "failed")
+    return [
+        {
+            "peer_id": str(peer),
+            "name": names.get(peer, ""),
+            "addresses": addresses,
+            "state": None,
+            "relayed_addresses": [],
+            "last_failure": "",
+            **dict.fromkeys(unknown),
+        }
+        for peer, addresses in places.items()
+    ]
+
+
+def _name(item: dict[str, Any]) -> str:
+    return item["name"] or short_id(item["peer_id"])
+
+
+def _row(item: dict[str, Any]) -> tuple[Any, ...]:
+    state = item["state"] or "-"
+    return (
+        _name(item),
+        styled(state, STATE_STYLES.get(state, "")),
+        span(item["expires_in"]),
+        "-" if item["rtt"] is None else f"{item['rtt'] * 1000:.1f}ms",
+        _limit(item),
+        "\n".join(item["relayed_addresses"] or item["addresses"]),
+    )
+
+
+def _limit(item: dict[str, Any]) -> str:
+    """What a circuit may take, such as `2m00s, 128.0 KiB`."""
+    if item["expires_in"] is None:
+        return "-"
+    parts = []
+    if item["limit_seconds"] is not None:
+        parts.append(span(item["limit_seconds"]))
+    if item["limit_bytes"] is not None:
+        parts.append(size(item["limit_bytes"]))
+    return ", ".join(parts) or "unlimited"
+
+
+for _command in (add, list_relays, remove):
+    relay.add_command(_command)
