@@ -1,19 +1,98 @@
-"""What a link runs over: a path on which bytes go both ways, in order, without waiting.
+"""What a link runs over: a path on which bytes go both ways, in order; before the link is there, and under it.
 
-A TCP socket is one, a circuit through a relay another, WebSocket messages a third. A link drives its wire from the
-reactor and never waits for it: it takes and gives what there is, and is called when there is more.
+A TCP socket is one, a circuit through a relay another, WebSocket messages a third. Each has two forms:
+
+- a *pipe* while it is being upgraded: a task waits for its bytes;
+- a *wire* afterwards. A link drives it from the reactor and never waits for it: it takes and gives what there is, and
+  is called when there is more.
+
+`Pipe.detach` turns the first into the second, and nothing that has arrived is lost.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import select
 import socket
 from collections.abc import Callable
 from typing import Protocol
 
+import trio
+
 from actors.reactor import HANG_UP, READ, WRITE, Reactor
 from actors.sockets import send_at_once
+from actors.switchboard.transports import local_multiaddr, remote_multiaddr
+from protocol.circuit.messages import Limit
+from protocol.multiaddr import Multiaddr
+from protocol.peer_id import PeerId
 
-__all__ = ["HANG_UP", "READ", "WRITE", "SocketWire", "Wire"]
+__all__ = ["HANG_UP", "READ", "WRITE", "Pipe", "SocketPipe", "SocketWire", "Way", "Wire"]
+
+_READ_SIZE = 4096
+"""More than any honest handshake message; what a stranger can make us keep in one read."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Way:
+    """How the bytes go to the other end.
+
+    Attributes:
+        path: `direct` or `relayed`.
+        transport: what the first hop runs over: `tcp`, `websocket`.
+        relay: through whom, if relayed.
+        limit: what the relay grants to this one circuit; None without limit.
+    """
+
+    path: str
+    transport: str
+    local_address: Multiaddr
+    remote_address: Multiaddr
+    relay: PeerId | None = None
+    limit: Limit | None = None
+
+    def __str__(self) -> str:
+        via = "" if self.relay is None else f" via {self.relay}"
+        return f"{self.path}{via} {self.transport} {self.remote_address}"
+
+
+class Pipe(Protocol):
+    """Both directions of one connection while it is being upgraded. One task at a time uses it."""
+
+    @property
+    def way(self) -> Way:
+        """How the other end is reached.
+
+        Raises:
+            OSError: it has hung up, and nobody can tell any more.
+        """
+        ...
+
+    @property
+    def readable(self) -> bool:
+        """Whether `receive` would return at once."""
+        ...
+
+    async def receive(self) -> bytes:
+        """The next bytes, as many as are there up to some KiB; empty at the end of the stream.
+
+        Raises:
+            OSError, PeerupError: the pipe is broken.
+        """
+        ...
+
+    async def send(self, data: bytes) -> None:
+        """Send all of it.
+
+        Raises:
+            OSError, PeerupError: the pipe is broken.
+        """
+
+    def detach(self, reactor: Reactor) -> Wire:
+        """Give up the pipe for a wire that goes on where it stands, with whatever has arrived meanwhile."""
+        ...
+
+    def close(self) -> None:
+        """End it in both directions. After `detach`, and the second time, nothing happens."""
 
 
 class Wire(Protocol):
@@ -80,3 +159,63 @@ class SocketWire:
         """See `Wire`."""
         self._reactor.unregister(self._fd)
         self._socket.close()
+
+
+class SocketPipe:
+    """A connected, non-blocking TCP socket, which it owns until it is detached."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket: socket.socket | None = sock
+
+    def __repr__(self) -> str:
+        return f"<SocketPipe {-1 if self._socket is None else self._socket.fileno()}>"
+
+    @property
+    def way(self) -> Way:
+        """See `Pipe`."""
+        sock = self._held()
+        return Way("direct", "tcp", local_multiaddr(sock), remote_multiaddr(sock))
+
+    @property
+    def readable(self) -> bool:
+        """See `Pipe`."""
+        poll = select.poll()
+        poll.register(self._held(), select.POLLIN)
+        return bool(poll.poll(0))
+
+    async def receive(self) -> bytes:
+        """See `Pipe`."""
+        sock = self._held()
+        while True:
+            try:
+                return sock.recv(_READ_SIZE)
+            except (BlockingIOError, InterruptedError):
+                await trio.lowlevel.wait_readable(sock)
+
+    async def send(self, data: bytes) -> None:
+        """See `Pipe`."""
+        sock = self._held()
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[sock.send(view) :]
+            except (BlockingIOError, InterruptedError):
+                await trio.lowlevel.wait_writable(sock)
+
+    def detach(self, reactor: Reactor) -> Wire:
+        """See `Pipe`."""
+        sock, self._socket = self._held(), None
+        return SocketWire(reactor, sock)
+
+    def close(self) -> None:
+        """See `Pipe`."""
+        sock, self._socket = self._socket, None
+        if sock is not None:
+            sock.close()
+
+    def _held(self) -> socket.socket:
+        if self._socket is None:
+            raise OSError("the pipe is closed")
+        return self._socket
