@@ -1,8 +1,9 @@
 """The actor `keyring`: the only process that holds the identity key, and the only one that signs with it.
 
-It signs two things, each built here from typed fields: the switchboard's Noise static key and this node's own
-peer record. It never signs bytes that somebody else composed, answers two actors only, and is
-limited in how often: a switchboard gone wrong cannot turn it into an oracle.
+It signs three things, each built here from typed fields: the switchboard's Noise static key, this node's own
+peer record, and, for a node that serves as a relay, vouchers for reservations. It never signs bytes that somebody
+else composed, answers two actors only, and is limited in how often: a switchboard gone wrong cannot turn it into an
+oracle. Vouchers have a limit of their own, so that clients of a relay cannot keep a new address from being signed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import resource
 from pathlib import Path
 
 from actors.keyring.key_file import load_key
+from protocol.circuit.voucher import seal_voucher
 from protocol.errors import PeerupError
 from protocol.keys import PrivateKey
 from protocol.messages import Data
@@ -19,11 +21,14 @@ from protocol.messages.keyring import (
     ReadIdentity,
     Signature,
     SignedPeerRecord,
+    SignedRelayVoucher,
     SignNoiseStaticKey,
     SignPeerRecord,
+    SignRelayVoucher,
 )
 from protocol.noise import SIGNATURE_PREFIX
 from protocol.peer_record import MAX_ADDRESSES, seal_peer_record
+from protocol.token_bucket import TokenBucket
 from supervisor.actor import Actor, Checkpoint, handles
 from supervisor.errors import RefusedError
 
@@ -39,6 +44,15 @@ BURST = 64
 RATE = 4.0
 """Signatures a second after that."""
 
+VOUCHER_BURST = 1024
+"""Vouchers that may be signed at once: a relay that was restarted hears of all its clients within a second."""
+
+VOUCHER_RATE = 32.0
+"""Vouchers a second after that: 1,000 clients that renew every minute need 17."""
+
+MAX_VOUCHER_SECONDS = 8 * 86400
+"""How far ahead a voucher may expire: the longest reservation, and a day for a clock that was just set."""
+
 
 class Keyring(Actor):
     """See the module.
@@ -52,15 +66,14 @@ class Keyring(Actor):
     def __init__(self, path: str) -> None:
         self._path = Path(path)
         self._key: PrivateKey | None = None
-        self._tokens = float(BURST)
-        self._filled_at = 0.0
         self._signed = 0
 
     async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
         """Load the key."""
         hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
         resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # a core dump would hold the key
-        self._filled_at = self.context.now()
+        self._own = TokenBucket(RATE, BURST, self.context.now())
+        self._vouchers = TokenBucket(VOUCHER_RATE, VOUCHER_BURST, self.context.now())
         self._key = load_key(self._path)
         self.context.log.info("identity {} loaded", self._key.peer_id)
         return {"peer_id": str(self._key.peer_id)}
@@ -85,7 +98,7 @@ class Keyring(Actor):
         key = self._key_for(SIGNING_SENDERS)
         if len(request.static_key) != 32:
             raise self._refusal("bad-request", f"a Noise static key has 32 bytes, not {len(request.static_key)}")
-        self._spend("noise-static-key")
+        self._spend("noise-static-key", self._own)
         return Signature(key.public_key.to_protobuf(), key.sign(SIGNATURE_PREFIX + request.static_key))
 
     @handles(SignPeerRecord)
@@ -96,11 +109,21 @@ class Keyring(Actor):
             raise self._refusal(
                 "bad-request", f"a peer record has at most {MAX_ADDRESSES} addresses, not {len(request.addresses)}"
             )
-        self._spend("peer-record")
+        self._spend("peer-record", self._own)
         try:
             return SignedPeerRecord(seal_peer_record(key, request.addresses, request.seq))
         except PeerupError as error:
             raise self._refusal("bad-request", str(error)) from error
+
+    @handles(SignRelayVoucher)
+    async def sign_relay_voucher(self, request: SignRelayVoucher) -> SignedRelayVoucher:
+        """Make and sign a voucher of ours for a reservation."""
+        key = self._key_for(SIGNING_SENDERS)
+        now = self.context.wall()
+        if not now < request.expiration <= now + MAX_VOUCHER_SECONDS:
+            raise self._refusal("bad-request", f"a voucher does not expire in {request.expiration - now:.0f} seconds")
+        self._spend("relay-voucher", self._vouchers)
+        return SignedRelayVoucher(seal_voucher(key, request.peer, request.expiration))
 
     def _key_for(self, allowed: frozenset[str]) -> PrivateKey:
         sender = self.context.current_sender
@@ -109,13 +132,11 @@ class Keyring(Actor):
         assert self._key is not None
         return self._key
 
-    def _spend(self, purpose: str) -> None:
+    def _spend(self, purpose: str, bucket: TokenBucket) -> None:
         now = self.context.now()
-        self._tokens = min(float(BURST), self._tokens + (now - self._filled_at) * RATE)
-        self._filled_at = now
-        if self._tokens < 1:
-            raise self._refusal("too-many-requests", f"more than {RATE:g} signatures a second")
-        self._tokens -= 1
+        if bucket.level(now) < 1:
+            raise self._refusal("too-many-requests", f"more than {bucket.rate:g} signatures a second")
+        bucket.take(1, now)
         self._signed += 1
         self.context.metrics.counter("peerup_signatures_total", purpose=purpose).inc()
 

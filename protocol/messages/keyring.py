@@ -52,3 +52,18 @@ class SignPeerRecord(Request[SignedPeerRecord]):
 
     addresses: tuple[Multiaddr, ...]
     seq: int
+
+
+@message("keyring.signed-relay-voucher")
+class SignedRelayVoucher(Message):
+    """A signed envelope (RFC 0002) that holds a reservation voucher (libp2p specs, relay/circuit-v2.md)."""
+
+    envelope: bytes
+
+
+@message("keyring.sign-relay-voucher")
+class SignRelayVoucher(Request[SignedRelayVoucher]):
+    """Make and sign a voucher: this node serves `peer` as a relay until `expiration`, in seconds since the Unix epoch."""
+
+    peer: PeerId
+    expiration: int

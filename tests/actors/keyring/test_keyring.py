@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from actors.files import FileExistsAlreadyError, FileMissingError, PermissionsError
-from actors.keyring.actor import BURST, Keyring
+from actors.keyring.actor import BURST, MAX_VOUCHER_SECONDS, VOUCHER_BURST, Keyring
 from actors.keyring.key_file import KeyFileError, create_key, load_key, load_or_create_key
-from protocol.keys import BadSignatureError, KeyType, PublicKey
-from protocol.messages.keyring import ReadIdentity, SignNoiseStaticKey, SignPeerRecord
+from protocol.circuit.voucher import open_voucher
+from protocol.keys import BadSignatureError, KeyType, PrivateKey, PublicKey
+from protocol.messages.keyring import ReadIdentity, SignNoiseStaticKey, SignPeerRecord, SignRelayVoucher
 from protocol.multiaddr import Multiaddr
 from protocol.noise import SIGNATURE_PREFIX
 from protocol.peer_record import open_peer_record
@@ -196,6 +197,7 @@ async def test_only_the_switchboard_has_something_signed(path):
             ("api", SignNoiseStaticKey(b"\x07" * 32)),
             ("gate", ReadIdentity()),
             ("proxy/home/ssh", SignPeerRecord((), 1)),
+            ("relay/server", SignRelayVoucher(load_key(path).peer_id, 2_000_000_000)),
         ]:
             with refused("not-allowed"):
                 await stage.visitor(sender).ask("keyring", request)
@@ -219,6 +221,28 @@ async def test_what_is_out_of_size_or_too_often_is_refused(path, autojump_clock)
                 await switchboard.ask("keyring", SignNoiseStaticKey(b"\x07" * 32))
                 signed += 1
         assert signed <= BURST
+
+
+async def test_vouchers_are_signed_within_bounds_of_their_own(path, autojump_clock):
+    write(path, GO_KEY)
+    async with Stage() as stage:
+        await stage.start("keyring", Keyring(str(path)))
+        switchboard = stage.visitor("switchboard")
+        own = (await switchboard.ask("keyring", ReadIdentity())).peer_id
+        client = PrivateKey.from_seed(b"\x09" * 32).peer_id
+        expiration = int(stage.wall()) + 3600
+        voucher = open_voucher(
+            (await switchboard.ask("keyring", SignRelayVoucher(client, expiration))).envelope, relay=own, peer=client
+        )
+        assert (voucher.relay, voucher.peer, voucher.expiration) == (own, client, expiration)
+        for never in (int(stage.wall()) - 1, int(stage.wall()) + MAX_VOUCHER_SECONDS + 10, -5):
+            with refused("bad-request"):
+                await switchboard.ask("keyring", SignRelayVoucher(client, never))
+        for _ in range(VOUCHER_BURST - 1):
+            await switchboard.ask("keyring", SignRelayVoucher(client, expiration))
+        with refused("too-many-requests"):
+            await switchboard.ask("keyring", SignRelayVoucher(client, expiration))
+        await switchboard.ask("keyring", SignNoiseStaticKey(b"\x07" * 32))
 
 
 async def test_a_description_holds_no_secret(path):
