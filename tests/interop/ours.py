@@ -48,7 +48,7 @@ from supervisor.errors import AskError
 from tests.interop.content import blocks
 from tests.interop.descriptors import DescriptorStream, ResetError
 from tests.interop.lone_actor import LoneContext, lone_actor
-from tests.interop.peers import Answer, Pending
+from tests.interop.peers import COMMAND_TIMEOUT, GRACE, Answer, Pending, answered, waiting_for
 
 LIBRARY = "peerup"
 
@@ -103,16 +103,19 @@ class OurPeer:
 
     Attributes:
         authorised: who may connect. `dial` adds the peer; whoever is to call must be added with `authorise`.
+        on_stream: called when a stream is handed to a service, before anything else.
     """
 
     name = "peerup"
     library = LIBRARY
+    last_words = ""
 
     def __init__(self, nursery: trio.Nursery, key: PrivateKey) -> None:
         self.key = key
         self.peer_id = str(key.peer_id)
         self.address = ""
         self.authorised: set[PeerId] = set()
+        self.on_stream: Callable[[], None] = lambda: None
         self.actor = Switchboard(["/ip4/127.0.0.1/tcp/0"])
         self.stage: LoneContext
         self._nursery = nursery
@@ -143,6 +146,7 @@ class OurPeer:
     def audience(self, target: str, message: Message) -> bool:
         """Inbound streams go to the behaviour that serves them."""
         if isinstance(message, InboundStream):
+            self.on_stream()
             self._nursery.start_soon(self._serve_stream, message)
             return True
         return False
@@ -162,12 +166,16 @@ class OurPeer:
     async def authorise(self, peer: str) -> None:
         """Let this peer connect."""
         self.authorised.add(PeerId.from_text(peer))
-        await self.stage.deliver(self.actor, self._policy(), GATE)
+        await self._publish_policy()
 
     async def revoke(self, peer: str) -> None:
         """Let it connect no longer."""
         self.authorised.discard(PeerId.from_text(peer))
-        await self.stage.deliver(self.actor, self._policy(), GATE)
+        await self._publish_policy()
+
+    async def _publish_policy(self) -> None:
+        with waiting_for("a policy to be taken in", self, GRACE):
+            await self.stage.deliver(self.actor, self._policy(), GATE)
 
     # ---- commands
 
@@ -176,18 +184,19 @@ class OurPeer:
         return await self.answer_to(await self.send(do, **arguments))
 
     async def send(self, do: str, **arguments: Any) -> Pending:
-        """Start a command without waiting for its end; the first part of the result is its id."""
+        """Start a command without waiting for its end."""
         self._next_id += 1
         sender, receiver = trio.open_memory_channel[Answer](1)
+        pending = Pending.to(self._next_id, do, arguments, receiver)
         self._nursery.start_soon(self._run, self._next_id, do, arguments, sender)
-        return self._next_id, receiver
+        return pending
 
     async def answer_to(self, pending: Pending) -> Answer:
         """The answer to a command started with `send`."""
-        return await pending[1].receive()
+        return await answered(pending, self)
 
     async def _run(self, number: int, do: str, arguments: Answer, sender: trio.MemorySendChannel[Answer]) -> None:
-        timeout = arguments.pop("timeout", 30.0)
+        timeout = arguments.pop("timeout", COMMAND_TIMEOUT)
         commands = {
             "dial": self._dial,
             "disconnect": self._disconnect,
@@ -371,7 +380,7 @@ class OurPeer:
 
     async def _serve(self, protocol: str, behaviour: str, bytes: int = 0, code: int = 0) -> None:  # noqa: A002 - the command's
         self._services[protocol] = Service(behaviour, bytes, code)
-        await self.stage.deliver(self.actor, self._policy(), GATE)
+        await self._publish_policy()
         await self.stage.deliver(self.actor, ServeProtocol(protocol), f"service{protocol}")
 
     async def _served(self, protocol: str) -> Answer:

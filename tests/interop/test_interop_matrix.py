@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ import trio
 from tests.interop.conftest import Start
 from tests.interop.content import sha256
 from tests.interop.ours import OurPeer
-from tests.interop.peers import Answer, Peer, do, finished, opened
+from tests.interop.peers import Answer, Peer, do, finished, opened, waiting_for
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]  # the first test may have to build the peers
 
@@ -51,7 +53,7 @@ async def pair(request: pytest.FixtureRequest, start: Start) -> AsyncIterator[Pa
 
 async def connected(peer: Peer, other: Peer) -> None:
     """Wait for a connection to be there on the side that was dialled, too: it knows last."""
-    with trio.fail_after(10):
+    with waiting_for(f"a connection to {other.name}", peer, 20):
         while True:
             connections = (await do(peer, "connections"))["connections"]
             if any(connection["peer"] == other.peer_id for connection in connections):
@@ -166,7 +168,7 @@ async def test_a_reader_that_waits_stops_the_writer_and_loses_nothing(pair):
     pending = await pair.dialler.send(
         "exchange", peer=pair.listener.peer_id, protocol=PROTOCOL, send=size, seed=6, timeout=90
     )
-    stalled_at = await stalls(pair.dialler, pending[0])
+    stalled_at = await stalls(pair.dialler, pending.number)
     assert 0 < stalled_at < 40 * MB  # windows (16 MiB at most in go) and socket buffers, not the memory of the reader
     other = await exchange(pair, "/peerup/other/1.0.0", send=MB)  # another stream of the connection is not held up
     assert other["received_sha256"] == sha256(MB)
@@ -179,15 +181,14 @@ async def test_a_reader_that_waits_stops_the_writer_and_loses_nothing(pair):
 async def stalls(peer: Peer, exchange_id: int) -> int:
     """How many bytes an exchange had sent when it made no progress for half a second."""
     last, quiet_since = -1, trio.current_time()
-    with trio.fail_after(30):
-        while True:
+    with waiting_for(f"exchange {exchange_id} to stall", peer, 60):
+        while last <= 0 or trio.current_time() - quiet_since <= 0.5:
             answer = await peer.ask("progress", of=exchange_id)
-            sent = answer["sent"] if answer["ok"] else 0  # the command may not have begun yet
+            sent = int(answer["sent"]) if answer["ok"] else 0  # the command may not have begun yet
             if sent != last:
                 last, quiet_since = sent, trio.current_time()
-            elif sent > 0 and trio.current_time() - quiet_since > 0.5:
-                return int(sent)
             await trio.sleep(0.02)
+    return last
 
 
 async def test_forty_streams_side_by_side(pair):
@@ -262,6 +263,26 @@ async def test_a_peer_that_is_no_longer_authorised_is_cut_off_at_once(start, imp
         await ours.revoke(guest.peer_id)
         cut = await guest.answer_to(pending)
         assert not cut["ok"]
+        await do(guest, "wait-closed", peer=ours.peer_id)
+
+
+@pytest.mark.parametrize("implementation", ["go", "js"])
+async def test_a_stream_that_is_cut_off_together_with_the_answer_to_its_negotiation(start, implementation):
+    """Whatever is read at once: the peer that opened the stream learns of both, and waits for neither."""
+    async with start("peerup") as ours, start(implementation) as guest:
+        assert isinstance(ours, OurPeer)
+        await ours.authorise(guest.peer_id)
+        await do(ours, "serve", protocol=PROTOCOL, behaviour="silent")
+        await do(guest, "dial", address=ours.address)
+        ours.on_stream = lambda: os.kill(guest.pid, signal.SIGSTOP)
+        pending = await guest.send("exchange", peer=ours.peer_id, protocol=PROTOCOL, send=1000)
+        await opened(ours, PROTOCOL)
+        await ours.revoke(guest.peer_id)
+        await do(ours, "wait-closed", peer=guest.peer_id)
+        os.kill(guest.pid, signal.SIGCONT)
+        cut = await guest.answer_to(pending)
+        assert not cut["ok"]
+        assert cut["received"] == 0
         await do(guest, "wait-closed", peer=ours.peer_id)
 
 

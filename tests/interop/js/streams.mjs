@@ -35,6 +35,10 @@ export function newProgress () {
 // Resolves when all that was given to the stream has left it; rejects when the stream ends first.
 function queueEmpty (stream) {
   return new Promise((resolve, reject) => {
+    if (stream.writeStatus === 'closed') {
+      reject(new Error('the stream is over'))
+      return
+    }
     const over = () => {
       stream.removeEventListener('idle', idle)
       stream.removeEventListener('close', close)
@@ -64,6 +68,14 @@ async function sendContent (stream, size, seed, digest, onSent) {
   }
 }
 
+// A stream that was over when it was handed out.
+class EndedEarlyError extends Error {
+  constructor (status) {
+    super(`the stream was ${status} while it was opened`)
+    this.name = status === 'reset' ? 'StreamResetError' : 'EndedEarlyError'
+  }
+}
+
 // Collects what arrives on a stream from the moment it is made: js-libp2p delivers by events.
 class Receiver {
   received = 0
@@ -77,7 +89,7 @@ class Receiver {
     this.#done.promise.catch(() => {}) // whoever waits for it gets it again
     this.#enough.promise.catch(() => {})
     this.#line.promise.catch(() => {})
-    if (held) {
+    if (held && stream.readStatus === 'readable') {
       stream.pause()
     }
     stream.addEventListener('message', ({ data }) => {
@@ -114,6 +126,14 @@ class Receiver {
     })
     if (stream.readableEnded) {
       onEnd()
+    }
+    // Between the negotiation of a stream and its delivery js-libp2p keeps it for some turns of its own. What ends the
+    // stream in that time has had its 'close' event before anybody could listen: only the status tells of it.
+    if (['reset', 'aborted'].includes(stream.status)) {
+      this.#fail(new EndedEarlyError(stream.status))
+    } else if (stream.status === 'closed') {
+      const onRest = () => this.#fail(new EndedEarlyError(stream.status))
+      stream.readableEnded ? onRest() : stream.addEventListener('end', onRest)
     }
   }
 
@@ -170,7 +190,10 @@ export async function exchange (connection, options, progress, signal) {
   }
   prepare(stream)
   const abort = () => stream.abort(new Error('the command timed out'))
-  signal.addEventListener('abort', abort)
+  const timedOut = new Promise((resolve, reject) => {
+    signal.addEventListener('abort', () => { abort(); reject(new Error('the command timed out')) }, { once: true })
+  })
+  timedOut.catch(() => {}) // whoever races against it gets it again
   const sentDigest = createHash('sha256')
   let sent = 0
   const onSent = count => { sent += count; progress.sent += count }
@@ -180,7 +203,7 @@ export async function exchange (connection, options, progress, signal) {
     onData: block => { progress.received += block.byteLength }
   })
   if (options.hold) {
-    void progress.gate.opened.then(() => stream.resume())
+    progress.gate.opened.then(() => stream.resume()).catch(() => {}) // it has ended meanwhile: `end` tells
   }
   const sending = async () => {
     if (options.text) {
@@ -201,7 +224,9 @@ export async function exchange (connection, options, progress, signal) {
       await receiver.end
     }
   }
-  const [writeResult, readResult] = await Promise.allSettled([sending(), reading()])
+  const [writeResult, readResult] = await Promise.allSettled([
+    Promise.race([sending(), timedOut]), Promise.race([reading(), timedOut])
+  ])
   let failure = readResult.reason ?? writeResult.reason
   if (failure == null && options.after > 0) {
     try {
@@ -215,7 +240,6 @@ export async function exchange (connection, options, progress, signal) {
   } else {
     stream.abort(failure)
   }
-  signal.removeEventListener('abort', abort)
   return {
     opened: true,
     ...outcome(failure),
@@ -233,6 +257,9 @@ const behaviours = {
   async echo (stream, service, report) {
     const receiver = new Receiver(stream, {
       onData: block => {
+        if (stream.writeStatus !== 'writable') {
+          return // it was reset while this was buffered: `end` tells
+        }
         report.sent += block.byteLength
         if (!stream.send(block)) {
           stream.pause()
