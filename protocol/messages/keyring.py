@@ -63,7 +63,7 @@ class SignedRelayVoucher(Message):
 
 @message("keyring.sign-relay-voucher")
 class SignRelayVoucher(Request[SignedRelayVoucher]):
-    """Make and sign a voucher: this node serves `peer` as a relay until `expiration`, in seconds since the Unix epoch."""
+    """Make and sign a voucher: this node relays for `peer` until `expiration`, in seconds since the Unix epoch."""
 
     peer: PeerId
     expiration: int
