@@ -1,11 +1,9 @@
 """The switchboard: owns the sockets, connections and streams of the node, and hands streams to other actors.
 
 This file only brings the rooms together: it answers messages, applies the policy, and counts. What happens in each room
-is told in its own module: `transports`, `admission`, `reception`, `upgrade`, `connections`, `dialer`, `keeper`,
-`protocols`, `identify`, `ping`, and, for the bytes, `link`.
-
-It follows two publishers, the gate (policy) and the config actor (names and addresses); the last good value of
-each stays in force while it is away, and before the first policy everything is denied.
+is told in its own module: `transports`, `admission`, `reception`, `upgrade` and `admittance` for callers, `reach`,
+`dialer` and `keeper` for dials, `connections`, `watching`, `protocols`, `identify`, `ourselves`, `ping`, `publishers`,
+and, for the bytes, `link` and `attached`.
 """
 
 from __future__ import annotations
@@ -19,40 +17,32 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from actors.reactor import Reactor
-from actors.switchboard.addresses import AddressBook
 from actors.switchboard.admission import Limits
+from actors.switchboard.admittance import Admittance
 from actors.switchboard.attached import AttachedStreams, NotATcpSocketError, check_socket, socket_of
 from actors.switchboard.connections import MAX_CONNECTIONS, Connection, ConnectionTable
 from actors.switchboard.decisions import DecisionLog
-from actors.switchboard.dialer import Dialed, Dialer
-from actors.switchboard.errors import (
-    AddressError,
-    ConnectionLostError,
-    SwitchboardError,
-    TooManyError,
-    UnreachableError,
-    refusal,
-)
-from actors.switchboard.identify import IdentifyRoom, OwnDescription
-from actors.switchboard.interfaces import expand
-from actors.switchboard.keeper import Keeper
-from actors.switchboard.link import Channel, Link, LinkClosedError, LinkEnd
+from actors.switchboard.errors import ConnectionLostError, SwitchboardError, TooManyError, refusal
+from actors.switchboard.identify import IdentifyRoom
+from actors.switchboard.link import Channel, LinkClosedError
 from actors.switchboard.listeners import Listeners
 from actors.switchboard.numbers import Numbers
+from actors.switchboard.ourselves import KEYRING, KEYRING_DEADLINE, Ourselves
 from actors.switchboard.ping import PingServer, ping
 from actors.switchboard.protocols import Agreed, InboundStreams, ProtocolTable
+from actors.switchboard.publishers import CONFIG, GATE, Publishers
+from actors.switchboard.reach import Reach, why_lost
 from actors.switchboard.reception import Reception
-from actors.switchboard.streams import ChannelStream, Negotiation, abandoning, open_ahead, open_negotiated
-from actors.switchboard.transports import connect_tcp, local_multiaddr, remote_multiaddr, resolve
-from actors.switchboard.upgrade import RefusedPeerError, Upgraded, Upgrader, not_authorised
-from actors.switchboard.version import AGENT
-from actors.switchboard.wire import SocketWire
+from actors.switchboard.streams import Negotiation, abandoning, open_ahead
+from actors.switchboard.upgrade import Upgrader
+from actors.switchboard.watching import ConnectionWatchers
 from protocol import yamux
 from protocol.errors import PeerupError
 from protocol.messages import Data, Descriptor, Message
-from protocol.messages.config import ConfigSnapshot, SubscribeConfig
-from protocol.messages.gate import Decided, PolicyPublished, SubscribePolicy
-from protocol.messages.keyring import ReadIdentity, SignNoiseStaticKey, SignPeerRecord
+from protocol.messages.config import ConfigSnapshot
+from protocol.messages.gate import Decided, PolicyPublished
+from protocol.messages.keyring import ReadIdentity, SignNoiseStaticKey
+from protocol.messages.reachability import AnnounceAddresses, WatchConnections, WatchedConnections
 from protocol.messages.switchboard import (
     AdoptedStreams,
     AdoptStreams,
@@ -83,36 +73,17 @@ from protocol.messages.system import ActorDown, ActorUp
 from protocol.multiaddr import Multiaddr
 from protocol.noise import Identity as NoiseIdentity
 from protocol.peer_id import PeerId
-from protocol.policy import BASIC_PROTOCOLS, DENY_ALL, Decision, PolicyIndex
 from protocol.protocol_ids import IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG
 from protocol.service import service_of_protocol
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
-from supervisor.errors import (
-    ActorRestartingError,
-    AskError,
-    DeadlineExceededError,
-    NoSuchActorError,
-    RefusedError,
-)
-
-KEYRING = "keyring"
-GATE = "gate"
-CONFIG = "config"
+from supervisor.errors import RefusedError
 
 SERVICES = "service/"
 """What the names of the actors of services begin with."""
 
-KEYRING_DEADLINE = 5.0
-"""Seconds for the keyring to sign."""
-SUBSCRIBE_DEADLINE = 2.0
-"""Seconds for a publisher to answer; if it does not, it is asked again at the next tick."""
-ASK_AGAIN = 30.0
-"""Seconds after which the gate is asked for the policy although it would tell: news can be lost in a full mailbox."""
 TICK = 1.0
 """Seconds between looks at what only time changes: drained connections, expired peers, folded decisions, gauges."""
-PROOF_DEADLINE = 5.0
-"""Seconds that `Connect` waits for the peer to show by a first byte that it accepts us."""
 
 
 class Switchboard(Actor):
@@ -140,17 +111,9 @@ class Switchboard(Actor):
         self._session_limits = dataclasses.replace(yamux.DEFAULT_LIMITS, inbound_streams=max_streams)
         self._limits = Limits(**(admission or {}))  # type: ignore[arg-type]  # plain data; a wrong name is a TypeError
         self._listeners = Listeners()
-        self._policy = DENY_ALL
         self._names: dict[PeerId, str] = {}
-        self._book = AddressBook()
         self._protocols = ProtocolTable()
         self._watched: set[str] = set()
-        self._connection_count = 0
-        self._record: bytes | None = None
-        self._record_seq = 0
-        self._described: tuple[object, ...] = ()
-        self._stopping = False
-        self._missing: set[str] = set()  # publishers that did not answer, though they are there
 
     async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
         """Get the identity signed, learn the policy, listen."""
@@ -158,49 +121,67 @@ class Switchboard(Actor):
         self._numbers = Numbers(context.metrics)
         identity = await context.ask(KEYRING, ReadIdentity(), timeout=KEYRING_DEADLINE)
         self._own = identity.peer_id
-        self._public_key = identity.public_key
         upgrader = Upgrader(*await self._noise_key())
         self._reactor = Reactor(context.now)
         self._table = ConnectionTable(self._own, limit=self._max_connections)
-        self._decisions = DecisionLog(self._tell_gate)
-        self._upgrader = upgrader
+        self._publishers = Publishers(context, self._policy_changed, self._apply_config)
+        self._watchers = ConnectionWatchers(context.tell)
+        self._admittance = Admittance(
+            context,
+            self._reactor,
+            own=self._own,
+            publishers=self._publishers,
+            table=self._table,
+            decisions=DecisionLog(self._tell_gate),
+            numbers=self._numbers,
+            on_stream=self._stream_opened,
+            on_opened=self._connection_opened,
+            on_ended=self._watchers.closed,
+            limits=self._session_limits,
+        )
         self._reception = Reception(
             context.nursery,
             upgrader,
-            judge=self._judge_caller,
-            welcome=self._welcome,
+            judge=self._admittance.judge_caller,
+            welcome=self._admittance.welcome,
             refused=self._numbers.handshake_refused,
             now=context.now,
             call_later=self._reactor.call_later,
             limits=self._limits.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         )
-        self._dialer: Dialer[tuple[socket.socket, Upgraded], Connection] = Dialer(
-            context.nursery,
-            resolve=resolve,
-            attempt=self._attempt,
-            establish=lambda won: self._establish(*won, outbound=True),
-            discard=lambda late: late[0].close(),
-            now=context.now,
-        )
-        self._keeper = Keeper(
-            context.nursery, self._connect_proven, self._table.until_lost, context.now, context.random
+        self._reach = Reach(
+            context,
+            self._own,
+            upgrader=upgrader,
+            table=self._table,
+            admittance=self._admittance,
+            numbers=self._numbers,
         )
         self._inbound = InboundStreams(
-            self._protocols, self._reactor.call_later, self._judge_stream, self._may_connect, self._hand_out
+            self._protocols,
+            self._reactor.call_later,
+            self._admittance.judge_stream,
+            self._admittance.may_connect,
+            self._hand_out,
         )
         self._attached = AttachedStreams(context, self._reactor.call_later)
+        self._ourselves = Ourselves(
+            context,
+            identity.public_key,
+            listeners=self._listeners,
+            protocols=self._protocols,
+            table=self._table,
+            protocols_for=self._admittance.protocols_for,
+        )
         self._identify = IdentifyRoom(
-            self._describe_ourselves, self._protocols_for, self._book.learn, self._reactor.call_later
+            self._ourselves.describe, self._ourselves.protocols_for, self._reach.book.learn, self._reactor.call_later
         )
         self._serve_own_protocols()
         context.nursery.start_soon(self._reactor.run)
-        context.watch(GATE)
-        context.watch(CONFIG)
-        await self._follow_gate()
-        await self._follow_config()
+        await self._publishers.follow()
         self._listeners.open(self._listen, checkpoint)
         context.checkpoint(*self._listeners.to_checkpoint())
-        await self._describe_anew()
+        await self._tell_anew()
         for listener in self._listeners:
             context.nursery.start_soon(self._reception.listen, listener.socket)
         context.nursery.start_soon(self._tick)
@@ -210,12 +191,12 @@ class Switchboard(Actor):
 
     async def stop(self, reason: str) -> None:
         """Say goodbye to every peer."""
-        self._stopping = True
+        self._admittance.close()
         self._reception.close()
         for connection in self._table:
             connection.link.close("shutdown", "this node is stopping")
         await self._attached.say_goodbye()
-        self._decisions.flush()
+        self._admittance.flush()
         self._listeners.close()
 
     def describe(self) -> dict[str, Data]:
@@ -224,20 +205,20 @@ class Switchboard(Actor):
         return {
             "peer_id": str(self._own),
             "listen": [str(listener.address) for listener in self._listeners],
-            "announced": [str(address) for address in self._announced()],
-            "policy_version": None if self._policy.policy is None else self._policy.policy.version,
+            "announced": [str(address) for address in self._ourselves.announced()],
+            "policy_version": None if (policy := self._publishers.policy.policy) is None else policy.version,
             "connections": [
                 connection.describe(self._names.get(connection.peer, ""), now) for connection in self._table
             ],
             "needed": {
                 str(peer): {
-                    "by": list(self._keeper.needed_by(peer)),
-                    "next_dial": self._keeper.next_dial(peer),
-                    "last_failure": self._keeper.last_failure(peer),
+                    "by": list(self._reach.keeper.needed_by(peer)),
+                    "next_dial": self._reach.keeper.next_dial(peer),
+                    "last_failure": self._reach.keeper.last_failure(peer),
                 }
-                for peer in self._keeper.peers()
+                for peer in self._reach.keeper.peers()
             },
-            "dialing": sorted(str(peer) for peer in self._dialer.dialing),
+            "dialing": sorted(str(peer) for peer in self._reach.dialer.dialing),
             "protocols": {
                 protocol: handler if isinstance(handler := self._protocols.handler(protocol), str) else "switchboard"
                 for protocol in self._protocols.names()
@@ -254,7 +235,7 @@ class Switchboard(Actor):
     @handles(OpenStream, concurrent=True)
     async def open_stream(self, request: OpenStream) -> StreamOpened:
         """Open a stream to a peer, connecting first where needed."""
-        connection = self._known_to_speak(request.peer, request.protocols)
+        connection = self._reach.known_to_speak(request.peer, request.protocols)
         if connection is not None:
             try:
                 sock = open_ahead(connection, request.protocols[0], self._reactor.call_later, _hand_over)
@@ -264,7 +245,7 @@ class Switchboard(Actor):
                 self._numbers.stream("outbound", "opened")
                 return StreamOpened(request.protocols[0], Descriptor(sock.detach()), connection.info())
         try:
-            connection, protocol, stream = await self._open(request.peer, request.protocols)
+            connection, protocol, stream = await self._reach.open(request.peer, request.protocols)
             unread = stream.take_unread()
             with abandoning(stream.channel):
                 descriptor = Descriptor(stream.channel.hand_over(unread).detach())
@@ -287,10 +268,10 @@ class Switchboard(Actor):
             raise refusal(NotATcpSocketError("the descriptor is not a socket"))
         try:
             check_socket(sock)
-            connection = self._known_to_speak(request.peer, request.protocols)
+            connection = self._reach.known_to_speak(request.peer, request.protocols)
             if connection is not None and (opened := self._attach_ahead(owner, connection, request, sock)):
                 return opened
-            connection, protocol, stream = await self._open(request.peer, request.protocols)
+            connection, protocol, stream = await self._reach.open(request.peer, request.protocols)
             unread = stream.take_unread()
             with abandoning(stream.channel):
                 stream_id = self._attached.open(owner, connection, protocol, stream.channel, sock, unread=unread)
@@ -337,7 +318,7 @@ class Switchboard(Actor):
         """Be connected to a peer that accepts us."""
         began = self.context.now()
         try:
-            connection, tried = await self._connect_proven(request.peer)
+            connection, tried = await self._reach.connect_proven(request.peer)
         except PeerupError as error:
             raise refusal(error) from error
         return Connected(connection.info(), self.context.now() - began, tried)
@@ -353,12 +334,12 @@ class Switchboard(Actor):
         """Keep this peer connected for the sender."""
         self._watch(self.context.current_sender)
         if message.peer != self._own:
-            self._keeper.need(self.context.current_sender, message.peer)
+            self._reach.keeper.need(self.context.current_sender, message.peer)
 
     @handles(ReleasePeer)
     async def release_peer(self, message: ReleasePeer) -> None:
         """The sender no longer needs this peer."""
-        self._keeper.release(self.context.current_sender, message.peer)
+        self._reach.keeper.release(self.context.current_sender, message.peer)
 
     @handles(ServeProtocol)
     async def serve_protocol(self, request: ServeProtocol) -> None:
@@ -372,29 +353,29 @@ class Switchboard(Actor):
         except SwitchboardError as error:
             raise refusal(error) from error
         self._watch(self.context.current_sender)
-        await self._describe_anew()
+        await self._tell_anew()
 
     @handles(WithdrawProtocol)
     async def withdraw_protocol(self, request: WithdrawProtocol) -> None:
         """The sender no longer serves this protocol."""
         self._protocols.withdraw(request.protocol, self.context.current_sender)
-        await self._describe_anew()
+        await self._tell_anew()
 
     @handles(ReadStatus)
     async def read_status(self, request: ReadStatus) -> SwitchboardStatus:
         """Everything at once."""
-        peers = sorted({*self._table.peers(), *self._keeper.peers(), *self._book.peers()})
+        peers = sorted({*self._table.peers(), *self._reach.keeper.peers(), *self._reach.book.peers()})
         return SwitchboardStatus(
             peer_id=self._own,
             listen_addresses=tuple(listener.address for listener in self._listeners),
             peers=tuple(
                 PeerStatus(
                     peer=peer,
-                    addresses=self._book.addresses(peer),
+                    addresses=self._reach.book.addresses(peer),
                     connections=tuple(connection.info() for connection in self._table.of(peer)),
-                    needed_by=self._keeper.needed_by(peer),
-                    next_dial=self._keeper.next_dial(peer),
-                    last_failure=self._keeper.last_failure(peer),
+                    needed_by=self._reach.keeper.needed_by(peer),
+                    next_dial=self._reach.keeper.next_dial(peer),
+                    last_failure=self._reach.keeper.last_failure(peer),
                 )
                 for peer in peers
             ),
@@ -407,12 +388,12 @@ class Switchboard(Actor):
         began = self.context.now()
         fresh = self._table.best(request.peer) is None
         try:
-            connection, _ = await self._connect(request.peer)
+            connection, _ = await self._reach.connect(request.peer)
             connected_in = self.context.now() - began if fresh else None
             try:
                 rtt, protocol = await ping(connection, self.context.now, self.context.random)
             except ConnectionLostError as error:
-                raise self._why_lost(connection, error) from error
+                raise why_lost(connection, error) from error
         except PeerupError as error:
             raise refusal(error) from error
         return Pinged(rtt, protocol, connection.info(), connected_in)
@@ -422,12 +403,8 @@ class Switchboard(Actor):
     @handles(PolicyPublished)
     async def policy_published(self, message: PolicyPublished) -> None:
         """Apply a new policy at once, to what is open as well."""
-        if self.context.current_sender != GATE:
-            return
-        known = self._policy.policy
-        # One that was on its way while we subscribed may be older than the answer to that.
-        if known is None or message.policy.version >= known.version:
-            self._apply_policy(PolicyIndex(message.policy))
+        if self.context.current_sender == GATE:
+            self._publishers.policy_published(message)
 
     @handles(ConfigSnapshot)
     async def config_changed(self, message: ConfigSnapshot) -> None:
@@ -439,73 +416,50 @@ class Switchboard(Actor):
     async def actor_up(self, message: ActorUp) -> None:
         """Subscribe again to a publisher that was restarted; tell the owner of streams what it missed."""
         self._attached.owner_up(message.name)
-        if message.name == GATE:
-            await self._follow_gate()
-        elif message.name == CONFIG:
-            await self._follow_config()
+        if message.name in (GATE, CONFIG):
+            await self._publishers.subscribe(message.name)
 
     @handles(ActorDown)
     async def actor_down(self, message: ActorDown) -> None:
-        """Forget what an actor needed and served; it says so again when it is back."""
-        self._keeper.release_all(message.name)
+        """Forget what an actor needed, served and announced; it says so again when it is back."""
+        self._reach.keeper.release_all(message.name)
         self._attached.owner_down(message.name)
-        if self._protocols.withdraw_all(message.name):
-            await self._describe_anew()
+        self._watchers.forget(message.name)
+        withdrawn = self._ourselves.withdraw(message.name)
+        if self._protocols.withdraw_all(message.name) or withdrawn:
+            await self._tell_anew()
 
-    # ---- connecting
+    @handles(AnnounceAddresses)
+    async def announce_addresses(self, request: AnnounceAddresses) -> None:
+        """The node can be reached at these addresses, too."""
+        sender = self.context.current_sender
+        self._watch(sender)
+        try:
+            self._ourselves.announce(sender, request.addresses, instead=request.instead)
+        except SwitchboardError as error:
+            raise refusal(error) from error
+        await self._tell_anew()
 
-    async def _connect(self, peer: PeerId) -> tuple[Connection, tuple[str, ...]]:
-        connection = self._table.best(peer)
-        if connection is not None:
-            return connection, ()
-        if peer == self._own:
-            raise UnreachableError("that is this node itself")
-        dialed: Dialed[Connection] | None = None
-        failure: SwitchboardError | None = None
-        async with trio.open_nursery() as nursery:
+    @handles(WatchConnections)
+    async def watch_connections(self, request: WatchConnections) -> WatchedConnections:
+        """Tell the sender when peers come and go."""
+        sender = self.context.current_sender
+        self._watch(sender)
+        self._watchers.watch(sender, request.peers)
+        return WatchedConnections(
+            tuple(each.info() for each in self._table if not request.peers or each.peer in request.peers)
+        )
 
-            async def peer_came_to_us() -> None:
-                await self._table.until_found(peer)
-                nursery.cancel_scope.cancel()
+    # ---- connections and streams
 
-            nursery.start_soon(peer_came_to_us)
-            try:
-                dialed = await self._dialer.dial(peer, self._book.addresses(peer))
-            except SwitchboardError as error:
-                failure = error
-            nursery.cancel_scope.cancel()
-        connection = self._table.best(peer)
-        if connection is not None:
-            return connection, dialed.tried if dialed is not None else ()
-        if dialed is not None:
-            lost = dialed.connection
-            raise self._why_lost(lost, ConnectionLostError("the connection ended at once"))
-        assert failure is not None
-        raise failure
+    def _connection_opened(self, connection: Connection) -> None:
+        self._watchers.opened(connection)
+        self.context.nursery.start_soon(self._get_identified, connection)
 
-    async def _connect_proven(self, peer: PeerId) -> tuple[Connection, tuple[str, ...]]:
-        """As `_connect`, and the peer has shown that it accepts us."""
-        connection, tried = await self._connect(peer)
-        with trio.move_on_after(PROOF_DEADLINE):
-            while not connection.identified.is_set() and connection.end is None:
-                async with trio.open_nursery() as nursery:
-
-                    async def wait_for(event: trio.Event) -> None:
-                        await event.wait()
-                        nursery.cancel_scope.cancel()
-
-                    nursery.start_soon(wait_for, connection.identified)
-                    nursery.start_soon(wait_for, connection.ended)
-        if connection.end is not None:
-            raise self._why_lost(connection, ConnectionLostError(connection.end.reason))
-        return connection, tried
-
-    def _known_to_speak(self, peer: PeerId, protocols: Sequence[str]) -> Connection | None:
-        """The connection to a peer that has said that it speaks this one protocol."""
-        connection = self._table.best(peer)
-        if connection is None or connection.identification is None or len(protocols) != 1:
-            return None
-        return connection if protocols[0] in connection.identification.protocols else None
+    async def _get_identified(self, connection: Connection) -> None:
+        await self._identify.identify(connection)
+        if connection.end is None:
+            self._watchers.opened(connection)
 
     def _attach_ahead(
         self, owner: str, connection: Connection, request: OpenAttached, sock: socket.socket
@@ -522,117 +476,8 @@ class Switchboard(Actor):
         self._numbers.stream("outbound", "opened")
         return StreamAttached(stream_id, protocol, connection.way)
 
-    async def _open(self, peer: PeerId, protocols: Sequence[str]) -> tuple[Connection, str, ChannelStream]:
-        known = self._table.best(peer)
-        connection, _ = await self._connect(peer)
-        try:
-            return (connection, *await open_negotiated(connection, protocols))
-        except (ConnectionLostError, LinkClosedError) as error:
-            failure = self._why_lost(connection, ConnectionLostError(str(error)))
-            if connection is not known:
-                raise failure from error
-        # The connection that was there turned out to be dying: one fresh one is worth a try.
-        connection, _ = await self._connect(peer)
-        try:
-            return (connection, *await open_negotiated(connection, protocols))
-        except (ConnectionLostError, LinkClosedError) as error:
-            raise self._why_lost(connection, ConnectionLostError(str(error))) from error
-
-    async def _attempt(self, peer: PeerId, address: Multiaddr) -> tuple[socket.socket, Upgraded]:
-        began = self.context.now()
-        sock = None
-        try:
-            sock = await connect_tcp(address)
-            upgraded = await self._upgrader.outbound(sock, peer)
-        except BaseException as error:
-            if sock is not None:
-                sock.close()
-            self._numbers.dial(error.code if isinstance(error, PeerupError) else "cancelled")
-            raise
-        self._numbers.dial("connected", self.context.now() - began)
-        return sock, upgraded
-
-    def _why_lost(self, connection: Connection, error: SwitchboardError) -> SwitchboardError:
-        """What the end of a connection means: a peer that never said a word does not let us in."""
-        return not_authorised() if connection.outbound and not connection.heard else error
-
-    # ---- life of a connection
-
-    def _judge_caller(self, peer: PeerId, sock: socket.socket) -> bool:
-        if peer == self._own:
-            return False
-        decision = self._policy.decide_connection(peer, self.context.wall())
-        try:
-            path = f"direct tcp {remote_multiaddr(sock)}"
-        except OSError:
-            return False  # it has hung up
-        self._decisions.note(peer, "connection", decision, path, self.context.now())
-        return decision.allowed
-
-    def _welcome(self, sock: socket.socket, upgraded: Upgraded) -> None:
-        # The muxer's negotiation may have taken the peer seconds, in which the policy may have changed.
-        late = self._policy.decide_connection(upgraded.peer, self.context.wall())
-        if not late.allowed and not self._judge_caller(upgraded.peer, sock):
-            raise RefusedPeerError(upgraded.peer)
-        self._establish(sock, upgraded, outbound=False)
-
-    def _establish(self, sock: socket.socket, upgraded: Upgraded, *, outbound: bool) -> Connection:
-        now = self.context.now()
-        try:
-            if self._stopping:
-                raise ConnectionLostError("this node is stopping")
-            self._table.check_room(upgraded.peer)
-            local, remote = local_multiaddr(sock), remote_multiaddr(sock)
-        except SwitchboardError:
-            sock.close()
-            raise
-        except OSError as error:
-            sock.close()
-            raise AddressError("the peer hung up") from error
-        self._connection_count += 1
-        connection = Connection(
-            id=f"{self.context.incarnation}-{self._connection_count}",
-            peer=upgraded.peer,
-            outbound=outbound,
-            local_address=local,
-            remote_address=remote,
-            opened=now,
-            opened_at=self.context.wall(),
-            was_allowed=self._policy.decide_connection(upgraded.peer, self.context.wall()).allowed,
-        )
-        connection.link = Link(
-            self._reactor,
-            SocketWire(self._reactor, sock),
-            role=upgraded.role,
-            send_cipher=upgraded.send,
-            receive_cipher=upgraded.receive,
-            received=upgraded.received,
-            plaintext=upgraded.plaintext,
-            on_stream=lambda channel: self._inbound.accept(connection, channel),
-            on_end=lambda end: self._connection_ended(connection, end),
-            limits=self._session_limits,
-        )
-        self._table.add(connection, now)
-        self._numbers.connection_opened(connection)
-        self.context.log.info("connected to {} ({}, {})", upgraded.peer, connection.direction, connection.way)
-        self.context.nursery.start_soon(self._identify.identify, connection)
-        return connection
-
-    def _connection_ended(self, connection: Connection, end: LinkEnd) -> None:
-        self._table.remove(connection, end)
-        self._numbers.connection_closed(connection, end.code)
-        self.context.log.info("connection to {} ended: {}", connection.peer, end.reason)
-
-    # ---- streams of peers
-
-    def _judge_stream(self, connection: Connection, protocol: str) -> Decision:
-        decision = self._policy.decide_stream(connection.peer, protocol, self.context.wall())
-        if not decision.allowed or protocol not in BASIC_PROTOCOLS:
-            self._decisions.note(connection.peer, protocol, decision, connection.way, self.context.now())
-        return decision
-
-    def _may_connect(self, connection: Connection) -> bool:
-        return self._policy.decide_connection(connection.peer, self.context.wall()).allowed
+    def _stream_opened(self, connection: Connection, channel: Channel) -> None:
+        self._inbound.accept(connection, channel)
 
     def _hand_out(self, connection: Connection, channel: Channel, agreed: Agreed) -> None:
         message: Message
@@ -659,103 +504,24 @@ class Switchboard(Actor):
         self._protocols.serve_here(PING, pings.serve_ping)
         self._protocols.serve_here(PINGPONG, pings.serve_pingpong)
 
-    # ---- policy
+    # ---- what has changed
 
-    def _apply_policy(self, policy: PolicyIndex) -> None:
-        self._policy = policy
-        self._enforce()
-
-    def _enforce(self) -> None:
-        """Cut what the policy allowed before and does not allow now."""
-        now = self.context.wall()
-        for connection in self._table:
-            allowed = self._policy.decide_connection(connection.peer, now)
-            if allowed.allowed:
-                connection.was_allowed = True
-            elif connection.was_allowed or not connection.outbound:
-                self._decisions.note(connection.peer, "connection", allowed, connection.way, self.context.now())
-                self.context.log.info("cut off {}: {}", connection.peer, allowed.rule)
-                connection.link.abort("not-authorised", f"the policy no longer allows it ({allowed.rule})")
-                continue
-            for channel, protocol in list(connection.inbound_streams.items()):
-                decision = self._policy.decide_stream(connection.peer, protocol, now)
-                if not decision.allowed:
-                    self._decisions.note(connection.peer, protocol, decision, connection.way, self.context.now())
-                    channel.reset(ResetCode.GATED)
-
-    def _tell_gate(self, decided: Decided) -> None:
-        self.context.tell(GATE, decided)
-
-    async def _follow_gate(self) -> None:
-        before = self._policy
-        self._missing.discard(GATE)
-        try:
-            published = await self.context.ask(GATE, SubscribePolicy(), timeout=SUBSCRIBE_DEADLINE)
-        except AskError as error:
-            self._say_missing(GATE, error)
-            return
-        now = self._policy
-        if published.policy != now.policy and (
-            now is before or now.policy is None or published.policy.version >= now.policy.version
-        ):
-            self._apply_policy(PolicyIndex(published.policy))
-
-    async def _follow_config(self) -> None:
-        self._missing.discard(CONFIG)
-        try:
-            snapshot = await self.context.ask(CONFIG, SubscribeConfig(), timeout=SUBSCRIBE_DEADLINE)
-        except AskError as error:
-            self._say_missing(CONFIG, error)
-        else:
-            self._apply_config(snapshot)
-
-    def _say_missing(self, publisher: str, error: AskError) -> None:
-        # One that is down is asked again when it is up; one that was only slow, at the next tick.
-        if isinstance(error, DeadlineExceededError | RefusedError):
-            self._missing.add(publisher)
-        level = "DEBUG" if isinstance(error, ActorRestartingError | NoSuchActorError) else "WARNING"
-        self.context.log.log(level, "{} does not answer, what it said last stays in force: {}", publisher, error)
+    def _policy_changed(self) -> None:
+        self._admittance.enforce()
 
     def _apply_config(self, snapshot: ConfigSnapshot) -> None:
         self._names = {entry.peer: entry.name for entry in snapshot.names}
-        for peer in self._book.configure(snapshot.addresses):
-            self._keeper.retry(peer)
+        for peer in self._reach.book.configure(snapshot.addresses):
+            self._reach.keeper.retry(peer)
 
-    # ---- what we say of ourselves
+    async def _tell_anew(self) -> None:
+        """If what we say of ourselves has changed, tell it."""
+        await self._ourselves.tell_anew(
+            lambda connection: self.context.nursery.start_soon(self._identify.push, connection)
+        )
 
-    def _announced(self) -> tuple[Multiaddr, ...]:
-        addresses = [address for listener in self._listeners for address in expand(listener.address)]
-        return tuple(dict.fromkeys(addresses))
-
-    def _describe_ourselves(self) -> OwnDescription:
-        return OwnDescription(self._public_key, AGENT, self._announced(), self._record)
-
-    def _protocols_for(self, connection: Connection) -> tuple[str, ...]:
-        served = self._protocols.names()
-        may_use = set(self._policy.protocols_for(connection.peer, self.context.wall()))
-        return tuple(protocol for protocol in served if protocol in may_use)
-
-    async def _describe_anew(self) -> None:
-        """If what we say of ourselves has changed: have the record signed, and tell the connected peers."""
-        addresses = self._announced()
-        described = (addresses, self._protocols.names())
-        if described == self._described:
-            return
-        if not self._described or self._described[0] != addresses:
-            self._record_seq = max(self._record_seq + 1, int(self.context.wall() * 1000))
-            try:
-                signed = await self.context.ask(
-                    KEYRING, SignPeerRecord(addresses, self._record_seq), timeout=KEYRING_DEADLINE
-                )
-            except AskError as error:
-                self.context.log.warning("the peer record is not signed: {}", error)
-                self._record = None
-            else:
-                self._record = signed.envelope
-        self._described = described
-        for connection in self._table:
-            if not connection.draining:
-                self.context.nursery.start_soon(self._identify.push, connection)
+    def _tell_gate(self, decided: Decided) -> None:
+        self.context.tell(GATE, decided)
 
     async def _noise_key(self) -> tuple[X25519PrivateKey, NoiseIdentity]:
         """A Noise key for the life of this process, signed by the node's identity."""
@@ -768,27 +534,11 @@ class Switchboard(Actor):
     # ---- time
 
     async def _tick(self) -> None:
-        expiry_checked = self.context.wall()
-        ask_again = self.context.now() + ASK_AGAIN
         while True:
             await trio.sleep(TICK)
-            for connection in self._table.drained(self.context.now()):
-                connection.link.close("superseded", "another connection to the peer is used")
-            wall = self.context.wall()
-            expiry = self._policy.next_expiry(expiry_checked)
-            if expiry is not None and expiry <= wall:
-                self._enforce()
-            expiry_checked = wall
-            if self._decisions.pending:
-                self._decisions.flush()
+            self._admittance.tick()
             self._attached.tick()
-            if self.context.now() >= ask_again:
-                ask_again = self.context.now() + ASK_AGAIN
-                self._missing.add(GATE)
-            if GATE in self._missing:
-                self.context.nursery.start_soon(self._follow_gate)
-            if CONFIG in self._missing:
-                self.context.nursery.start_soon(self._follow_config)
+            self._publishers.tick()
             self._numbers.measure(self._table, self._names)
 
     def _watch(self, actor: str) -> None:

@@ -1,6 +1,6 @@
 """A link: one secured, multiplexed connection to a peer, on a reactor.
 
-Theory of operation. A link owns a wire (a TCP socket, say) on which the Noise handshake is done, and runs yamux over it:
+Theory of operation. A link owns a wire (a TCP socket, say) that has the Noise handshake behind it. It runs yamux on it:
 
     wire -> scratch buffer -> decrypt in place -> yamux -> channels        (as the wire becomes readable)
     channels -> a buffer, laid out as frames -> encrypt in place -> wire   (once a round of the reactor)

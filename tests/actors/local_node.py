@@ -323,9 +323,9 @@ async def two_nodes(first="alice", second="bob", services=None, **options):
         a.gate.publish(peers=[second], services={})
         b.gate.publish(peers=[first], services=services or {})
         a.config.say_where(second, b.address)
-        await until(lambda: a.switchboard._book.addresses(b.peer))
-        await until(lambda: b.switchboard._policy.policy.version == b.gate.policy.version)
-        await until(lambda: a.switchboard._policy.policy.version == a.gate.policy.version)
+        await until(lambda: a.switchboard._reach.book.addresses(b.peer))
+        await until(lambda: b.switchboard._publishers.policy.policy.version == b.gate.policy.version)
+        await until(lambda: a.switchboard._publishers.policy.policy.version == a.gate.policy.version)
         yield a, b
 
 

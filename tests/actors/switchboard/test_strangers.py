@@ -87,7 +87,7 @@ async def test_a_peer_that_opens_streams_without_end_is_bounded_and_others_are_s
     async with two_nodes(services={"echo": None}) as (alice, bob), LocalNode.open("carol") as carol:
         bob.gate.publish(peers=["alice", "carol"])
         carol.config.say_where("bob", bob.address)
-        await until(lambda: carol.switchboard._book.addresses(bob.peer))
+        await until(lambda: carol.switchboard._reach.book.addresses(bob.peer))
         await alice.ask("switchboard", Connect(bob.peer))
         link = alice.connections("bob")[0].link
         link.session._limits = yamux.Limits(outbound_streams=100_000, unacknowledged=100_000)

@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from actors.switchboard import actor as switchboard_module
+from actors.switchboard import publishers as publishers_module
 from actors.switchboard.actor import Switchboard
 from protocol.messages import Descriptor
 from protocol.messages.config import ConfigSnapshot, NameEntry
@@ -99,7 +100,7 @@ async def test_connect_tells_who_is_there_and_how():
 async def test_somebody_else_at_the_address_is_wrong_peer():
     async with two_nodes() as (alice, bob):
         alice.config.say_where("carol", bob.address)
-        await until(lambda: alice.switchboard._book.addresses(peer_of("carol")))
+        await until(lambda: alice.switchboard._reach.book.addresses(peer_of("carol")))
         error = await refusal(alice.ask("switchboard", Connect(peer_of("carol"))))
         assert error.code == "wrong-peer"
         assert str(bob.peer) in str(error)
@@ -115,7 +116,7 @@ async def test_what_cannot_be_reached_is_told_with_each_attempt():
         assert error.code == "no-addresses"
         assert "peerup names add" in error.action
         alice.config.say_where("bob", f"/ip4/127.0.0.1/tcp/{port}", "/dns4/nowhere.invalid/tcp/4001")
-        await until(lambda: alice.switchboard._book.addresses(peer_of("bob")))
+        await until(lambda: alice.switchboard._reach.book.addresses(peer_of("bob")))
         error = await refusal(alice.ask("switchboard", OpenStream(peer_of("bob"), (ECHO,))))
         assert error.code == "unreachable"
         assert f"/ip4/127.0.0.1/tcp/{port}: connection refused" in str(error)
@@ -126,7 +127,7 @@ async def test_what_cannot_be_reached_is_told_with_each_attempt():
 async def test_an_unauthorised_peer_is_closed_and_told_so_by_its_own_node():
     async with two_nodes() as (alice, bob):
         bob.gate.publish(peers=["carol"])
-        await until(lambda: bob.switchboard._policy.policy.version == bob.gate.policy.version)
+        await until(lambda: bob.switchboard._publishers.policy.policy.version == bob.gate.policy.version)
         error = await refusal(alice.ask("switchboard", Connect(bob.peer)))
         assert error.code == "not-authorised"
         assert "peerup auth add" in str(error)
@@ -230,7 +231,7 @@ async def test_a_service_that_went_away_just_now_resets_a_stream_that_was_opened
         await alice.ask("switchboard", Connect(bob.peer))
         await until(lambda: ECHO in alice.connections("bob")[0].identification.protocols)
         bob.gate.publish(services={})
-        await until(lambda: bob.switchboard._policy.policy.version == bob.gate.policy.version)
+        await until(lambda: bob.switchboard._publishers.policy.policy.version == bob.gate.policy.version)
         opened = await alice.ask("switchboard", OpenStream(bob.peer, (ECHO,)))
         with open_descriptor(opened.stream) as near:
             assert parse_reset(await read(near)) == ResetCode.NEGOTIATION_FAILED
@@ -277,7 +278,7 @@ async def test_streams_of_the_peer_are_judged_on_connections_that_we_dialled():
     async with two_nodes() as (alice, bob):
         bob.gate.publish(peers=["alice"])
         alice.gate.publish(peers=[], services={"echo": None})
-        await until(lambda: alice.switchboard._policy.policy.version == alice.gate.policy.version)
+        await until(lambda: alice.switchboard._publishers.policy.policy.version == alice.gate.policy.version)
         server = Server()
         await alice.start(server, "service/echo")
         await alice.ask("switchboard", Connect(bob.peer))
@@ -294,7 +295,7 @@ async def test_only_the_gate_says_what_the_policy_is():
         nowhere = ConfigSnapshot(99, gating=False, services=(), names=(NameEntry("eve", bob.peer),), addresses=())
         bob.tell("switchboard", nowhere)
         await bob.ask("switchboard", ReadStatus())  # handled after both
-        assert bob.switchboard._policy.policy == bob.gate.policy
+        assert bob.switchboard._publishers.policy.policy == bob.gate.policy
         assert bob.switchboard._names == {}
 
 
@@ -304,13 +305,13 @@ async def test_an_older_policy_that_comes_late_is_not_applied():
         bob.gate.publish(peers=["alice"])
         bob.gate.context.tell("switchboard", PolicyPublished(older))
         await bob.ask("switchboard", ReadStatus())
-        await until(lambda: bob.switchboard._policy.policy == bob.gate.policy)
+        await until(lambda: bob.switchboard._publishers.policy.policy == bob.gate.policy)
         await bob.ask("switchboard", ReadStatus())
-        assert bob.switchboard._policy.policy == bob.gate.policy
+        assert bob.switchboard._publishers.policy.policy == bob.gate.policy
 
 
 async def test_a_gate_that_was_slow_to_answer_is_asked_again(monkeypatch):
-    monkeypatch.setattr(switchboard_module, "SUBSCRIBE_DEADLINE", 0.05)
+    monkeypatch.setattr(publishers_module, "SUBSCRIBE_DEADLINE", 0.05)
     monkeypatch.setattr(switchboard_module, "TICK", 0.05)
     async with two_nodes() as (_, bob):
         slow = trio.Event()
@@ -324,14 +325,14 @@ async def test_a_gate_that_was_slow_to_answer_is_asked_again(monkeypatch):
         monkeypatch.setitem(FakeGate.handlers, SubscribePolicy.KIND, dataclasses.replace(entry, function=wait))
         await bob.stop("switchboard")
         await bob.start_switchboard()
-        assert bob.switchboard._policy.policy is None
+        assert bob.switchboard._publishers.policy.policy is None
         slow.set()
-        await until(lambda: bob.switchboard._policy.policy == bob.gate.policy)
+        await until(lambda: bob.switchboard._publishers.policy.policy == bob.gate.policy)
 
 
 async def test_a_policy_that_got_lost_on_its_way_is_asked_for(monkeypatch):
     monkeypatch.setattr(switchboard_module, "TICK", 0.05)
-    monkeypatch.setattr(switchboard_module, "ASK_AGAIN", 0.1)
+    monkeypatch.setattr(publishers_module, "ASK_AGAIN", 0.1)
     async with two_nodes() as (alice, bob):
         await alice.ask("switchboard", Connect(bob.peer))
         bob.gate.subscribers.clear()
@@ -341,15 +342,15 @@ async def test_a_policy_that_got_lost_on_its_way_is_asked_for(monkeypatch):
 
 async def test_a_peer_that_is_removed_during_its_handshake_is_not_let_in():
     async with two_nodes() as (alice, bob):
-        upgrade = bob.switchboard._upgrader.inbound
+        upgrade = bob.switchboard._reach._upgrader.inbound
 
         async def slow(sock, judge):
             upgraded = await upgrade(sock, judge)
             bob.gate.publish(peers=[])
-            await until(lambda: bob.switchboard._policy.policy == bob.gate.policy)
+            await until(lambda: bob.switchboard._publishers.policy.policy == bob.gate.policy)
             return upgraded
 
-        bob.switchboard._upgrader.inbound = slow
+        bob.switchboard._reach._upgrader.inbound = slow
         error = await refusal(alice.ask("switchboard", Connect(bob.peer)))
         assert error.code == "not-authorised"
         assert not bob.connections("alice")
@@ -416,16 +417,17 @@ async def test_an_expired_peer_is_cut_by_the_clock():
     async with two_nodes(services={"echo": None}) as (alice, bob):
         await alice.ask("switchboard", Connect(bob.peer))
         bob.gate.publish(peers=["alice"], expires={"alice": bob.switchboard.context.wall() + 0.3})
-        await until(lambda: bob.switchboard._policy.policy.version == bob.gate.policy.version)
+        await until(lambda: bob.switchboard._publishers.policy.policy.version == bob.gate.policy.version)
         assert bob.connections("alice")
         await until(lambda: not bob.connections("alice"))
-        assert bob.switchboard._policy.decide_connection(alice.peer, bob.switchboard.context.wall()).rule == "expired:1"
+        wall = bob.switchboard.context.wall()
+        assert bob.switchboard._publishers.policy.decide_connection(alice.peer, wall).rule == "expired:1"
 
 
 async def test_both_sides_dial_at_once_and_keep_the_same_connection():
     async with two_nodes(services={"echo": None}) as (alice, bob):
         bob.config.say_where("alice", alice.address)
-        await until(lambda: bob.switchboard._book.addresses(alice.peer))
+        await until(lambda: bob.switchboard._reach.book.addresses(alice.peer))
         server = Server()
         await bob.start(server, "service/echo")
         dialled = []
@@ -452,7 +454,7 @@ async def test_both_sides_dial_at_once_and_keep_the_same_connection():
 
 def dial_without_looking(switchboard):
     async def dial(peer):
-        dialed = await switchboard._dialer.dial(peer, switchboard._book.addresses(peer))
+        dialed = await switchboard._reach.dialer.dial(peer, switchboard._reach.book.addresses(peer))
         return dialed.connection, dialed.tried
 
     return dial
@@ -472,7 +474,7 @@ async def test_a_needed_peer_is_connected_again_after_its_switchboard_was_replac
         peer = next(one for one in status.peers if one.peer == bob.peer)
         assert peer.needed_by == ("test",)
         alice.tell("switchboard", ReleasePeer(bob.peer))
-        await until(lambda: not alice.switchboard._keeper.peers())
+        await until(lambda: not alice.switchboard._reach.keeper.peers())
 
 
 async def test_the_listening_socket_is_inherited_with_its_backlog():
@@ -497,11 +499,11 @@ async def test_who_needs_and_serves_is_forgotten_with_the_actor():
                 return {}
 
         await bob.start(Needy(), "proxy/alice/x")
-        await until(lambda: bob.switchboard._keeper.needed_by(alice.peer) == ("proxy/alice/x",))
+        await until(lambda: bob.switchboard._reach.keeper.needed_by(alice.peer) == ("proxy/alice/x",))
         assert bob.switchboard.describe()["protocols"][ECHO] == "service/echo"
         await bob.stop("proxy/alice/x")
         await bob.stop("service/echo")
-        await until(lambda: not bob.switchboard._keeper.peers())
+        await until(lambda: not bob.switchboard._reach.keeper.peers())
         await until(lambda: ECHO not in bob.switchboard._protocols.names())
 
 
@@ -533,7 +535,7 @@ async def test_ping_and_peer_ups_ping():
         assert pinged.connected_in is not None
         assert (await alice.ask("switchboard", PingPeer(bob.peer))).connected_in is None
         bob.switchboard._protocols._own.pop(PING)
-        bob.switchboard._policy._services.clear()
+        bob.switchboard._publishers.policy._services.clear()
         denied = bob.switchboard._inbound.judge
 
         def without_ping(connection, protocol):

@@ -1,0 +1,235 @@
+"""Who is let in, and who is thrown out: the policy's decisions on connections and streams, and their consequences.
+
+A connection begins here, once its upgrade has proven who the peer is, and its end is noted here. When the policy
+changes or somebody's time is up, what the policy allowed before and does not allow now is cut at once.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from actors.reactor import Reactor
+from actors.switchboard.connections import Connection, ConnectionTable
+from actors.switchboard.decisions import DecisionLog
+from actors.switchboard.errors import AddressError, ConnectionLostError, SwitchboardError
+from actors.switchboard.link import Channel, Link, LinkEnd
+from actors.switchboard.numbers import Numbers
+from actors.switchboard.publishers import Publishers
+from actors.switchboard.transports import local_multiaddr, remote_multiaddr
+from actors.switchboard.upgrade import RefusedPeerError, Upgraded
+from actors.switchboard.wire import SocketWire, Wire
+from protocol import yamux
+from protocol.multiaddr import Multiaddr
+from protocol.peer_id import PeerId
+from protocol.policy import BASIC_PROTOCOLS, Decision
+from protocol.stream_descriptor import ResetCode
+from supervisor.actor import Context
+
+
+class Admittance:
+    """See the module.
+
+    Args:
+        own: this node's peer id, which no peer may have.
+        on_stream: takes each stream that a peer opens.
+        on_opened, on_ended: told of each connection when it is there, and when it is gone.
+        limits: of each connection's streams.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        reactor: Reactor,
+        *,
+        own: PeerId,
+        publishers: Publishers,
+        table: ConnectionTable,
+        decisions: DecisionLog,
+        numbers: Numbers,
+        on_stream: Callable[[Connection, Channel], None],
+        on_opened: Callable[[Connection], None],
+        on_ended: Callable[[Connection, LinkEnd], None],
+        limits: yamux.Limits,
+    ) -> None:
+        self._context = context
+        self._reactor = reactor
+        self._own = own
+        self._publishers = publishers
+        self._table = table
+        self._decisions = decisions
+        self._numbers = numbers
+        self._on_stream = on_stream
+        self._on_opened = on_opened
+        self._on_ended = on_ended
+        self._limits = limits
+        self._count = 0
+        self._closed = False
+        self._expiry_checked = context.wall()
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._closed = True
+
+    # ---- judgement
+
+    def judge_caller(self, peer: PeerId, sock: socket.socket) -> bool:
+        """Whether the peer that has just proven its id at this socket may connect; noted for the audit log."""
+        try:
+            path = f"direct tcp {remote_multiaddr(sock)}"
+        except OSError:
+            return False  # it has hung up
+        return self.judge_peer(peer, path)
+
+    def judge_peer(self, peer: PeerId, path: str) -> bool:
+        """Whether a peer that came over this path, in words, may connect; noted for the audit log."""
+        if peer == self._own:
+            return False
+        decision = self.decide(peer)
+        self._decisions.note(peer, "connection", decision, path, self._context.now())
+        return decision.allowed
+
+    def judge_stream(self, connection: Connection, protocol: str) -> Decision:
+        """Whether a connected peer may use a protocol; noted for the audit log unless it is one of the basic ones."""
+        decision = self._publishers.policy.decide_stream(connection.peer, protocol, self._context.wall())
+        if not decision.allowed or protocol not in BASIC_PROTOCOLS:
+            self._decisions.note(connection.peer, protocol, decision, connection.way, self._context.now())
+        return decision
+
+    def may_connect(self, connection: Connection) -> bool:
+        """Whether the peer of a connection may still be connected."""
+        return self.decide(connection.peer).allowed
+
+    def decide(self, peer: PeerId) -> Decision:
+        """The policy's decision on a peer, now."""
+        return self._publishers.policy.decide_connection(peer, self._context.wall())
+
+    def protocols_for(self, connection: Connection) -> tuple[str, ...]:
+        """What the peer of a connection may use."""
+        return self._publishers.policy.protocols_for(connection.peer, self._context.wall())
+
+    # ---- life of a connection
+
+    def welcome(self, sock: socket.socket, upgraded: Upgraded) -> None:
+        """Take over a caller's socket whose upgrade is done.
+
+        Raises:
+            RefusedPeerError: it may not connect any more.
+            SwitchboardError: no room; the socket is closed.
+        """
+        # The muxer's negotiation may have taken the peer seconds, in which the policy may have changed.
+        if not self.decide(upgraded.peer).allowed and not self.judge_caller(upgraded.peer, sock):
+            raise RefusedPeerError(upgraded.peer)
+        self.establish(sock, upgraded, outbound=False)
+
+    def establish(self, sock: socket.socket, upgraded: Upgraded, *, outbound: bool) -> Connection:
+        """A connection of a TCP socket whose upgrade is done.
+
+        Raises:
+            SwitchboardError: no room, or the peer is gone already; the socket is closed.
+        """
+        try:
+            local, remote = local_multiaddr(sock), remote_multiaddr(sock)
+        except OSError as error:
+            sock.close()
+            raise AddressError("the peer hung up") from error
+        return self.establish_over(
+            SocketWire(self._reactor, sock), upgraded, outbound=outbound, local=local, remote=remote
+        )
+
+    def establish_over(
+        self,
+        wire: Wire,
+        upgraded: Upgraded,
+        *,
+        outbound: bool,
+        local: Multiaddr,
+        remote: Multiaddr,
+        transport: str = "tcp",
+        path: str = "direct",
+    ) -> Connection:
+        """A connection of a wire whose upgrade is done.
+
+        Raises:
+            SwitchboardError: no room; the wire is closed.
+        """
+        try:
+            if self._closed:
+                raise ConnectionLostError("this node is stopping")
+            self._table.check_room(upgraded.peer)
+        except SwitchboardError:
+            wire.close()
+            raise
+        now = self._context.now()
+        self._count += 1
+        connection = Connection(
+            id=f"{self._context.incarnation}-{self._count}",
+            peer=upgraded.peer,
+            outbound=outbound,
+            local_address=local,
+            remote_address=remote,
+            opened=now,
+            opened_at=self._context.wall(),
+            was_allowed=self.decide(upgraded.peer).allowed,
+            transport=transport,
+            path=path,
+        )
+        connection.link = Link(
+            self._reactor,
+            wire,
+            role=upgraded.role,
+            send_cipher=upgraded.send,
+            receive_cipher=upgraded.receive,
+            received=upgraded.received,
+            plaintext=upgraded.plaintext,
+            on_stream=lambda channel: self._on_stream(connection, channel),
+            on_end=lambda end: self._ended(connection, end),
+            limits=self._limits,
+        )
+        self._table.add(connection, now)
+        self._numbers.connection_opened(connection)
+        self._context.log.info("connected to {} ({}, {})", upgraded.peer, connection.direction, connection.way)
+        self._on_opened(connection)
+        return connection
+
+    def _ended(self, connection: Connection, end: LinkEnd) -> None:
+        self._table.remove(connection, end)
+        self._numbers.connection_closed(connection, end.code)
+        self._context.log.info("connection to {} ended: {}", connection.peer, end.reason)
+        self._on_ended(connection, end)
+
+    # ---- enforcement
+
+    def enforce(self) -> None:
+        """Cut what the policy allowed before and does not allow now."""
+        policy, wall, now = self._publishers.policy, self._context.wall(), self._context.now()
+        for connection in self._table:
+            allowed = policy.decide_connection(connection.peer, wall)
+            if allowed.allowed:
+                connection.was_allowed = True
+            elif connection.was_allowed or not connection.outbound:
+                self._decisions.note(connection.peer, "connection", allowed, connection.way, now)
+                self._context.log.info("cut off {}: {}", connection.peer, allowed.rule)
+                connection.link.abort("not-authorised", f"the policy no longer allows it ({allowed.rule})")
+                continue
+            for channel, protocol in list(connection.inbound_streams.items()):
+                decision = policy.decide_stream(connection.peer, protocol, wall)
+                if not decision.allowed:
+                    self._decisions.note(connection.peer, protocol, decision, connection.way, now)
+                    channel.reset(ResetCode.GATED)
+
+    def tick(self) -> None:
+        """Enforce what only time changes; close drained connections; tell folded decisions."""
+        for connection in self._table.drained(self._context.now()):
+            connection.link.close("superseded", "another connection to the peer is used")
+        wall = self._context.wall()
+        expiry = self._publishers.policy.next_expiry(self._expiry_checked)
+        if expiry is not None and expiry <= wall:
+            self.enforce()
+        self._expiry_checked = wall
+        if self._decisions.pending:
+            self.flush()
+
+    def flush(self) -> None:
+        """Tell the decisions that were not told yet."""
+        self._decisions.flush()
