@@ -7,6 +7,7 @@ same if it asked, and ends with SIGTERM or Ctrl-C. What goes wrong before that e
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import sys
 import time
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from actors.config.paths import NodeHome
 
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error")
+
+STOP_GRACE = 10.0
+"""Seconds that the end of everything may take beyond the stop of the tree: killing what is left takes milliseconds."""
 
 
 @make_command(
@@ -64,15 +68,19 @@ def run(
 
     with without_collector():
         from actors.config.file import load_config
-        from peerup.tree import Options, build_tree
+        from peerup.systemd import ServiceManager
+        from peerup.tree import VITAL, Options, build_tree
         from supervisor.boot import LogSettings
-        from supervisor.service import Service, notify
+        from supervisor.service import STOP_DEADLINE, Service
 
     config = load_config(home.config_file)
     for warning in config.warnings:
         click.echo(f"warning: {home.config_file}: {warning}", err=True)
     home.create()
     _check_not_running(home)
+    manager = ServiceManager.take_from(os.environ, os.getpid())
+    if manager.watchdog is not None:
+        faulthandler.enable()  # it ends a process that is hung with SIGABRT; then the log says where that stood
     preload(metrics=config.telemetry.metrics_enabled)
     log = LogSettings(
         level=log_level or config.log.level,
@@ -83,7 +91,7 @@ def run(
 
     def ready() -> None:
         nonlocal announced
-        notify("READY=1\nSTATUS=running")
+        manager.tell("READY=1", "STATUS=running")
         if announced:
             return
         announced = True
@@ -96,6 +104,12 @@ def run(
                 os.write(ready_fd, b"ready\n")
                 os.close(ready_fd)
 
+    within = STOP_DEADLINE
+
+    def stopping() -> None:
+        # However long the configuration lets a stop take, and whatever the unit says: wait for it, and little longer.
+        manager.tell("STOPPING=1", "STATUS=stopping", f"EXTEND_TIMEOUT_USEC={int((within + STOP_GRACE) * 1e6)}")
+
     options = Options(home, config, service_pid=os.getpid(), started_at=time.time(), allow_faults=allow_faults)
     service = Service(
         str(home.run_dir),
@@ -103,8 +117,11 @@ def run(
         allow_faults=allow_faults,
         log=log,
         on_ready=ready,
-        on_stopping=lambda: notify("STOPPING=1"),
-        on_alive=lambda: notify("WATCHDOG=1"),
+        on_stopping=stopping,
+        on_alive=lambda: manager.tell("WATCHDOG=1"),
+        watchdog=manager.watchdog,
+        vital=VITAL,
+        stop_deadline=within,
     )
     service.run()
     with contextlib.suppress(OSError):

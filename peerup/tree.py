@@ -48,12 +48,18 @@ SWITCHBOARD_START_DEADLINE = 20.0
 PROXIES_STOP_DEADLINE = 10.0
 """Seconds for all proxies and services to end their tunnels, side by side."""
 
-HEARTBEAT = 1.0
-"""Seconds between heartbeats: one message each way, seven times a second for the whole node, is no load."""
+HEARTBEAT = 2.0
+"""Seconds between heartbeats. They are most of what an idle node does: each wakes a process whose code and data have
+left the CPU's caches meanwhile. With HEARTBEAT_DEADLINE, a hung actor is noticed after three to five seconds."""
 
 HEARTBEAT_DEADLINE = 3.0
 """Seconds without an answer after which an actor counts as hung. Under full load on two cores a healthy one was never
 seen to need one second; a hung one must not stay for long."""
+
+
+VITAL = ("config", "keyring", "gate", "switchboard", "proxies", "api")
+"""The actors that a watchdog outside waits for. Those that may fail for what no restart repairs, such as a port that
+somebody else has (metrics) or relays that cannot be reached, are their supervisor's business alone."""
 
 
 @dataclasses.dataclass(frozen=True)

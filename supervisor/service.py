@@ -8,6 +8,7 @@ those pages), starts Thespian's admin and has it start the root supervisor. It t
     the end of the root    the same; if it had given up before it was ever ready, the service ends with its reason
     messages to `main`     the root's Ready and LastWords, faults for the root
     the root's heartbeat   one ping at a time; without an answer the root is taken for hung, and its end follows
+    the watchdog's rounds  if somebody outside wants to know whether the tree lives (:mod:`supervisor.watchdog`)
 
 All actors are in the admin's process group and die with their parents, and orphans become this process's
 children, so at the end it can make sure that nothing is left.
@@ -25,12 +26,13 @@ import os
 import random
 import select
 import signal
-import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 from thespian.actors import ActorSystem, ActorSystemException
+from thespian.system.messages.admin import QueryAck, QueryExists
+from thespian.system.transport import TransmitIntent
 
 from protocol.errors import PeerupError
 from protocol.messages import Envelope
@@ -42,7 +44,6 @@ from protocol.messages.system import (
     LastWords,
     Ok,
     Ping,
-    Pong,
     ProcessFault,
     ReadEstate,
     Ready,
@@ -59,9 +60,10 @@ from supervisor.logging import LogControl
 from supervisor.port import NameState
 from supervisor.process import open_log
 from supervisor.registry import Entry, RunDirectory
+from supervisor.watchdog import Watchdog
 
 STOP_DEADLINE = 30.0
-"""Seconds for an ordered stop of the whole tree; what is left after it is killed."""
+"""Seconds for an ordered stop of the whole tree unless the service is told otherwise; what is left then is killed."""
 
 ADMIN_DEADLINE = 3.0
 """Seconds for the admin to end once the tree has; it takes milliseconds."""
@@ -69,7 +71,7 @@ ADMIN_DEADLINE = 3.0
 LOCK_PATIENCE = 2.0
 """Seconds to wait for the processes of a killed predecessor to be gone; they take milliseconds."""
 
-HEARTBEAT = 1.0
+HEARTBEAT = 2.0
 """Seconds between the answer to one ping of the root and the next."""
 
 HEARTBEAT_DEADLINE = 3.0
@@ -126,6 +128,7 @@ class _Tree:
     ready: bool = False
     stopping: bool = False
     last_words: str = ""
+    watchdog: Watchdog | None = None
 
     @property
     def base(self) -> thespian_base.ActorSystemBase:
@@ -146,7 +149,10 @@ class Service:
         factories: prefixes of the modules whose classes may be actors.
         on_ready: called each time the whole tree is ready (again).
         on_stopping: called when an ordered stop begins.
-        on_alive: called after each answered heartbeat of the root, about once a second.
+        on_alive: called while the tree answers, and during a stop, at least each `watchdog` seconds.
+        watchdog: seconds; None if nobody wants `on_alive`.
+        vital: who must answer besides the admin and the root for the tree to count as alive.
+        stop_deadline: seconds for an ordered stop of the whole tree; what is left after it is killed.
     """
 
     def __init__(
@@ -161,6 +167,9 @@ class Service:
         on_ready: Callable[[], None] | None = None,
         on_stopping: Callable[[], None] | None = None,
         on_alive: Callable[[], None] | None = None,
+        watchdog: float | None = None,
+        vital: Collection[str] = (),
+        stop_deadline: float = STOP_DEADLINE,
     ) -> None:
         self._path = run_directory
         self._root = root
@@ -171,6 +180,9 @@ class Service:
         self._on_ready = on_ready
         self._on_stopping = on_stopping
         self._on_alive = on_alive
+        self._watchdog = watchdog
+        self._vital = (ROOT, *vital)
+        self._stop_deadline = stop_deadline
         self._signals: list[int] = []
         self._wakeup = -1
         self._log: LogControl | None = None
@@ -262,15 +274,17 @@ class Service:
         transport = tree.base.transport
         while not tree.stopping:
             transport.wait(None)
+            if any(isinstance(envelope.message, QueryAck) for envelope in transport.take()) and tree.watchdog:
+                tree.watchdog.admin_answered()
             self._check_signals(tree)
         # From here on the end of the root is what we wait for.
-        deadline = time.monotonic() + STOP_DEADLINE
+        deadline = time.monotonic() + self._stop_deadline
         while not _ended(tree.root_pidfd) and time.monotonic() < deadline:
             transport.wait(deadline)
             self._check_signals(tree)
         transport.wire.remove_reader(tree.root_pidfd)
         if not _ended(tree.root_pidfd):
-            self._warn(f"the tree did not stop within {STOP_DEADLINE:g} s and is killed")
+            self._warn(f"the tree did not stop within {self._stop_deadline:g} s and is killed")
             return
         self._shut_down_admin(tree)
 
@@ -320,6 +334,18 @@ class Service:
             self._on_ready()
         if first:
             self._ping_root(tree)
+            self._start_watchdog(tree)
+
+    def _start_watchdog(self, tree: _Tree) -> None:
+        if self._watchdog is None or self._on_alive is None or tree.exchange is None:
+            return
+        base = tree.base
+
+        def ask_admin() -> None:
+            base.transport.scheduleTransmit(None, TransmitIntent(base.adminAddr, QueryExists()))
+
+        tree.watchdog = Watchdog(self._watchdog, self._vital, tree.exchange, ask_admin, self._on_alive)
+        tree.watchdog.begin()
 
     def _ping_root(self, tree: _Tree) -> None:
         if tree.stopping or tree.exchange is None:
@@ -337,8 +363,6 @@ class Service:
         # Where we ourselves did not run (stopped, or starved) the answer may be there and only not be read yet.
         if isinstance(answer, DeadlineExceededError) and time.monotonic() < due + LATENESS:
             _lose(f"the root supervisor did not answer its heartbeat for {HEARTBEAT_DEADLINE:g} s")
-        if isinstance(answer, Pong) and self._on_alive is not None:
-            self._on_alive()
         tree.exchange.call_at(time.monotonic() + HEARTBEAT, functools.partial(self._ping_root, tree))
 
     def _inject(self, tree: _Tree, message: InjectProcessFault, envelope: Envelope) -> None:
@@ -390,6 +414,8 @@ class Service:
             raise _StopNowError
         if self._signals and not tree.stopping:
             tree.stopping = True
+            if tree.watchdog is not None:
+                tree.watchdog.stopping()
             if self._on_stopping is not None:
                 self._on_stopping()
             if tree.exchange is not None:
@@ -453,15 +479,6 @@ class Service:
     def _warn(self, text: str) -> None:
         if self._log is not None:
             self._log.logger.warning("{}", text)
-
-
-def notify(state: str) -> None:
-    """Tell systemd (if NOTIFY_SOCKET is set): `READY=1`, `STOPPING=1`, `STATUS=...`."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock, contextlib.suppress(OSError):
-        sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
 def _lock(directory: RunDirectory) -> None:

@@ -549,7 +549,7 @@ def test_the_daemon_tells_systemd_and_a_descriptor(node, tmp_path):
             [*one.command("daemon", "--log-format", "json", "--ready-fd", str(write))],
             stdout=subprocess.DEVNULL,
             stderr=log,
-            env=environment() | {"NOTIFY_SOCKET": str(path)},
+            env=environment() | {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "8000000"},
             pass_fds=(write,),
         )
         os.close(write)
@@ -558,7 +558,7 @@ def test_the_daemon_tells_systemd_and_a_descriptor(node, tmp_path):
         os.close(read)
         assert systemd.recv(1000) == b"WATCHDOG=1"
         daemon.send_signal(signal.SIGTERM)
-        wait_for(lambda: systemd.recv(1000) == b"STOPPING=1", "STOPPING=1")
+        wait_for(lambda: systemd.recv(1000).startswith(b"STOPPING=1\n"), "STOPPING=1")
         assert daemon.wait(STOP_SECONDS) == 0
     for line in one.log.read_text().splitlines():
         assert json.loads(line)
