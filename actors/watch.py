@@ -16,8 +16,12 @@ from pathlib import Path
 import trio
 import watchfiles
 
-STEP_MS = 200
-"""A burst of changes is one change; and how often the watching thread looks, which costs CPU time when idle."""
+STEP_MS = 500
+"""A burst of changes is one change; and how often the watching thread looks, which costs CPU time when idle. What a
+person changes in a file is taken over within a second; commands do not wait for that, they tell the node themselves."""
+
+DEBOUNCE_MS = 1000
+"""A burst that goes on for longer is seen in parts."""
 
 SLOW_LOOK_SECONDS = 30.0
 """How long a change may stay unseen where the kernel does not tell."""
@@ -60,7 +64,7 @@ async def _watch_directories(
         changes = watchfiles.awatch(
             *directories,
             watch_filter=lambda _, name: os.path.basename(name) in names,  # noqa: PTH119  # called for each event
-            debounce=4 * STEP_MS,
+            debounce=DEBOUNCE_MS,
             step=STEP_MS,
             stop_event=stop,
             rust_timeout=int(SLOW_LOOK_SECONDS * 1000),

@@ -26,6 +26,7 @@ class Scale:
     idle_connections: int
     busy_connections: int
     busy_seconds: float
+    idle_settle: float
     idle_seconds: float
 
 
@@ -37,7 +38,8 @@ FULL = Scale(
     idle_connections=1000,
     busy_connections=200,
     busy_seconds=3.0,
-    idle_seconds=10.0,
+    idle_settle=5.0,
+    idle_seconds=20.0,
 )
 QUICK = Scale(
     bulk_bytes=200_000_000,
@@ -47,6 +49,7 @@ QUICK = Scale(
     idle_connections=200,
     busy_connections=50,
     busy_seconds=1.0,
+    idle_settle=1.0,
     idle_seconds=2.0,
 )
 
@@ -116,7 +119,8 @@ def busy_connections(load: Load, tunnel: Tunnel, scale: Scale) -> Values:
 
 
 def idle_tunnel(_load: Load, tunnel: Tunnel, scale: Scale) -> Values:
-    """What a tunnel costs when nobody uses it."""
+    """What a tunnel costs when nobody uses it: from a few seconds after its start, when that has come to rest."""
+    time.sleep(scale.idle_settle)
     before, began = _cpu_nanoseconds(tunnel), time.monotonic()
     time.sleep(scale.idle_seconds)
     used, elapsed = _cpu_nanoseconds(tunnel) - before, time.monotonic() - began
