@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
 import functools
@@ -125,6 +126,11 @@ async def do(peer: Peer, command: str, /, **arguments: Any) -> Answer:
     if not answer["ok"]:
         raise CommandError(peer, {"do": command, **arguments}, answer)
     return answer
+
+
+def head(answer: Answer) -> bytes:
+    """The first bytes that an exchange received."""
+    return base64.b64decode(answer["head"])
 
 
 async def finished(peer: Peer, protocol: str, *, count: int = 1) -> list[Answer]:

@@ -6,7 +6,6 @@ js-libp2p do with each other is what they must do with us.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ import trio
 from tests.interop.conftest import Start
 from tests.interop.content import sha256
 from tests.interop.ours import OurPeer
-from tests.interop.peers import Answer, Peer, do, finished, opened, waiting_for
+from tests.interop.peers import Answer, Peer, do, finished, head, opened, waiting_for
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]  # the first test may have to build the peers
 
@@ -63,10 +62,6 @@ async def connected(peer: Peer, other: Peer) -> None:
 
 async def exchange(pair: Pair, protocol: str = PROTOCOL, **options: Any) -> Answer:
     return await pair.dialler.ask("exchange", peer=pair.listener.peer_id, protocol=protocol, timeout=90, **options)
-
-
-def head(answer: Answer) -> bytes:
-    return base64.b64decode(answer["head"])
 
 
 async def test_the_connection_is_noise_and_yamux_and_both_sides_know_the_other(pair):

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 
-	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/record"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
@@ -18,7 +17,7 @@ import (
 
 // identify asks the peer on a stream of its own, so that all that it says is seen, not what the host made of it.
 func (n *node) identify(ctx context.Context, id peer.ID) (answer, error) {
-	stream, err := n.host.NewStream(network.WithNoDial(ctx, "connected already"), id, identify.ID)
+	stream, err := n.open(ctx, id, identify.ID)
 	if err != nil {
 		return nil, err
 	}

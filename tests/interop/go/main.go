@@ -47,6 +47,7 @@ type request struct {
 	Bytes     int64   `json:"bytes"`
 	Code      uint32  `json:"code"`
 	exchangeOptions
+	relayOptions
 }
 
 type answer map[string]any
@@ -57,6 +58,7 @@ type node struct {
 	mutex    sync.Mutex
 	services map[string]*service
 	running  map[int]*progress // by id of the exchange command
+	circuits circuitAddresses
 }
 
 func (n *node) say(value any) {
@@ -109,6 +111,10 @@ func (n *node) do(ctx context.Context, r request) (answer, error) {
 		return n.ping(ctx, id, max(r.Count, 1))
 	case "exchange":
 		return n.exchanges(ctx, r.ID, id, r.Protocol, r.Count, r.exchangeOptions)
+	case "relay-serve":
+		return nil, n.relayServe(r.relayOptions)
+	case "reserve":
+		return n.reserve(ctx, r.Address)
 	case "progress":
 		return n.progress(r.Of)
 	case "serve":
@@ -126,8 +132,7 @@ func (n *node) dial(ctx context.Context, address string) (answer, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Back-off after a failure would answer the next dial without dialling.
-	ctx = network.WithForceDirectDial(ctx, "interop test")
+	ctx = n.dialContext(ctx, address, info.ID)
 	n.host.Peerstore().ClearAddrs(info.ID)
 	n.host.Peerstore().AddAddrs(info.ID, info.Addrs, peerstore.PermanentAddrTTL)
 	connection, err := n.host.Network().DialPeer(ctx, info.ID)
@@ -135,21 +140,22 @@ func (n *node) dial(ctx context.Context, address string) (answer, error) {
 		return nil, err
 	}
 	state := connection.ConnState()
-	return answer{
+	return describeCircuit(answer{
 		"peer":      connection.RemotePeer().String(),
+		"remote":    connection.RemoteMultiaddr().String(),
 		"security":  state.Security,
 		"muxer":     state.StreamMultiplexer,
 		"early":     state.UsedEarlyMuxerNegotiation,
 		"local":     connection.LocalMultiaddr().String(),
 		"public":    fmt.Sprint(connection.RemotePublicKey().Type()),
 		"transport": state.Transport,
-	}, nil
+	}, connection), nil
 }
 
 func (n *node) connections() answer {
 	list := []answer{}
 	for _, connection := range n.host.Network().Conns() {
-		list = append(list, answer{
+		list = append(list, describeCircuit(answer{
 			"peer":      connection.RemotePeer().String(),
 			"direction": map[network.Direction]string{network.DirInbound: "inbound", network.DirOutbound: "outbound"}[connection.Stat().Direction],
 			"remote":    connection.RemoteMultiaddr().String(),
@@ -157,7 +163,7 @@ func (n *node) connections() answer {
 			"muxer":     connection.ConnState().StreamMultiplexer,
 			"early":     connection.ConnState().UsedEarlyMuxerNegotiation,
 			"streams":   len(connection.GetStreams()),
-		})
+		}, connection))
 	}
 	return answer{"connections": list}
 }
@@ -186,6 +192,7 @@ func (n *node) waitClosed(ctx context.Context, id peer.ID) error {
 func (n *node) ping(ctx context.Context, id peer.ID, count int) (answer, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	ctx = network.WithAllowLimitedConn(ctx, "interop test")
 	results := ping.Ping(ctx, n.host, id)
 	seconds := []float64{}
 	for len(seconds) < count {
@@ -255,6 +262,7 @@ func main() {
 	if err != nil {
 		fatal(err)
 	}
+	n := &node{services: map[string]*service{}, running: map[int]*progress{}}
 	h, err := libp2p.New(
 		libp2p.Identity(key),
 		libp2p.ListenAddrStrings("/ip4/127.0.0.1/tcp/0"),
@@ -263,15 +271,19 @@ func main() {
 		libp2p.Muxer(yamux.ID, yamux.DefaultTransport),
 		libp2p.UserAgent(agent),
 		libp2p.ResourceManager(&network.NullResourceManager{}),
-		libp2p.DisableRelay(),
+		libp2p.EnableRelay(),
+		libp2p.AddrsFactory(n.circuits.with),
 		libp2p.DisableMetrics(),
 	)
 	if err != nil {
 		fatal(err)
 	}
-	n := &node{host: h, services: map[string]*service{}, running: map[int]*progress{}}
+	n.host = h
 	addresses := []string{}
 	for _, address := range h.Network().ListenAddresses() {
+		if isCircuit(address.String()) {
+			continue // ready to be used once there is a reservation
+		}
 		addresses = append(addresses, fmt.Sprintf("%s/p2p/%s", address, h.ID()))
 	}
 	n.say(answer{"event": "ready", "peer": h.ID().String(), "addresses": addresses, "library": libraryVersion()})

@@ -167,7 +167,7 @@ func (n *node) exchanges(ctx context.Context, id int, to peer.ID, name string, c
 func (n *node) exchange(ctx context.Context, to peer.ID, name string, o exchangeOptions, p *progress) answer {
 	result := answer{}
 	started := time.Now()
-	stream, err := n.host.NewStream(network.WithNoDial(ctx, "connected already"), to, protocol.ID(name))
+	stream, err := n.open(ctx, to, protocol.ID(name))
 	if err != nil {
 		outcome(result, err)
 		result["opened"] = false

@@ -9,6 +9,7 @@ import { createHash } from 'node:crypto'
 import { readFileSync } from 'node:fs'
 import { createInterface } from 'node:readline'
 import { parseArgs } from 'node:util'
+import { circuitRelayTransport } from '@libp2p/circuit-relay-v2'
 import { generateKeyPair, generateKeyPairFromSeed } from '@libp2p/crypto/keys'
 import { identify } from '@libp2p/identify'
 import { noise } from '@libp2p/noise'
@@ -18,6 +19,7 @@ import { tcp } from '@libp2p/tcp'
 import { yamux } from '@libp2p/yamux'
 import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
+import { describeCircuit, reserve, serveRelay } from './relay.mjs'
 import { exchange, newProgress, serve } from './streams.mjs'
 
 const AGENT = 'peerup-interop-js'
@@ -47,7 +49,7 @@ const node = await createLibp2p({
   privateKey: await makeKey(options.key, options.seed),
   nodeInfo: { userAgent: AGENT },
   addresses: { listen: ['/ip4/127.0.0.1/tcp/0'] },
-  transports: [tcp()],
+  transports: [tcp(), circuitRelayTransport()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
   // The default lets one host connect five times a second; here every peer is on one host.
@@ -72,7 +74,8 @@ function describe (connection) {
     remote: connection.remoteAddr.toString(),
     security: connection.encryption,
     muxer: connection.multiplexer,
-    streams: connection.streams.length
+    streams: connection.streams.length,
+    ...describeCircuit(connection)
   }
 }
 
@@ -122,6 +125,14 @@ const commands = {
       seconds.push(await node.services.ping.ping(peerIdFromString(peer), { signal }) / 1000)
     }
     return { seconds }
+  },
+
+  async 'relay-serve' (request) {
+    await serveRelay(node, request)
+  },
+
+  async reserve ({ address }) {
+    return await reserve(node, address)
   },
 
   async exchange (request, signal) {

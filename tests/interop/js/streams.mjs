@@ -184,7 +184,7 @@ export async function exchange (connection, options, progress, signal) {
   const started = performance.now()
   let stream
   try {
-    stream = await connection.newStream(options.protocol, { signal, maxOutboundStreams: 1024 })
+    stream = await connection.newStream(options.protocol, { signal, maxOutboundStreams: 1024, runOnLimitedConnection: true })
   } catch (error) {
     return { opened: false, ...outcome(error) }
   }
@@ -340,6 +340,6 @@ export async function serve (node, protocol, behaviour, { bytes = 0, code = 0 })
     }
     const received = (receiver?.received ?? 0) - report.skip
     service.finished.push({ received, sha256: receiver?.sha256, sent: report.sent, ...outcome(failure) })
-  }, { maxInboundStreams: 1024, maxOutboundStreams: 1024 })
+  }, { maxInboundStreams: 1024, maxOutboundStreams: 1024, runOnLimitedConnection: true })
   return service
 }
