@@ -17,6 +17,11 @@ _IDENTITY: Final = 0x00
 _SHA2_256: Final = 0x12
 _CID_VERSION_1: Final = 0x01
 _LIBP2P_KEY: Final = 0x72
+_INLINE_KEYS: Final = {
+    bytes.fromhex("0801 1220"): (32, "an Ed25519 key"),
+    bytes.fromhex("0802 1221"): (33, "a secp256k1 key"),
+}
+"""How the protobuf form of each key that is short enough to stand in a peer id begins, and the bytes that follow."""
 _SHORT_HEAD: Final = 8
 _SHORT_TAIL: Final = 6
 
@@ -43,7 +48,7 @@ class PeerId:
         """Check and keep a multihash.
 
         Raises:
-            PeerIdError: not a well-formed multihash, or neither `identity` of at most 42 bytes nor `sha2-256`.
+            PeerIdError: not a well-formed multihash, or neither `identity` of a public key nor `sha2-256`.
         """
         _check_multihash(multihash)
         multihash = bytes(multihash)
@@ -58,7 +63,10 @@ class PeerId:
     def from_public_key(cls, public_key: bytes) -> Self:
         """The peer id of a public key in its libp2p protobuf form (see `protocol.keys.PublicKey.to_protobuf`).
 
-        The bytes are hashed as they are; whether they are a key is for `protocol.keys` to say.
+        What is too long to stand in the id is hashed as it is; whether that is a key is for `protocol.keys` to say.
+
+        Raises:
+            PeerIdError: the bytes are no more than 42, and no key of a type that is so short.
         """
         if len(public_key) <= MAX_INLINE_KEY:
             return cls(bytes((_IDENTITY, len(public_key))) + public_key)
@@ -145,10 +153,21 @@ def _check_multihash(multihash: bytes) -> None:
         if length != hashlib.sha256().digest_size:
             raise PeerIdError("a sha2-256 digest has 32 bytes")
     elif code == _IDENTITY:
-        if not 1 <= length <= MAX_INLINE_KEY:
-            raise PeerIdError(f"a key that stands in its peer id has 1 to {MAX_INLINE_KEY} bytes")
+        _check_inline_key(multihash[2:])
     else:
         raise PeerIdError(f"peer ids use the multihashes identity and sha2-256, not 0x{code:02x}")
+
+
+def _check_inline_key(key: bytes) -> None:
+    # Such an id is made by taking the key as it is, so one that holds no key belongs to nobody: a slip of the pen.
+    if not 1 <= len(key) <= MAX_INLINE_KEY:
+        raise PeerIdError(f"a key that stands in its peer id has 1 to {MAX_INLINE_KEY} bytes")
+    expected = _INLINE_KEYS.get(key[:4])
+    if expected is None:
+        raise PeerIdError("it holds no public key; has a part of it been lost?")
+    length, kind = expected
+    if len(key) != 4 + length:
+        raise PeerIdError(f"{kind} has {length} bytes, not {len(key) - 4}; has a part of it been lost?")
 
 
 def _multihash_of_cid(cid: bytes) -> bytes:

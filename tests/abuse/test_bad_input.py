@@ -479,6 +479,8 @@ def test_what_cannot_be_is_refused_before_anything_is_done(pair: tuple[Node, Nod
         ["service", "remove", "none"],
         ["service", "enable", "none"],
         ["names", "add", "x", "12D3KooWnonsense"],
+        ["names", "add", "x", "12D3KooWnope"],
+        ["names", "add", "x", peer[:-1]],
         ["names", "add", "x", peer, "--address", "127.0.0.1:4001"],
         ["names", "add", "x", peer, "--address", "/ip4/127.0.0.1/tcp/99999"],
         ["names", "add", "x", peer, "--address", "/ip4/127.0.0.1"],

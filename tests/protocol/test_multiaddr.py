@@ -172,7 +172,7 @@ def test_bytes_that_are_refused(data):
 names = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters="/"), min_size=1).filter(
     lambda text: text.isprintable() and len(text) <= 60
 )
-peers = st.binary(min_size=1, max_size=50).map(lambda data: str(PeerId.from_public_key(data)))
+peers = st.binary(min_size=43, max_size=50).map(lambda data: str(PeerId.from_public_key(data)))
 components = st.one_of(
     st.ip_addresses(v=4).map(lambda ip: f"/ip4/{ip}"),
     st.ip_addresses(v=6).map(lambda ip: f"/ip6/{ip}"),

@@ -16,7 +16,11 @@ HASHED = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 HASHED_CID = "bafzbeie5745rpv2m6tjyuugywy4d5ewrqgqqhfnf445he3omzpjbx5xqxe"
 INLINE = "12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
 
-peer_ids = st.binary(min_size=1, max_size=80).map(PeerId.from_public_key)
+inline_keys = st.one_of(
+    st.binary(min_size=32, max_size=32).map(lambda key: b"\x08\x01\x12\x20" + key),
+    st.binary(min_size=33, max_size=33).map(lambda key: b"\x08\x02\x12\x21" + key),
+)
+peer_ids = st.one_of(inline_keys, st.binary(min_size=43, max_size=80)).map(PeerId.from_public_key)
 
 
 def test_both_texts_of_the_spec_are_one_peer():
@@ -33,8 +37,8 @@ def test_base36_cids_of_ed25519_peers():
 
 
 def test_ed25519_ids_hold_the_key_and_longer_keys_are_hashed():
-    short, long = bytes(42), bytes(43)
-    assert PeerId.from_public_key(short).multihash == b"\x00\x2a" + short
+    short, long = b"\x08\x01\x12\x20" + bytes(32), bytes(43)
+    assert PeerId.from_public_key(short).multihash == b"\x00\x24" + short
     assert PeerId.from_public_key(short).public_key == short
     assert PeerId.from_public_key(long).multihash == b"\x12\x20" + hashlib.sha256(long).digest()
     assert PeerId.from_public_key(long).public_key is None
@@ -48,6 +52,39 @@ def test_every_text_comes_back(peer):
     assert PeerId.from_wire(peer.to_wire()) == peer
     assert hash(PeerId.from_text(str(peer))) == hash(peer)
     assert pickle.loads(pickle.dumps(peer)) == peer
+
+
+@given(st.binary(max_size=42))
+def test_an_id_that_should_hold_its_key_and_holds_none_is_refused(content):
+    multihash = bytes((0, len(content))) + content
+    is_key = content[:4].hex() in ("08011220", "08021221") and len(content) == 4 + content[3]
+    for text in (encode_base58(multihash), encode_multibase_base32(b"\x01\x72" + multihash)):
+        if is_key:
+            assert PeerId.from_text(text).public_key == content
+        else:
+            with pytest.raises(PeerIdError, match="is not a peer id: "):
+                PeerId.from_text(text)
+
+
+@given(inline_keys, st.data())
+def test_an_id_of_which_a_part_is_lost_is_refused(key, data):
+    """Any digits cut off at the end, or one left out, as happens in copying; a few happen to be another key."""
+    text = str(PeerId.from_public_key(key))
+    cut = data.draw(st.integers(1, len(text) - 1))
+    with pytest.raises(PeerIdError, match="is not a peer id: "):
+        PeerId.from_text(text[:cut])
+    left_out = data.draw(st.integers(0, len(text) - 1))
+    with pytest.raises(PeerIdError, match="is not a peer id: "):
+        PeerId.from_text(text[:left_out] + text[left_out + 1 :])
+
+
+def test_the_reason_is_told():
+    with pytest.raises(PeerIdError, match="'12D3KooWnope' is not a peer id: it holds no public key"):
+        PeerId.from_text("12D3KooWnope")
+    with pytest.raises(PeerIdError, match="holds no public key; has a part of it been lost"):
+        PeerId(b"\x00\x05hello")
+    with pytest.raises(PeerIdError, match="an Ed25519 key has 32 bytes, not 31"):
+        PeerId(b"\x00\x23\x08\x01\x12\x20" + bytes(31))
 
 
 @given(st.lists(peer_ids))

@@ -19,7 +19,7 @@ from protocol.policy import (
     decide_stream,
 )
 
-ANNA, BORIS, CARLA, STRANGER = (PeerId.from_public_key(bytes((number,)) * 36) for number in range(4))
+ANNA, BORIS, CARLA, STRANGER = (PeerId.from_public_key(bytes((number,)) * 43) for number in range(4))
 PEERS = (PeerRule(ANNA, 3, None, "laptop"), PeerRule(BORIS, 5, 1000.0, ""), PeerRule(CARLA, 7, None, ""))
 SERVICES = (ServiceRule("ssh", None), ServiceRule("web", (ANNA, STRANGER)), ServiceRule("none", ()))
 POLICY = Policy(version=1, gating=True, peers=PEERS, services=SERVICES)
