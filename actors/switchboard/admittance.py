@@ -6,7 +6,6 @@ changes or somebody's time is up, what the policy allowed before and does not al
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 
 from actors.reactor import Reactor
@@ -16,11 +15,9 @@ from actors.switchboard.errors import AddressError, ConnectionLostError, Switchb
 from actors.switchboard.link import Channel, Link, LinkEnd
 from actors.switchboard.numbers import Numbers
 from actors.switchboard.publishers import Publishers
-from actors.switchboard.transports import local_multiaddr, remote_multiaddr
 from actors.switchboard.upgrade import RefusedPeerError, Upgraded
-from actors.switchboard.wire import SocketWire, Wire
+from actors.switchboard.wire import Pipe
 from protocol import yamux
-from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 from protocol.policy import BASIC_PROTOCOLS, Decision
 from protocol.stream_descriptor import ResetCode
@@ -73,10 +70,10 @@ class Admittance:
 
     # ---- judgement
 
-    def judge_caller(self, peer: PeerId, sock: socket.socket) -> bool:
-        """Whether the peer that has just proven its id at this socket may connect; noted for the audit log."""
+    def judge_caller(self, peer: PeerId, pipe: Pipe) -> bool:
+        """Whether the peer that has just proven its id over this pipe may connect; noted for the audit log."""
         try:
-            path = f"direct tcp {remote_multiaddr(sock)}"
+            path = str(pipe.way)
         except OSError:
             return False  # it has hung up
         return self.judge_peer(peer, path)
@@ -110,73 +107,49 @@ class Admittance:
 
     # ---- life of a connection
 
-    def welcome(self, sock: socket.socket, upgraded: Upgraded) -> None:
-        """Take over a caller's socket whose upgrade is done.
+    def welcome(self, pipe: Pipe, upgraded: Upgraded) -> None:
+        """Take over a caller's pipe whose upgrade is done.
 
         Raises:
             RefusedPeerError: it may not connect any more.
-            SwitchboardError: no room; the socket is closed.
+            SwitchboardError: no room; the pipe is closed.
         """
         # The muxer's negotiation may have taken the peer seconds, in which the policy may have changed.
-        if not self.decide(upgraded.peer).allowed and not self.judge_caller(upgraded.peer, sock):
+        if not self.decide(upgraded.peer).allowed and not self.judge_caller(upgraded.peer, pipe):
             raise RefusedPeerError(upgraded.peer)
-        self.establish(sock, upgraded, outbound=False)
+        self.establish(pipe, upgraded, outbound=False)
 
-    def establish(self, sock: socket.socket, upgraded: Upgraded, *, outbound: bool) -> Connection:
-        """A connection of a TCP socket whose upgrade is done.
-
-        Raises:
-            SwitchboardError: no room, or the peer is gone already; the socket is closed.
-        """
-        try:
-            local, remote = local_multiaddr(sock), remote_multiaddr(sock)
-        except OSError as error:
-            sock.close()
-            raise AddressError("the peer hung up") from error
-        return self.establish_over(
-            SocketWire(self._reactor, sock), upgraded, outbound=outbound, local=local, remote=remote
-        )
-
-    def establish_over(
-        self,
-        wire: Wire,
-        upgraded: Upgraded,
-        *,
-        outbound: bool,
-        local: Multiaddr,
-        remote: Multiaddr,
-        transport: str = "tcp",
-        path: str = "direct",
-    ) -> Connection:
-        """A connection of a wire whose upgrade is done.
+    def establish(self, pipe: Pipe, upgraded: Upgraded, *, outbound: bool) -> Connection:
+        """A connection of a pipe whose upgrade is done.
 
         Raises:
-            SwitchboardError: no room; the wire is closed.
+            SwitchboardError: no room, or the peer is gone already; the pipe is closed.
         """
         try:
             if self._closed:
                 raise ConnectionLostError("this node is stopping")
             self._table.check_room(upgraded.peer)
+            way = pipe.way
         except SwitchboardError:
-            wire.close()
+            pipe.close()
             raise
+        except OSError as error:
+            pipe.close()
+            raise AddressError("the peer hung up") from error
         now = self._context.now()
         self._count += 1
         connection = Connection(
             id=f"{self._context.incarnation}-{self._count}",
             peer=upgraded.peer,
             outbound=outbound,
-            local_address=local,
-            remote_address=remote,
+            via=way,
             opened=now,
             opened_at=self._context.wall(),
             was_allowed=self.decide(upgraded.peer).allowed,
-            transport=transport,
-            path=path,
         )
         connection.link = Link(
             self._reactor,
-            wire,
+            pipe.detach(self._reactor),
             role=upgraded.role,
             send_cipher=upgraded.send,
             receive_cipher=upgraded.receive,

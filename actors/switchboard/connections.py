@@ -22,6 +22,7 @@ import trio
 
 from actors.switchboard.errors import TooManyError
 from actors.switchboard.link import Channel, LinkEnd
+from actors.switchboard.wire import Way
 from protocol.identify import Identification
 from protocol.messages import Data
 from protocol.messages.switchboard import ConnectionInfo
@@ -66,6 +67,7 @@ class Connection:
     """One live, authenticated connection to a peer.
 
     Attributes:
+        via: how the bytes go.
         opened: on the monotonic clock; `opened_at` is the same moment on the wall clock.
         was_allowed: the policy has at some time allowed the peer; when it no longer does, the connection goes.
         identification: what the peer said of itself; None until then. `identify_failure` says why it did not.
@@ -76,15 +78,12 @@ class Connection:
     id: str
     peer: PeerId
     outbound: bool
-    local_address: Multiaddr
-    remote_address: Multiaddr
+    via: Way
     opened: float
     opened_at: float
     was_allowed: bool = False
     identification: Identification | None = None
     identify_failure: str = ""
-    transport: str = "tcp"
-    path: str = "direct"
     draining: bool = False
     drained_since: float | None = None
     end: LinkEnd | None = None
@@ -96,7 +95,22 @@ class Connection:
     @property
     def way(self) -> str:
         """How the peer is connected, in words for the audit log."""
-        return f"{self.path} {self.transport} {self.remote_address}"
+        return str(self.via)
+
+    @property
+    def relayed(self) -> bool:
+        """Whether a relay carries it."""
+        return self.via.relay is not None
+
+    @property
+    def local_address(self) -> Multiaddr:
+        """Our end of it, or of the way to its relay."""
+        return self.via.local_address
+
+    @property
+    def remote_address(self) -> Multiaddr:
+        """Where the peer is, or its relay."""
+        return self.via.remote_address
 
     @property
     def heard(self) -> bool:
@@ -115,10 +129,10 @@ class Connection:
             id=self.id,
             peer=self.peer,
             direction=self.direction,
-            path=self.path,
-            transport=self.transport,
-            local_address=self.local_address,
-            remote_address=self.remote_address,
+            path=self.via.path,
+            transport=self.via.transport,
+            local_address=self.via.local_address,
+            remote_address=self.via.remote_address,
             streams=self.link.streams,
             rtt=self.link.rtt,
             sent=self.link.sent,

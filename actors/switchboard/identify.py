@@ -158,7 +158,7 @@ class IdentifyRoom:
             protocol_version="ipfs/0.1.0",
             protocols=self._protocols_for(connection),
             listen_addresses=own.listen_addresses,
-            observed_address=connection.remote_address if connection.path == "direct" else None,
+            observed_address=connection.remote_address if not connection.relayed else None,
             signed_peer_record=own.signed_record,
         )
 

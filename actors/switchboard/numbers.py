@@ -50,7 +50,7 @@ class Numbers:
         connections: Tally[tuple[str, str]] = Tally()
         streams: Tally[tuple[str, str]] = Tally()
         for connection in table:
-            key = (self._label(connection.peer, names), connection.path)
+            key = (self._label(connection.peer, names), connection.via.path)
             connections[key] += 1
             streams[key] += connection.link.streams
         for peer, path in self._shown | connections.keys():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 
 import trio
@@ -18,6 +17,7 @@ from actors.switchboard.numbers import Numbers
 from actors.switchboard.streams import ChannelStream, open_negotiated
 from actors.switchboard.transports import connect_tcp, resolve
 from actors.switchboard.upgrade import Upgraded, Upgrader, not_authorised
+from actors.switchboard.wire import Pipe, SocketPipe
 from protocol.errors import PeerupError
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
@@ -55,7 +55,7 @@ class Reach:
         self._table = table
         self._numbers = numbers
         self.book = AddressBook()
-        self.dialer: Dialer[tuple[socket.socket, Upgraded], Connection] = Dialer(
+        self.dialer: Dialer[tuple[Pipe, Upgraded], Connection] = Dialer(
             context.nursery,
             resolve=resolve,
             attempt=self._attempt,
@@ -147,19 +147,19 @@ class Reach:
         except (ConnectionLostError, LinkClosedError) as error:
             raise why_lost(connection, ConnectionLostError(str(error))) from error
 
-    async def _attempt(self, peer: PeerId, address: Multiaddr) -> tuple[socket.socket, Upgraded]:
+    async def _attempt(self, peer: PeerId, address: Multiaddr) -> tuple[Pipe, Upgraded]:
         began = self._context.now()
-        sock = None
+        pipe: Pipe | None = None
         try:
-            sock = await connect_tcp(address)
-            upgraded = await self._upgrader.outbound(sock, peer)
+            pipe = SocketPipe(await connect_tcp(address))
+            upgraded = await self._upgrader.outbound(pipe, peer)
         except BaseException as error:
-            if sock is not None:
-                sock.close()
+            if pipe is not None:
+                pipe.close()
             self._numbers.dial(error.code if isinstance(error, PeerupError) else "cancelled")
             raise
         self._numbers.dial("connected", self._context.now() - began)
-        return sock, upgraded
+        return pipe, upgraded
 
 
 def why_lost(connection: Connection, error: SwitchboardError) -> SwitchboardError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import socket
 from collections.abc import Callable
 
@@ -13,6 +12,7 @@ from actors.switchboard.errors import HandshakeError, SwitchboardError
 from actors.switchboard.protocols import CancellableTimer
 from actors.switchboard.transports import accept_tcp
 from actors.switchboard.upgrade import RefusedPeerError, Upgraded, Upgrader
+from actors.switchboard.wire import Pipe, SocketPipe
 from protocol.peer_id import PeerId
 
 ACCEPT_BATCH = 32
@@ -27,8 +27,8 @@ class Reception:
     Args:
         nursery: where accepting and handshakes run.
         upgrader: does the handshakes.
-        judge: whether this peer, at this socket, may connect; called once its id is proven.
-        welcome: takes over the socket of a peer that may; raises a SwitchboardError where there is no room.
+        judge: whether this peer, over this pipe, may connect; called once its id is proven.
+        welcome: takes over the pipe of a peer that may; raises a SwitchboardError where there is no room.
         refused: told of each caller that did not get in, by one of a few reasons.
         now, call_later: clock and timer.
         limits: see `actors.switchboard.admission`.
@@ -39,8 +39,8 @@ class Reception:
         nursery: trio.Nursery,
         upgrader: Upgrader,
         *,
-        judge: Callable[[PeerId, socket.socket], bool],
-        welcome: Callable[[socket.socket, Upgraded], None],
+        judge: Callable[[PeerId, Pipe], bool],
+        welcome: Callable[[Pipe, Upgraded], None],
         refused: Callable[[str], None],
         now: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], CancellableTimer],
@@ -118,12 +118,12 @@ class Reception:
         self._admit()
 
     async def _handshake(self, place: Place[socket.socket]) -> None:
-        sock = place.caller
+        pipe = SocketPipe(place.caller)
         scope = trio.CancelScope()
         proven = handed_over = False
 
         def displace() -> bool:
-            if _readable(sock):
+            if pipe.readable:
                 return False  # the caller has done its part, the delay is ours
             scope.cancel()
             return True
@@ -132,13 +132,13 @@ class Reception:
 
         def judge(peer: PeerId) -> bool:
             nonlocal proven
-            proven = self._judge(peer, sock)
+            proven = self._judge(peer, pipe)
             return proven
 
         try:
             with scope:
-                upgraded = await self._upgrader.inbound(sock, judge)
-                self._welcome(sock, upgraded)
+                upgraded = await self._upgrader.inbound(pipe, judge)
+                self._welcome(pipe, upgraded)
                 handed_over = True
             if scope.cancelled_caught:
                 self._refused("too-slow")
@@ -150,12 +150,6 @@ class Reception:
             self._refused(error.code)
         finally:
             if not handed_over:
-                sock.close()
+                pipe.close()
             self._admission.leave(place, authenticated=proven)
             self._admit()
-
-
-def _readable(sock: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))

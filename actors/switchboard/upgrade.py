@@ -1,4 +1,4 @@
-"""From a connected socket to a secured, authenticated, multiplexed connection, in both roles.
+"""From a connected pipe to a secured, authenticated, multiplexed connection, in both roles.
 
 Theory of operation. A connection is upgraded in stages, each with its own deadline and all of them within one::
 
@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import socket
 from collections.abc import Callable, Iterator
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from actors.switchboard.errors import HandshakeError, NotAuthorisedError, WrongPeerError
+from actors.switchboard.wire import Pipe
 from protocol import noise
 from protocol.errors import ProtocolError
 from protocol.multistream import HEADER, Initiator, Responder
@@ -43,8 +43,6 @@ UPGRADE_DEADLINE = 10.0
 STAGE_DEADLINE = 6.0
 """Seconds for one stage."""
 
-_READ_SIZE = 4096
-"""More than any honest handshake message; what a stranger can make us keep in one read."""
 _LENGTH_PREFIX = 2
 
 
@@ -76,7 +74,7 @@ class RefusedPeerError(HandshakeError):
 
 
 class Upgrader:
-    """Upgrades sockets in the name of one node.
+    """Upgrades pipes in the name of one node.
 
     Args:
         static_key: this process's Noise key.
@@ -88,15 +86,16 @@ class Upgrader:
         self._identity = identity
         self._turn = trio.Lock()
 
-    async def outbound(self, sock: socket.socket, expected: PeerId) -> Upgraded:
-        """Upgrade a socket that we connected; on failure it is left to the caller to close.
+    async def outbound(self, pipe: Pipe, expected: PeerId) -> Upgraded:
+        """Upgrade a pipe that we connected; on failure it is left to the caller to close.
 
         Raises:
             WrongPeerError: somebody else than `expected` answered; they learned nothing about us.
             NotAuthorisedError: the peer hung up when it knew who we are.
             HandshakeError: anything else.
+            SwitchboardError: what the pipe itself has to say.
         """
-        exchange = _Exchange(sock)
+        exchange = _Exchange(pipe)
         with exchange.deadline(UPGRADE_DEADLINE):
             handshake = NoiseHandshake(
                 initiator=True,
@@ -134,8 +133,8 @@ class Upgrader:
                     raise
             return Upgraded(result.peer_id, Role.CLIENT, result.send, result.receive, secured.unread, muxer.leftover)
 
-    async def inbound(self, sock: socket.socket, judge: Callable[[PeerId], bool]) -> Upgraded:
-        """Upgrade a socket that we accepted; on failure it is left to the caller to close.
+    async def inbound(self, pipe: Pipe, judge: Callable[[PeerId], bool]) -> Upgraded:
+        """Upgrade a pipe that we accepted; on failure it is left to the caller to close.
 
         `judge` says of the proven peer id whether it may connect.
 
@@ -143,7 +142,7 @@ class Upgrader:
             RefusedPeerError: it may not.
             HandshakeError: anything else.
         """
-        exchange = _Exchange(sock)
+        exchange = _Exchange(pipe)
         with exchange.deadline(UPGRADE_DEADLINE):
             with exchange.stage("security"):
                 security = Responder((NOISE,), listed=(NOISE,))
@@ -192,10 +191,10 @@ class _HungUpError(HandshakeError):
 
 
 class _Exchange:
-    """Reads and writes on the socket, within the deadline of the present stage."""
+    """Reads and writes on the pipe, within the deadline of the present stage."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
         self._stage = "connection"
         self._opening = b""
 
@@ -233,28 +232,27 @@ class _Exchange:
 
     async def receive(self) -> bytes:
         """The next bytes; never empty."""
-        while True:
-            try:
-                data = self._sock.recv(_READ_SIZE)
-            except (BlockingIOError, InterruptedError):
-                await trio.lowlevel.wait_readable(self._sock)
-                continue
-            except OSError as error:
-                raise _HungUpError(self._stage, (error.strerror or "the connection broke").lower()) from error
-            if not data:
-                raise _HungUpError(self._stage, "the other side closed the connection")
-            return data
+        try:
+            data = await self._pipe.receive()
+        except OSError as error:
+            raise _HungUpError(self._stage, _words(error)) from error
+        if not data:
+            raise _HungUpError(self._stage, "the other side closed the connection")
+        return data
 
     async def send(self, data: bytes) -> None:
         """Send all of it."""
-        view = memoryview(data)
-        while view:
+        if data:
             try:
-                view = view[self._sock.send(view) :]
-            except (BlockingIOError, InterruptedError):
-                await trio.lowlevel.wait_writable(self._sock)
+                await self._pipe.send(data)
             except OSError as error:
-                raise _HungUpError(self._stage, (error.strerror or "the connection broke").lower()) from error
+                raise _HungUpError(self._stage, _words(error)) from error
+
+
+def _words(error: OSError) -> str:
+    if error.strerror:
+        return error.strerror.lower()
+    return str(error) or "the connection broke"
 
 
 class _Secured:

@@ -6,6 +6,7 @@ import trio
 from actors.switchboard.connections import LINGER, SIMULTANEOUS, Connection, ConnectionTable
 from actors.switchboard.errors import TooManyError
 from actors.switchboard.link import LinkEnd
+from actors.switchboard.wire import Way
 from protocol.multiaddr import Multiaddr
 
 from .support import peer_of
@@ -22,8 +23,11 @@ class FakeLink:
         self.streams = 0
 
 
-def connection(name, *, outbound, opened=0.0, peer=THEM):
-    made = Connection(name, peer, outbound, ADDRESS, ADDRESS, opened, 1_000_000.0 + opened)
+DIRECT = Way("direct", "tcp", ADDRESS, ADDRESS)
+
+
+def connection(name, *, outbound, opened=0.0, peer=THEM, via=DIRECT):
+    made = Connection(name, peer, outbound, via, opened, 1_000_000.0 + opened)
     made.link = FakeLink()
     return made
 

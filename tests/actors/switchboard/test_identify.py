@@ -24,7 +24,7 @@ class FakeChannel:
 
 class FakeConnection:
     peer = peer_of("bob")
-    path = "direct"
+    relayed = False
     remote_address = None
     identification = None
 

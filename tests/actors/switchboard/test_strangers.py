@@ -10,6 +10,7 @@ import trio.lowlevel
 from actors.switchboard import upgrade
 from actors.switchboard.errors import HandshakeError
 from actors.switchboard.upgrade import Upgrader
+from actors.switchboard.wire import SocketPipe
 from protocol import yamux
 from protocol.messages.switchboard import Connect, PingPeer
 from protocol.multistream import Initiator
@@ -30,7 +31,7 @@ async def stranger(number, port, ends):
     async with stream:
         sock = stream.socket._sock
         try:
-            await Upgrader(static, identity).outbound(sock, key_of("bob").peer_id)
+            await Upgrader(static, identity).outbound(SocketPipe(sock), key_of("bob").peer_id)
         except HandshakeError as error:
             ends.append(error.stage)
             return
@@ -110,7 +111,7 @@ async def test_muxer_frames_in_the_message_that_ends_the_negotiation_are_heard()
     async with two_nodes() as (_, bob):
         with socket.create_connection(("127.0.0.1", int(bob.address.rsplit("/", 1)[1]))) as sock:
             sock.setblocking(False)
-            exchange = upgrade._Exchange(sock)
+            exchange = upgrade._Exchange(SocketPipe(sock))
             hello = NoiseHandshake(initiator=True, static_key=static, identity=identity)
             await exchange.send(Initiator(("/noise",)).data_to_send() + hello.data_to_send())
             answer = Initiator(("/noise",))

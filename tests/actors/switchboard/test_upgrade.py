@@ -9,6 +9,7 @@ import trio
 from actors.switchboard import upgrade
 from actors.switchboard.errors import HandshakeError, NotAuthorisedError, WrongPeerError
 from actors.switchboard.upgrade import RefusedPeerError
+from actors.switchboard.wire import SocketPipe
 from protocol.multistream import Initiator, Responder, encode_message
 from protocol.noise import NoiseHandshake
 from protocol.yamux import Role
@@ -39,10 +40,10 @@ async def both(client_sock, server_sock, *, expected="bob", judge=everybody):
             results[name] = error
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(side, "client", upgrader_of("alice").outbound, client_sock, peer_of(expected))
+        nursery.start_soon(side, "client", upgrader_of("alice").outbound, SocketPipe(client_sock), peer_of(expected))
 
         async def server():
-            await side("server", upgrader_of("bob").inbound, server_sock, judge)
+            await side("server", upgrader_of("bob").inbound, SocketPipe(server_sock), judge)
             if isinstance(results["server"], HandshakeError):
                 server_sock.close()
 
@@ -81,13 +82,13 @@ async def test_somebody_else_at_the_address_learns_nothing():
 
         async def server():
             with pytest.raises(HandshakeError) as caught:
-                await upgrader_of("bob").inbound(right, everybody)
+                await upgrader_of("bob").inbound(SocketPipe(right), everybody)
             results["server"] = caught.value
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server)
             with pytest.raises(WrongPeerError) as caught:
-                await upgrader_of("alice").outbound(left, peer_of("carol"))
+                await upgrader_of("alice").outbound(SocketPipe(left), peer_of("carol"))
             left.close()
     assert caught.value.code == "wrong-peer"
     assert str(peer_of("bob")) in str(caught.value)
@@ -141,7 +142,7 @@ async def test_garbage_is_refused_at_once(kind, autojump_clock):
             left.sendall(GARBAGE[kind])
         began = trio.current_time()
         with pytest.raises(HandshakeError):
-            await upgrader_of("bob").inbound(right, everybody)
+            await upgrader_of("bob").inbound(SocketPipe(right), everybody)
     assert trio.current_time() - began < 1, "no deadline was needed"
 
 
@@ -151,7 +152,7 @@ async def test_plaintext_is_never_agreed_to():
         left.sendall(Initiator(("/plaintext/2.0.0",)).data_to_send() + encode_message("/tls/1.0.0"))
         left.shutdown(socket.SHUT_WR)
         with pytest.raises(HandshakeError, match="closed"):
-            await upgrader_of("bob").inbound(right, everybody)
+            await upgrader_of("bob").inbound(SocketPipe(right), everybody)
         answer = left.recv(1000)
     assert answer.endswith(encode_message("na") * 2)
 
@@ -167,7 +168,7 @@ async def test_a_slow_caller_is_cut_off_in_time(sent, autojump_clock):
         left.sendall(sent)
         began = trio.current_time()
         with pytest.raises(HandshakeError, match="within"):
-            await upgrader_of("bob").inbound(right, everybody)
+            await upgrader_of("bob").inbound(SocketPipe(right), everybody)
         assert trio.current_time() - began <= upgrade.UPGRADE_DEADLINE
 
 
@@ -179,17 +180,17 @@ async def test_a_wrong_signature_is_refused():
 
             async def server():
                 with pytest.raises(HandshakeError, match="sign"):
-                    await upgrader_of("bob").inbound(right, everybody)
+                    await upgrader_of("bob").inbound(SocketPipe(right), everybody)
 
             nursery.start_soon(server)
-            await upgrade.Upgrader(static, forged).outbound(left, peer_of("bob"))
+            await upgrade.Upgrader(static, forged).outbound(SocketPipe(left), peer_of("bob"))
 
 
 async def test_a_server_that_speaks_something_else_is_told_in_words():
     with closing(*tcp_pair()) as (left, right):
         right.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
         with pytest.raises(HandshakeError) as caught:
-            await upgrader_of("alice").outbound(left, peer_of("bob"))
+            await upgrader_of("alice").outbound(SocketPipe(left), peer_of("bob"))
     assert caught.value.stage == "security"
     assert "SSH-2.0" in str(caught.value)
 
@@ -201,11 +202,11 @@ async def test_muxer_bytes_behind_the_negotiation_are_kept(monkeypatch):
         results = []
 
         async def server():
-            results.append(await upgrader_of("bob").inbound(right, everybody))
+            results.append(await upgrader_of("bob").inbound(SocketPipe(right), everybody))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server)
-            exchange = upgrade._Exchange(left)
+            exchange = upgrade._Exchange(SocketPipe(left))
             hello = NoiseHandshake(initiator=True, static_key=static, identity=identity)
             await exchange.send(Initiator(("/noise",)).data_to_send() + hello.data_to_send())
             answer = Initiator(("/noise",))
