@@ -98,6 +98,11 @@ class Connection:
         return str(self.via)
 
     @property
+    def path(self) -> str:
+        """`direct` or `relayed`."""
+        return self.via.path
+
+    @property
     def relayed(self) -> bool:
         """Whether a relay carries it."""
         return self.via.relay is not None
