@@ -1,10 +1,12 @@
 """The client side of a tunnel: a local listener whose connections continue as streams to a peer's service.
 
-The actor `proxy/<peer>/<service>`. Each accepted socket is given to the switchboard to be joined with a stream; from
-then on it lives there, whatever becomes of this process. A socket that is not a TCP socket gets a stream descriptor and
-a pump here. While the switchboard is being restarted a new connection waits for it a little; any other failure is the
-switchboard's verdict, and the client sees a reset. The listening socket is left with the supervisor, so that the port
-stays open, and clients wait in its backlog, while this process is being replaced.
+The actor `proxy/<peer>/<service>`. It owns the listening socket and lends it to the switchboard, which accepts by
+itself (decision 9). A connection that cannot be joined with a stream at once comes back here; so does every one while
+the switchboard is away. Such a socket is given to the switchboard when there is, or can be, a stream for it. A socket
+that is not a TCP socket gets a stream descriptor and a pump here. While the switchboard is being restarted a new
+connection waits for it a little; any other failure is the switchboard's verdict, and the client sees a reset. The
+listening socket is left with the supervisor, so that the port stays open, and clients wait in its backlog, while this
+process is being replaced.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from actors.proxy.tunnels import (
 )
 from actors.reactor import READ, Reactor
 from protocol.messages import Data, Descriptor, Request
+from protocol.messages.doors import CallerAccepted, LendListener
 from protocol.messages.proxy import Attach
 from protocol.messages.switchboard import NeedPeer, OpenAttached, OpenStream, StreamReport
 from protocol.messages.system import ActorDown, ActorUp
@@ -45,6 +48,8 @@ R = TypeVar("R")
 
 OPEN_DEADLINE = 30.0
 """Seconds for the switchboard to connect and open a stream; its own deadlines are shorter."""
+LEND_DEADLINE = 2.0
+"""Seconds for the switchboard to take over accepting; else it is asked again."""
 RESTART_PATIENCE = 5.0
 """Seconds that a new connection waits for a switchboard that is being restarted."""
 ACCEPT_BATCH = 16
@@ -72,6 +77,7 @@ class ProxyClient(Actor):
         self._listen = listen
         self._limit = limit
         self._listener: socket.socket | None = None
+        self._lease: int | None = None  # the writing end of a pipe; while it is open, the switchboard accepts
 
     async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
         """Listen."""
@@ -89,10 +95,12 @@ class ProxyClient(Actor):
         context.watch(SWITCHBOARD)
         await self._tunnels.adopt()
         context.tell(SWITCHBOARD, NeedPeer(self._peer))
+        await self._lend()
         return {"listen": address}
 
     async def stop(self, reason: str) -> None:
         """Reset what runs and close the port."""
+        self._end_lease()
         if self._listener is not None:
             self._reactor.unregister(self._listener.fileno())
             self._listener.close()
@@ -105,6 +113,7 @@ class ProxyClient(Actor):
             "peer_name": self._peer_name,
             "service": self._service,
             "listen": address_of(self._listener) if self._listener is not None else "",
+            "accepted_by": self.context.name if self._lease is None else SWITCHBOARD,
             **self._tunnels.describe(),
         }
 
@@ -120,6 +129,7 @@ class ProxyClient(Actor):
         if not self._tunnels.reserve():
             local.close()
             raise RefusedError("limit-exceeded", f"{self._limit} connections are open, the limit")
+        reset_on_close(local)
         try:
             await self._carry(local, request.outcome)
         except AskError as error:
@@ -131,15 +141,23 @@ class ProxyClient(Actor):
             local.close()
             raise RefusedError("local-failure", str(error)) from error
 
+    @handles(CallerAccepted)
+    async def caller_accepted(self, message: CallerAccepted) -> None:
+        """A client that the switchboard could not serve at once."""
+        if self.context.current_sender == SWITCHBOARD:
+            self._welcome(socket.socket(fileno=message.socket.detach()))
+
     @handles(ActorUp)
     async def actor_up(self, message: ActorUp) -> None:
-        """A new switchboard does not know that we need the peer."""
+        """A new switchboard does not know that we need the peer, nor where to accept for us."""
         self._tunnels.switchboard_back(message.incarnation)
         self.context.tell(SWITCHBOARD, NeedPeer(self._peer))
+        await self._lend()
 
     @handles(ActorDown)
     async def actor_down(self, message: ActorDown) -> None:
-        """Attached streams ended with it."""
+        """Attached streams ended with it, and nobody accepts."""
+        self._end_lease()
         self._tunnels.switchboard_lost()
 
     @handles(StreamReport)
@@ -159,12 +177,14 @@ class ProxyClient(Actor):
                 local, _address = listener.accept()
             except BlockingIOError:
                 return
-            reset_on_close(local)
-            if self._tunnels.reserve():
-                self.context.nursery.start_soon(self._serve, local)
-            else:
-                close_with_reset(local)
-                self._tunnels.refused(f"{self._limit} connections are open, the limit", "limit-exceeded")
+            self._welcome(local)
+
+    def _welcome(self, local: socket.socket) -> None:
+        if self._tunnels.reserve():
+            self.context.nursery.start_soon(self._serve, local)
+        else:
+            close_with_reset(local)
+            self._tunnels.refused(f"{self._limit} connections are open, the limit", "limit-exceeded")
 
     def _accept_failed(self, error: Exception) -> None:
         # Out of descriptors, or the caller was gone before it was accepted. Level-triggered: pause, or this loop spins.
@@ -175,8 +195,42 @@ class ProxyClient(Actor):
         self._reactor.call_later(PAUSE, self._accept_again)
 
     def _accept_again(self) -> None:
-        if self._listener is not None and self._listener.fileno() >= 0:
+        if self._listener is not None and self._listener.fileno() >= 0 and self._lease is None:
             self._reactor.modify(self._listener.fileno(), READ)
+
+    async def _lend(self) -> None:
+        """Let the switchboard accept. If it is not there, its start brings another try."""
+        listener = self._listener
+        if listener is None:
+            return
+        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        request = LendListener(
+            Descriptor(os.dup(listener.fileno())), Descriptor(reading), self._peer, self._protocol, self._limit
+        )
+        try:
+            await self.context.ask(SWITCHBOARD, request, timeout=LEND_DEADLINE)
+        except AskError as error:
+            os.close(writing)  # should it hear of it later, the door closes at once
+            self.context.log.debug("accepting here: {}", error)
+            if isinstance(error, DeadlineExceededError):  # it is there, so no ActorUp will come
+                self.context.nursery.start_soon(self._lend)
+            return
+        except BaseException:
+            os.close(writing)
+            raise
+        if listener.fileno() < 0:  # stopped meanwhile
+            os.close(writing)
+            return
+        self._end_lease()
+        self._lease = writing
+        self._reactor.modify(listener.fileno(), 0)
+
+    def _end_lease(self) -> None:
+        """Accept here again."""
+        if self._lease is not None:
+            os.close(self._lease)
+            self._lease = None
+            self._accept_again()
 
     async def _serve(self, local: socket.socket) -> None:
         try:
@@ -198,7 +252,6 @@ class ProxyClient(Actor):
             stream = socket.socket(fileno=opened.stream.detach())
             self._tunnels.run(local, stream, self._peer, path_of(opened.connection), outcome)
             return
-        reset_on_close(local)
         attached = await self._ask(
             lambda: OpenAttached(self._peer, (self._protocol,), Descriptor(os.dup(local.fileno()))),
             # a switchboard that was killed with the request may have carried bytes already

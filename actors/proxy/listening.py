@@ -7,7 +7,7 @@ import ipaddress
 import socket
 
 from actors.proxy.errors import ListenError, PortInUseError
-from actors.sockets import fit_for_loopback
+from actors.sockets import RESET_ON_CLOSE, fit_for_loopback, send_at_once
 from supervisor.actor import Checkpoint
 
 BACKLOG = 1024
@@ -29,6 +29,7 @@ def listen(address: str) -> socket.socket:
         fit_for_loopback(sock, host)
         sock.bind((host, port))
         sock.listen(BACKLOG)
+        _prepare(sock)
     except OSError as error:
         sock.close()
         reason = (error.strerror or str(error)).lower()
@@ -49,10 +50,17 @@ def inherit(checkpoint: Checkpoint | None, address: str) -> socket.socket | None
         meant = (checkpoint.state.get("wanted"), checkpoint.state.get("listen"))
         if found is None and address in meant and _listens(sock):
             sock.setblocking(False)
+            _prepare(sock)
             found = sock
         else:
             sock.close()
     return found
+
+
+def _prepare(sock: socket.socket) -> None:
+    """What accepted sockets inherit: until their tunnel has ended well, closing them is a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+    send_at_once(sock)
 
 
 def address_of(sock: socket.socket) -> str:

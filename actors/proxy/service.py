@@ -1,7 +1,8 @@
 """The serving side of a tunnel: streams of peers continue as connections to a local TCP service.
 
-The actor `service/<name>`. The switchboard, which has asked the policy, offers each stream; the service is connected,
-without waiting where the kernel can do it at once, as on loopback, and the socket given to the switchboard, where it
+The actor `service/<name>`. Where the service is on the loopback interface, the switchboard is told the address and
+connects by itself (decision 9). Each other stream, and each whose connection the kernel does not make at once, the
+switchboard offers, having asked the policy; the service is connected, and the socket given to the switchboard, where it
 lives from then on, whatever becomes of this process. A service that is not there resets the stream with a code that the
 client side can put into words.
 """
@@ -20,6 +21,7 @@ from actors.proxy.tunnels import MAX_TUNNELS, SWITCHBOARD, Tunnels, reset_on_clo
 from actors.reactor import WRITE, Reactor, Timer
 from actors.sockets import fit_for_loopback
 from protocol.messages import Data, Descriptor
+from protocol.messages.doors import ServeAt
 from protocol.messages.switchboard import AttachSocket, RejectStream, ServeProtocol, StreamOffered, StreamReport
 from protocol.messages.system import ActorDown, ActorUp
 from protocol.service import ServiceAddress, service_protocol
@@ -116,6 +118,7 @@ class ServiceServer(Actor):
     async def _serve(self) -> None:
         try:
             await self.context.ask(SWITCHBOARD, ServeProtocol(self._protocol, attach=True), timeout=SERVE_DEADLINE)
+            await self._serve_at()
         except (ActorRestartingError, NoSuchActorError) as error:
             self.context.log.debug("the switchboard is not there, its start brings another try: {}", error)
         except DeadlineExceededError as error:  # it is there, so no ActorUp will come
@@ -123,6 +126,15 @@ class ServiceServer(Actor):
             self.context.nursery.start_soon(self._serve)
         else:
             self._serving = True
+
+    async def _serve_at(self) -> None:
+        addresses = _on_loopback(self._targets)
+        if not addresses:
+            return
+        try:
+            await self.context.ask(SWITCHBOARD, ServeAt(self._protocol, addresses, self._limit), timeout=SERVE_DEADLINE)
+        except RefusedError as error:  # it was replaced between the two; its start brings another try
+            self.context.log.debug("streams are connected here: {}", error)
 
     async def _look_up(self, stream_id: str) -> None:
         targets: list[Target] = []
@@ -246,6 +258,13 @@ def _targets_without_lookup(address: ServiceAddress) -> tuple[Target, ...]:
     except ValueError:
         return ()
     return ((socket.AF_INET if version == 4 else socket.AF_INET6, (address.host, address.port)),)
+
+
+def _on_loopback(targets: Sequence[Target]) -> tuple[str, ...]:
+    """The addresses of a service that is on the loopback interface; none of any other."""
+    if not all(ipaddress.ip_address(host.partition("%")[0]).is_loopback for _, (host, _) in targets):
+        return ()
+    return tuple(str(ServiceAddress(host, port)) for _, (host, port) in targets)
 
 
 def _words(number: int | None) -> str:

@@ -4,7 +4,8 @@ This is the same on both sides of a tunnel. Bytes are counted here and nowhere e
 
 Theory of operation. A tunnel is carried in one of two ways. A TCP socket is given to the switchboard, which carries the
 bytes itself; the tunnel is then *attached*: known here by its stream's id, and its bytes and its end are told in
-reports. It goes on when this process is killed, and the successor adopts it. Any other socket is joined with a stream
+reports, which may also be the first that is heard of it. It goes on when this process is killed, and the successor
+adopts it. Any other socket is joined with a stream
 descriptor by a pump in this process, and ends with it.
 """
 
@@ -38,6 +39,8 @@ ADOPT_DEADLINE = 2.0
 """Seconds for the switchboard to tell which tunnels a predecessor left."""
 CLOSE_DEADLINE = 2.0
 """Seconds for the switchboard to close what is attached."""
+REMEMBERED = 2048
+"""Attached tunnels that are over and whose end may be told again: more than one report tells of."""
 GATE = "gate"
 SWITCHBOARD = "switchboard"
 
@@ -88,7 +91,7 @@ class Tunnels:
         self._limit = limit
         self._tunnels: dict[Tunnel, None] = {}
         self._attached: dict[str, Tunnel] = {}
-        self._ended_early: dict[str, EndedStream] = {}
+        self._over: dict[str, None] = {}  # ids of attached ones whose end was noted
         self._switchboard = 0  # the incarnation of the present one, once it was seen to come
         self._reserved = 0
         self._adopted = True
@@ -130,13 +133,22 @@ class Tunnels:
     def attached(self, stream_id: str, peer: PeerId, path: str) -> None:
         """The switchboard carries the bytes of this stream of ours."""
         self._reserved -= 1
-        self._attached[stream_id] = Tunnel(peer, path, self._context.now())
+        self._begin(stream_id, Tunnel(peer, path, self._context.now()))
         self._measure()
-        early = self._ended_early.pop(stream_id, None)
-        if early is not None:
-            self._note_ends((early,))
-        elif _incarnation_of(stream_id) < self._switchboard:
+
+    def _begin(self, stream_id: str, tunnel: Tunnel) -> None:
+        if stream_id in self._attached or stream_id in self._over:
+            return  # the task that has its opening in hand may run after its end was told
+        self._attached[stream_id] = tunnel
+        if _incarnation_of(stream_id) < self._switchboard:
             self._lose(stream_id)
+
+    def _take(self, stream_id: str) -> Tunnel | None:
+        """An attached tunnel, which is over."""
+        self._over[stream_id] = None
+        if len(self._over) > REMEMBERED:
+            del self._over[next(iter(self._over))]
+        return self._attached.pop(stream_id, None)
 
     def has_attached(self, stream_id: str) -> bool:
         """Whether the stream is ours and not known to be over."""
@@ -144,7 +156,7 @@ class Tunnels:
 
     def attach_failed(self, stream_id: str, reason: str, outcome: str) -> None:
         """A stream that was `attached` got no socket after all."""
-        tunnel = self._attached.pop(stream_id, None)
+        tunnel = self._take(stream_id)
         if tunnel is not None:
             self._measure()
             self.refused(reason, outcome)
@@ -189,10 +201,14 @@ class Tunnels:
         """
         if not self._adopted:
             raise RefusedError("not-ready", "the streams of the predecessor are not known yet")
+        for stream in report.opened:
+            self._begin(stream.stream_id, Tunnel(stream.peer, stream.path, stream.since))
         for traffic in report.moved:
             tunnel = self._attached.get(traffic.stream_id)
             if tunnel is not None:
                 self._count_one(tunnel, traffic.sent, traffic.received)
+        for _ in range(report.turned_away):
+            self.refused(f"{self._limit} connections are open, the limit", "limit-exceeded")
         self._note_ends(report.ended)
 
     def switchboard_lost(self) -> None:
@@ -203,12 +219,12 @@ class Tunnels:
     def switchboard_back(self, incarnation: int) -> None:
         """A successor of the switchboard is there: streams of earlier ones are gone, also those we hear of only now."""
         self._switchboard = incarnation
-        self._ended_early.clear()
         for stream_id in [one for one in self._attached if _incarnation_of(one) < incarnation]:
             self._lose(stream_id)
 
     def _lose(self, stream_id: str) -> None:
-        tunnel = self._attached.pop(stream_id)
+        tunnel = self._take(stream_id)
+        assert tunnel is not None
         result = PumpResult(Outcome.STREAM_LOST, ResetCode.LOST, tunnel.counted_sent, tunnel.counted_received)
         self._ended_with(tunnel, result, None)
         self._measure()
@@ -259,15 +275,13 @@ class Tunnels:
     def _note_ends(self, ends: Iterable[EndedStream]) -> None:
         for ended in ends:
             stream = ended.stream
-            tunnel = self._attached.pop(stream.stream_id, None)
-            if tunnel is not None:  # else it was told before, or is over before we have noted that it began
-                result = PumpResult(Outcome(ended.outcome), ended.code, stream.sent, stream.received)
-                self._ended_with(tunnel, result, ended.duration)
-            elif self._reserved and len(self._ended_early) < self._limit:
-                # The task that has its opening in hand may not have run yet.
-                self._ended_early[stream.stream_id] = ended
-        if not self._reserved:
-            self._ended_early.clear()
+            if stream.stream_id in self._over:
+                continue  # it was told before
+            tunnel = self._take(stream.stream_id)
+            if tunnel is None:  # over before it was told of
+                tunnel = Tunnel(stream.peer, stream.path, stream.since)
+            result = PumpResult(Outcome(ended.outcome), ended.code, stream.sent, stream.received)
+            self._ended_with(tunnel, result, ended.duration)
         self._measure()
 
     def _ended(self, tunnel: Tunnel, result: PumpResult) -> None:

@@ -3,7 +3,7 @@
 This file only brings the rooms together: it answers messages, applies the policy, and counts. What happens in each room
 is told in its own module: `transports`, `admission`, `reception`, `upgrade` and `admittance` for callers, `reach`,
 `dialer` and `keeper` for dials, `connections`, `watching`, `protocols`, `identify`, `ourselves`, `ping`, `publishers`,
-and, for the bytes, `link` and `attached`.
+and, for the bytes, `link`, `attached` and `doors`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from actors.switchboard.admittance import Admittance
 from actors.switchboard.attached import AttachedStreams, NotATcpSocketError, check_socket, socket_of
 from actors.switchboard.connections import MAX_CONNECTIONS, Connection, ConnectionTable
 from actors.switchboard.decisions import DecisionLog
+from actors.switchboard.doors import Doors
 from actors.switchboard.errors import ConnectionLostError, SwitchboardError, TooManyError, refusal
 from actors.switchboard.identify import IdentifyRoom
 from actors.switchboard.link import Channel, LinkClosedError
@@ -40,6 +41,7 @@ from protocol import yamux
 from protocol.errors import PeerupError
 from protocol.messages import Data, Descriptor, Message
 from protocol.messages.config import ConfigSnapshot
+from protocol.messages.doors import LendListener, ServeAt
 from protocol.messages.gate import Decided, PolicyPublished
 from protocol.messages.keyring import ReadIdentity, SignNoiseStaticKey
 from protocol.messages.reachability import AnnounceAddresses, WatchConnections, WatchedConnections
@@ -79,6 +81,8 @@ from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
 from supervisor.errors import RefusedError
 
+PROXIES = "proxy/"
+"""What the names of the actors of proxies begin with."""
 SERVICES = "service/"
 """What the names of the actors of services begin with."""
 
@@ -165,6 +169,14 @@ class Switchboard(Actor):
             self._hand_out,
         )
         self._attached = AttachedStreams(context, self._reactor.call_later)
+        self._doors = Doors(
+            self._reactor,
+            self._attached,
+            speaking=lambda peer, protocol: self._reach.known_to_speak(peer, (protocol,)),
+            opened=lambda: self._numbers.stream("outbound", "opened"),
+            tell=context.tell,
+            warn=context.log.warning,
+        )
         self._ourselves = Ourselves(
             context,
             identity.public_key,
@@ -191,6 +203,7 @@ class Switchboard(Actor):
 
     async def stop(self, reason: str) -> None:
         """Say goodbye to every peer."""
+        self._doors.close_all()
         self._admittance.close()
         self._reception.close()
         for connection in self._table:
@@ -228,6 +241,7 @@ class Switchboard(Actor):
             "streams_negotiating": self._inbound.negotiating,
             "streams_attached": len(self._attached),
             "streams_offered": self._attached.offered,
+            "doors": self._doors.describe(),
         }
 
     # ---- connections and streams for other actors
@@ -311,7 +325,31 @@ class Switchboard(Actor):
     @handles(CloseStreams)
     async def close_streams(self, request: CloseStreams) -> StreamsClosed:
         """The sender is stopping."""
+        self._doors.close(self.context.current_sender)
         return StreamsClosed(self._attached.close(self.context.current_sender))
+
+    @handles(LendListener)
+    async def lend_listener(self, request: LendListener) -> None:
+        """Accept for the sender, a proxy."""
+        sender = self.context.current_sender
+        if not sender.startswith(PROXIES):
+            raise RefusedError("not-allowed", f"{sender} is not a proxy")
+        self._watch(sender)
+        try:
+            self._doors.lend(sender, request)
+        except SwitchboardError as error:
+            raise refusal(error) from error
+
+    @handles(ServeAt)
+    async def serve_at(self, request: ServeAt) -> None:
+        """Connect for the sender, the actor of a service."""
+        sender, protocol = self.context.current_sender, request.protocol
+        if self._protocols.handler(protocol) != sender or not self._protocols.attaches(protocol):
+            raise RefusedError("not-serving", f"{sender} does not serve {protocol} with sockets")
+        try:
+            self._doors.serve_at(sender, protocol, request.addresses, request.limit)
+        except SwitchboardError as error:
+            raise refusal(error) from error
 
     @handles(Connect, concurrent=True)
     async def connect(self, request: Connect) -> Connected:
@@ -352,6 +390,7 @@ class Switchboard(Actor):
             self._protocols.serve(request.protocol, self.context.current_sender, attach=request.attach)
         except SwitchboardError as error:
             raise refusal(error) from error
+        self._doors.forget(request.protocol)
         self._watch(self.context.current_sender)
         await self._tell_anew()
 
@@ -480,21 +519,25 @@ class Switchboard(Actor):
         self._inbound.accept(connection, channel)
 
     def _hand_out(self, connection: Connection, channel: Channel, agreed: Agreed) -> None:
-        message: Message
+        connection.inbound_streams[channel] = agreed.protocol
+        channel.on_closed = lambda: _forget(connection, channel)
         try:
-            if self._protocols.attaches(agreed.protocol):
-                stream_id = self._attached.offer(agreed.actor, connection, agreed.protocol, channel, agreed.unread)
-                message = StreamOffered(stream_id, connection.peer, agreed.protocol, connection.way, agreed.rule)
-            else:
-                descriptor = Descriptor(channel.hand_over(agreed.unread).detach())
-                message = InboundStream(connection.peer, agreed.protocol, descriptor, connection.info(), agreed.rule)
+            if not self._doors.carry(connection, channel, agreed):
+                self._tell_of_stream(connection, channel, agreed)
         except (OSError, LinkClosedError, TooManyError):
             channel.reset(ResetCode.LIMIT_EXCEEDED)
             self._numbers.stream("inbound", "no-descriptor")
-            return
-        connection.inbound_streams[channel] = agreed.protocol
-        channel.on_closed = lambda: _forget(connection, channel)
-        self._numbers.stream("inbound", "opened")
+        else:
+            self._numbers.stream("inbound", "opened")
+
+    def _tell_of_stream(self, connection: Connection, channel: Channel, agreed: Agreed) -> None:
+        message: Message
+        if self._protocols.attaches(agreed.protocol):
+            stream_id = self._attached.offer(agreed.actor, connection, agreed.protocol, channel, agreed.unread)
+            message = StreamOffered(stream_id, connection.peer, agreed.protocol, connection.way, agreed.rule)
+        else:
+            descriptor = Descriptor(channel.hand_over(agreed.unread).detach())
+            message = InboundStream(connection.peer, agreed.protocol, descriptor, connection.info(), agreed.rule)
         self.context.tell(agreed.actor, message)
 
     def _serve_own_protocols(self) -> None:

@@ -7,6 +7,8 @@ Theory of operation. Each stream has an owner, the registered name of a proxy ac
        |--RejectStream--> forgotten
     opened with a socket --> attached
 
+Most are opened and connected without a word from their owner (`actors.switchboard.doors`).
+
 An owner is told by reports, one at a time and each answered: what bytes its streams have carried since the last one,
 and which have ended. What was not answered is told again, and while the owner is away nothing is sent. So its
 successor counts what it missed, and a stream's end is in the audit log even if its owner was killed before. Streams
@@ -93,6 +95,8 @@ class _Owner:
     name: str
     streams: dict[str, _Stream] = dataclasses.field(default_factory=dict)
     ended: list[tuple[_Stream, EndedStream]] = dataclasses.field(default_factory=list)
+    unknown: dict[_Stream, None] = dataclasses.field(default_factory=dict)  # running, and not told of yet
+    turned_away: int = 0
     away_since: float | None = None
     deaf_since: float | None = None  # since when no report was answered
     reporting: bool = False
@@ -135,8 +139,12 @@ class AttachedStreams:
         *,
         unread: bytes = b"",
         negotiation: Negotiation | None = None,
+        known: bool = True,
+        prepared: bool = False,
     ) -> str:
         """Join a channel with a socket, which is taken over if this succeeds. The stream's id.
+
+        `known`: the owner learns of it otherwise; else it is in the next report. `prepared`: see `SocketEnd.attach`.
 
         Raises:
             LinkClosedError, OSError: the stream, or the socket, is over.
@@ -144,11 +152,25 @@ class AttachedStreams:
         stream = self._join(owner, connection, protocol, channel, unread=unread, negotiation=negotiation)
         assert stream.end is not None
         try:
-            stream.end.attach(sock)
+            stream.end.attach(sock, prepared=prepared)
         except OSError:
             self._forget(stream)
             raise
+        if not known and stream.end is not None:
+            stream.owner.unknown[stream] = None
+            self._plan(stream.owner)
         return stream.id
+
+    def has_room(self, owner: str, limit: int) -> bool:
+        """Whether fewer than `limit` streams of this owner run or wait for a socket."""
+        known = self._owners.get(owner)
+        return known is None or len(known.streams) < limit
+
+    def turn_away(self, owner: str) -> None:
+        """A caller of this owner's was reset because it had no room."""
+        known = self._owner(owner)
+        known.turned_away += 1
+        self._plan(known)
 
     def offer(self, owner: str, connection: Connection, protocol: str, channel: Channel, unread: bytes) -> str:
         """Let a channel wait for a socket. The stream's id.
@@ -212,6 +234,7 @@ class AttachedStreams:
             return ()
         self._abort_offered(known)
         streams = [*known.streams.values(), *(stream for stream, _ in known.ended)]
+        known.unknown.clear()
         return tuple(stream.info(stream.told_sent, stream.told_received) for stream in streams)
 
     def close(self, owner: str) -> tuple[EndedStream, ...]:
@@ -242,7 +265,7 @@ class AttachedStreams:
                 self.close(owner.name)
             elif owner.away_since is None and now - owner.told_at >= TRAFFIC_INTERVAL:
                 self._report(owner)
-            if not owner.streams and not owner.ended and not owner.reporting:
+            if not owner.streams and not owner.ended and not owner.turned_away and not owner.reporting:
                 self._owners.pop(owner.name, None)
 
     # ---- streams go
@@ -257,10 +280,7 @@ class AttachedStreams:
         unread: bytes,
         negotiation: Negotiation | None,
     ) -> _Stream:
-        known = self._owners.get(owner)
-        if known is None:
-            away_since = self._now() if owner in self._down else None
-            known = self._owners[owner] = _Owner(owner, told_at=self._now(), away_since=away_since)
+        known = self._owner(owner)
         self._count += 1
         stream = _Stream(f"{self._context.incarnation}-{self._count}", known, connection, protocol, self._now())
         stream.end = SocketEnd(
@@ -272,6 +292,13 @@ class AttachedStreams:
         )
         self._streams[stream.id] = known.streams[stream.id] = stream
         return stream
+
+    def _owner(self, name: str) -> _Owner:
+        known = self._owners.get(name)
+        if known is None:
+            away_since = self._now() if name in self._down else None
+            known = self._owners[name] = _Owner(name, told_at=self._now(), away_since=away_since)
+        return known
 
     def _ended(self, stream: _Stream, outcome: Outcome, code: int) -> None:
         if self._streams.get(stream.id) is not stream:
@@ -317,6 +344,7 @@ class AttachedStreams:
         self._no_longer_offered(stream)
         self._streams.pop(stream.id, None)
         stream.owner.streams.pop(stream.id, None)
+        stream.owner.unknown.pop(stream, None)
 
     # ---- reports
 
@@ -339,27 +367,40 @@ class AttachedStreams:
             if (sent, received) != (stream.told_sent, stream.told_received):
                 moved.append((stream, StreamTraffic(stream.id, sent, received)))
         ended = owner.ended[:MAX_REPORTED]
-        if not moved and not ended:
+        opened = list(owner.unknown)
+        if not moved and not ended and not opened and not owner.turned_away:
             return
 
         owner.reporting = True
-        self._context.nursery.start_soon(self._send, owner, moved, ended)
+        self._context.nursery.start_soon(self._send, owner, moved, ended, opened)
 
     async def _send(
-        self, owner: _Owner, moved: list[tuple[_Stream, StreamTraffic]], ended: list[tuple[_Stream, EndedStream]]
+        self,
+        owner: _Owner,
+        moved: list[tuple[_Stream, StreamTraffic]],
+        ended: list[tuple[_Stream, EndedStream]],
+        opened: list[_Stream],
     ) -> None:
-        report = StreamReport(tuple(traffic for _, traffic in moved), tuple(each for _, each in ended))
+        report = StreamReport(
+            tuple(traffic for _, traffic in moved),
+            tuple(each for _, each in ended),
+            tuple(stream.info(stream.told_sent, stream.told_received) for stream in opened),
+            owner.turned_away,
+        )
         answered = await self._was_told(owner, report)
         owner.reporting = False
         if not answered:
             owner.deaf_since = owner.deaf_since or self._now()
             return
         owner.deaf_since = None
+        owner.turned_away -= report.turned_away
+        for stream in opened:
+            owner.unknown.pop(stream, None)
         for stream, traffic in moved:
             stream.told_sent, stream.told_received = traffic.sent, traffic.received
         gone = {stream for stream, _ in ended}
         owner.ended = [each for each in owner.ended if each[0] not in gone]
-        if owner.ended:
+        if owner.ended or owner.unknown or owner.turned_away:
             self._plan(owner)
 
     async def _was_told(self, owner: _Owner, report: StreamReport) -> bool:

@@ -101,19 +101,22 @@ class SocketEnd:
             self._pending.append((memoryview(unread), False))
         channel.join(self, negotiation)
 
-    def attach(self, sock: socket.socket) -> None:
+    def attach(self, sock: socket.socket, *, prepared: bool = False) -> None:
         """Carry bytes between the stream and this connected TCP socket, which is taken over.
+
+        `prepared`: it does not block, sends without delay and closes with a reset already.
 
         Raises:
             OSError: the socket is not fit for it; it is closed, and the stream is as before.
         """
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-            send_at_once(sock)
-        except OSError:
-            sock.close()
-            raise
+        if not prepared:
+            try:
+                sock.setblocking(False)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+                send_at_once(sock)
+            except OSError:
+                sock.close()
+                raise
         self.attached = True
         self._release()
         self._socket = sock

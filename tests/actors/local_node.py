@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import os
 import random
 import time
 
@@ -156,8 +157,6 @@ class MemoryPort:
 
 
 def dup(descriptor):
-    import os
-
     return os.dup(descriptor.fileno())
 
 
@@ -281,9 +280,13 @@ class LocalNode:
         actor, (_, done) = self.actors[name], self.cells[name]
         self.scopes[name].cancel()
         await done.wait()
+        if getattr(actor, "_doors", None) is not None:
+            actor._doors.close_all()
         actor._reactor.close()
         if getattr(actor, "_listener", None) is not None:
             actor._listener.close()
+        if getattr(actor, "_lease", None) is not None:
+            os.close(actor._lease)
 
     def state(self, name):
         if name in self.starting:

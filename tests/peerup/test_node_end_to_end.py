@@ -272,26 +272,26 @@ def test_the_main_job_and_every_look_at_it(pair):
         for name in ("config", "keyring", "gate", "switchboard", "proxy/home/web", "api", "root", "proxies"):
             assert laptop.json("actors", "get", name)["status"]["name"] == name
 
-        # A tap sees the next tunnelled connection, and `why` knows the messages again.
+        # A tap sees the end of the next tunnelled connection, and `why` knows what told of it.
         tap = subprocess.Popen(
-            laptop.command("tap", "--kind", "switchboard.*", "--limit", "2", "--for", "20s", "--json"),
+            laptop.command("tap", "--kind", "gate.tunnel-ended", "--limit", "1", "--for", "20s", "--json"),
             stdout=subprocess.PIPE,
             env=environment(),
         )
         wait_for(lambda: laptop.client.get("/v1/actors/api")["description"]["taps"], "the tap")
         assert fetch(listen) == WANTED
-        seen = [json.loads(line) for line in tap.communicate(timeout=20)[0].splitlines()]
-        assert [(line["sender"], line["kind"]) for line in seen] == [
-            ("proxy/home/web", "switchboard.open-attached"),
-            ("switchboard", "switchboard.stream-attached"),
-        ]
-        assert seen[0]["body"] == {
-            "peer": home.peer_id,
-            "protocols": ["/peerup/web/1.0.0"],
-            "socket": "descriptor",
-        }
-        chain = laptop.json("why", seen[1]["id"])["chain"]
-        assert [entry["id"] for entry in chain[:2]] == [seen[1]["id"], seen[0]["id"]]
+        (seen,) = [json.loads(line) for line in tap.communicate(timeout=20)[0].splitlines()]
+        assert (seen["sender"], seen["target"]) == ("proxy/home/web", "gate")
+        body = seen["body"]
+        assert (body["peer"], body["service"], body["role"], body["outcome"]) == (
+            home.peer_id,
+            "web",
+            "client",
+            "finished",
+        )
+        chain = laptop.json("why", seen["id"])["chain"]
+        assert [entry["id"] for entry in chain[:1]] == [seen["id"]]
+        assert (chain[1]["sender"], chain[1]["kind"]) == ("switchboard", "switchboard.stream-report")
         assert laptop.run("why", "nobody:1:1", status=1).stderr.startswith("error: no actor remembers")
         assert isinstance(laptop.json("deadletters")["letters"], list)
         laptop.run("log", "switchboard", "debug", "--for", "1s")

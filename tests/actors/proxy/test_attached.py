@@ -47,8 +47,15 @@ async def finish(client):
         assert await client.receive_some(10) == b""
 
 
-async def never(_):
-    await trio.sleep_forever()
+def let_attempts_never_end(monkeypatch, node):
+    """From now on connections to the service are made by its actor, or rather never made."""
+
+    async def never(_):
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(node.actors[SERVICE], "_targets", ())
+    monkeypatch.setattr(node.actors[SERVICE], "_look_up", never)
+    node.switchboard._doors.forget(ECHO)
 
 
 def counted(node, actor, direction):
@@ -188,9 +195,7 @@ async def test_a_stream_that_waits_for_its_service_is_reset_in_time(monkeypatch)
     async with tcp_server(echo) as port, two_nodes(services={"echo": None}) as (alice, bob):
         await bob.serve("echo", port)
         address = await alice.proxy("bob", "echo")
-        # the service's connection attempt never ends
-        monkeypatch.setattr(bob.actors[SERVICE], "_targets", ())
-        monkeypatch.setattr(bob.actors[SERVICE], "_look_up", never)
+        let_attempts_never_end(monkeypatch, bob)
         client = await trio.open_tcp_stream(*address)
         async with client:
             with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
@@ -205,8 +210,7 @@ async def test_a_stream_that_waits_when_its_service_dies_is_reset(monkeypatch):
     async with tcp_server(echo) as port, two_nodes(services={"echo": None}) as (alice, bob):
         await bob.serve("echo", port)
         address = await alice.proxy("bob", "echo")
-        monkeypatch.setattr(bob.actors[SERVICE], "_targets", ())
-        monkeypatch.setattr(bob.actors[SERVICE], "_look_up", never)
+        let_attempts_never_end(monkeypatch, bob)
         client = await trio.open_tcp_stream(*address)
         async with client:
             await until(lambda: bob.switchboard._attached.offered == 1)
@@ -220,8 +224,7 @@ async def test_more_bytes_than_may_wait_reset_their_stream(monkeypatch):
     async with tcp_server(echo) as port, two_nodes(services={"echo": None}) as (alice, bob):
         await bob.serve("echo", port)
         address = await alice.proxy("bob", "echo")
-        monkeypatch.setattr(bob.actors[SERVICE], "_targets", ())
-        monkeypatch.setattr(bob.actors[SERVICE], "_look_up", never)
+        let_attempts_never_end(monkeypatch, bob)
         async with await trio.open_tcp_stream(*address) as modest, await trio.open_tcp_stream(*address) as greedy:
             await modest.send_all(bytes(50_000))
             await until(lambda: bob.switchboard._attached._offered_bytes == 50_000)
@@ -247,6 +250,7 @@ async def test_more_streams_than_may_wait_are_refused(monkeypatch, limit):
     monkeypatch.setattr(attached_module, limit, 0)
     async with tcp_server(echo) as port, two_nodes(services={"echo": None}) as (alice, bob):
         await bob.serve("echo", port)
+        bob.switchboard._doors.forget(ECHO)
         address = await alice.proxy("bob", "echo")
         # OSError: so soon that it looks like a failed connection
         with trio.fail_after(10), pytest.raises((trio.BrokenResourceError, OSError)):

@@ -349,7 +349,7 @@ async def test_too_many_connections_are_refused_and_the_others_go_on():
                 await client.send_all(b"x")
                 assert await client.receive_some(1) == b"x"
             assert await is_reset(address) == (b"", True)
-            assert alice.actors["proxy/bob/echo"].describe()["open"] == 2
+            await until(lambda: alice.actors["proxy/bob/echo"].describe()["open"] == 2)
             await clients[0].send_all(b"y")
             assert await clients[0].receive_some(1) == b"y"
         await until(lambda: alice.actors["proxy/bob/echo"].describe()["open"] == 0)
@@ -400,11 +400,11 @@ async def test_descriptions_are_plain_data():
         async with client:
             await client.send_all(b"x")
             assert await client.receive_some(1) == b"x"
-            near = alice.actors["proxy/bob/echo"].describe()
-            far = bob.actors["service/echo"].describe()
+            proxy, service = alice.actors["proxy/bob/echo"], bob.actors["service/echo"]
+            await until(lambda: proxy.describe()["open"] == service.describe()["open"] == 1)
+            near, far = proxy.describe(), service.describe()
         for described in (near, far):
             assert msgpack.unpackb(msgpack.packb(described)) == described
-            assert described["open"] == 1
         assert near["listen"] == f"{address[0]}:{address[1]}"
         assert near["peer"] == str(peer_of("bob"))
         assert far["registered"] is True

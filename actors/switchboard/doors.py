@@ -1,0 +1,303 @@
+"""Doors of this machine that the switchboard goes through by itself: it accepts for proxies, and connects to services.
+
+Theory of operation. What decides about a tunnel, which peer and service a port leads to, which address a service has,
+how many there may be, belongs to an actor (decision 9). When a tunnel is wanted, nothing is left to decide most of the
+time, and to ask would cost more than all the rest. So the actor says it in advance:
+
+    lent listener     a client connects -> accept -> a stream to the peer -> joined
+    known address     a peer opens a stream -> connect -> joined
+
+All of it happens within one callback, or not at all: where something has to be waited for or put into words (the peer
+is not connected, the service does not accept at once), the actor gets the socket, or the stream, and does it. The actor
+owns what was joined, and is told of it in the next report (`actors.switchboard.attached`).
+
+A door is open while its *lease* is: a pipe whose other end its lender holds. So it closes in the moment in which the
+lender ends, however it ends, and never because of old news of a predecessor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import ipaddress
+import socket
+from collections.abc import Callable
+from typing import NamedTuple
+
+from actors.reactor import READ, Reactor
+from actors.sockets import RESET_ON_CLOSE, fit_for_loopback, send_at_once
+from actors.switchboard.attached import AttachedStreams, socket_of
+from actors.switchboard.connections import Connection
+from actors.switchboard.errors import SwitchboardError, TooManyError
+from actors.switchboard.link import Channel
+from actors.switchboard.protocols import Agreed
+from actors.switchboard.streams import Negotiation, open_ahead
+from protocol.errors import InvalidValueError, PeerupError
+from protocol.messages import Descriptor, Message
+from protocol.messages.doors import CallerAccepted, LendListener
+from protocol.peer_id import PeerId
+from protocol.service import ServiceAddress
+
+PAUSE = 0.2
+"""Seconds without accepting when no descriptor is left."""
+MAX_ADDRESSES = 4
+"""Addresses of one service: a host of this machine has two, one of each family."""
+
+
+class NotAListenerError(SwitchboardError):
+    """A descriptor that was lent is not a listening TCP socket."""
+
+    code = "not-a-listener"
+
+
+class NotLocalError(SwitchboardError):
+    """An address of a service is not a literal one of the loopback interface."""
+
+    code = "not-local"
+
+
+class _Target(NamedTuple):
+    owner: str
+    addresses: tuple[tuple[socket.AddressFamily, tuple[str, int]], ...]
+    limit: int
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Door:
+    owner: str
+    listener: socket.socket
+    lease: Descriptor
+    peer: PeerId
+    protocol: str
+    limit: int
+
+
+class Doors:
+    """All doors.
+
+    Args:
+        reactor: where listeners and leases are watched.
+        attached: who gets the streams.
+        speaking: the connection to a peer that is known to speak a protocol, if there is one.
+        opened: told of each stream that was opened for a caller.
+        tell: sends a message to an actor.
+        warn: tells a person, in words.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        attached: AttachedStreams,
+        *,
+        speaking: Callable[[PeerId, str], Connection | None],
+        opened: Callable[[], None],
+        tell: Callable[[str, Message], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._reactor = reactor
+        self._attached = attached
+        self._speaking = speaking
+        self._opened = opened
+        self._tell = tell
+        self._warn = warn
+        self._doors: dict[str, _Door] = {}
+        self._targets: dict[str, _Target] = {}
+
+    # ---- listeners
+
+    def lend(self, owner: str, request: LendListener) -> None:
+        """Accept at this listener from now on, in place of any other of this owner's.
+
+        Raises:
+            NotAListenerError: it is not a listening TCP socket.
+        """
+        listener, lease = socket_of(request.listener), request.lease
+        if listener is None or not _is_ready_to_accept(listener):
+            if listener is not None:
+                listener.close()
+            lease.close()
+            raise NotAListenerError("the descriptor is not a listening TCP socket")
+        self.close(owner)
+        door = self._doors[owner] = _Door(owner, listener, lease, request.peer, request.protocol, request.limit)
+        self._reactor.register(lease.fileno(), READ, lambda _: self._ended(door), lambda _: self._ended(door))
+        self._reactor.register(
+            listener.fileno(), READ, lambda _: self._accept(door), lambda error: self._cannot_accept(door, error)
+        )
+
+    def close(self, owner: str) -> None:
+        """Accept no more for this owner."""
+        door = self._doors.pop(owner, None)
+        if door is not None:
+            self._reactor.unregister(door.listener.fileno())
+            self._reactor.unregister(door.lease.fileno())
+            door.listener.close()
+            door.lease.close()
+
+    def close_all(self) -> None:
+        """Accept no more."""
+        for owner in list(self._doors):
+            self.close(owner)
+
+    def describe(self) -> dict[str, str]:
+        """For people: which actor's port is accepted at, and who is connected to for which protocol."""
+        lent = {
+            door.owner: f"accepts at port {door.listener.getsockname()[1]} for {door.protocol}"
+            for door in self._doors.values()
+        }
+        known = {
+            target.owner: f"connects to {' or '.join(f'{host} port {port}' for _, (host, port) in target.addresses)}"
+            for target in self._targets.values()
+        }
+        return lent | known
+
+    def _accept(self, door: _Door) -> None:
+        # One a round: the listener stays ready while there are more, and nobody else has to wait.
+        try:
+            sock, _ = door.listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        sock.setblocking(False)
+        if not self._attached.has_room(door.owner, door.limit):
+            sock.close()  # with a reset
+            self._attached.turn_away(door.owner)
+            return
+        connection = self._speaking(door.peer, door.protocol)
+        if connection is None or not self._open(door, connection, sock):
+            self._tell(door.owner, CallerAccepted(Descriptor(sock.detach())))
+
+    def _open(self, door: _Door, connection: Connection, sock: socket.socket) -> bool:
+        def join(channel: Channel, negotiation: Negotiation) -> None:
+            self._attached.open(
+                door.owner,
+                connection,
+                door.protocol,
+                channel,
+                sock,
+                negotiation=negotiation,
+                known=False,
+                prepared=True,
+            )
+
+        try:
+            open_ahead(connection, door.protocol, self._reactor.call_later, join)
+        except PeerupError:
+            return False  # the slow way finds the words for it
+        self._opened()
+        return True
+
+    def _cannot_accept(self, door: _Door, error: Exception) -> None:
+        # Out of descriptors. Level-triggered: pause, or this loop spins.
+        self._warn(f"cannot accept connections for {door.owner}: {error}")
+        self._reactor.modify(door.listener.fileno(), 0)
+        self._reactor.call_later(PAUSE, lambda: self._accept_again(door))
+
+    def _accept_again(self, door: _Door) -> None:
+        if self._doors.get(door.owner) is door:
+            self._reactor.modify(door.listener.fileno(), READ)
+
+    def _ended(self, door: _Door) -> None:
+        if self._doors.get(door.owner) is door:
+            self.close(door.owner)
+
+    # ---- services
+
+    def serve_at(self, owner: str, protocol: str, addresses: tuple[str, ...], limit: int) -> None:
+        """Connect streams of this protocol, which `owner` serves, to the first of these addresses that accepts.
+
+        Raises:
+            NotLocalError: one of them is not on the loopback interface, or there are none, or too many.
+        """
+        if not 0 < len(addresses) <= MAX_ADDRESSES:
+            raise NotLocalError(f"a service has 1 to {MAX_ADDRESSES} addresses")
+        self._targets[protocol] = _Target(owner, tuple(_parse(address) for address in addresses), limit)
+
+    def forget(self, protocol: str) -> None:
+        """Nobody knows any more where the service of this protocol is."""
+        self._targets.pop(protocol, None)
+
+    def carry(self, connection: Connection, channel: Channel, agreed: Agreed) -> bool:
+        """Join a peer's stream with a connection to its service. Whether that could be done at once.
+
+        Raises:
+            TooManyError: the owner has as many streams as it may; it will be told.
+            LinkClosedError: the stream is over.
+            OSError: no descriptor is left.
+        """
+        sock = self.connect(agreed.actor, agreed.protocol)
+        if sock is None:
+            return False
+        try:
+            self._attached.open(
+                agreed.actor,
+                connection,
+                agreed.protocol,
+                channel,
+                sock,
+                unread=agreed.unread,
+                known=False,
+                prepared=True,
+            )
+        except BaseException:
+            sock.close()
+            raise
+        return True
+
+    def connect(self, owner: str, protocol: str) -> socket.socket | None:
+        """A socket connected to the service, ready to be attached; None: its owner has to be asked.
+
+        Raises:
+            TooManyError: the owner has as many streams as it may; it will be told.
+        """
+        target = self._targets.get(protocol)
+        if target is None or target.owner != owner:
+            return None
+        if not self._attached.has_room(owner, target.limit):
+            self._attached.turn_away(owner)
+            raise TooManyError(f"{target.limit} streams of {owner} are open, the limit")
+        for family, address in target.addresses:
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            except OSError:
+                return None
+            try:
+                fit_for_loopback(sock, address[0])
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+                send_at_once(sock)
+                number = sock.connect_ex(address)
+                if number == errno.EINPROGRESS:
+                    # Over loopback the answer has come before the call returned; asking again tells.
+                    number = sock.connect_ex(address)
+            except OSError:
+                number = errno.EINVAL
+            if number == 0:
+                return sock
+            sock.close()
+            if number != errno.ECONNREFUSED:
+                break
+        return None
+
+
+def _is_ready_to_accept(sock: socket.socket) -> bool:
+    """Whether this is a listening TCP socket, and it could be told what accepted ones inherit."""
+    try:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6) or not sock.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+        ):
+            return False
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+    except OSError:
+        return False
+    send_at_once(sock)
+    return True
+
+
+def _parse(text: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    try:
+        address = ServiceAddress.parse(text)
+        host = ipaddress.ip_address(address.host)
+    except (InvalidValueError, ValueError) as error:
+        raise NotLocalError(f"{text} is not an address on the loopback interface") from error
+    if not host.is_loopback:
+        raise NotLocalError(f"{text} is not an address on the loopback interface")
+    return (socket.AF_INET if host.version == 4 else socket.AF_INET6), (str(host), address.port)
