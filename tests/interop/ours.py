@@ -177,6 +177,11 @@ class OurPeer:
         with waiting_for("a policy to be taken in", self, GRACE):
             await self.stage.deliver(self.actor, self._policy(), GATE)
 
+    async def open(self, peer: str, protocol: str) -> DescriptorStream:
+        """A stream of any protocol to a peer that we are connected to, for tests that speak it themselves."""
+        opened = await self.stage.deliver(self.actor, OpenStream(PeerId.from_text(peer), (protocol,)))
+        return DescriptorStream(opened.stream)
+
     # ---- commands
 
     async def ask(self, do: str, **arguments: Any) -> Answer:
@@ -253,8 +258,7 @@ class OurPeer:
     async def _identify(self, peer: str) -> Answer:
         """On a stream of its own, through our own parser: what the other says must be right for it."""
         who = PeerId.from_text(peer)
-        opened = await self.stage.deliver(self.actor, OpenStream(who, (IDENTIFY,)))
-        stream = DescriptorStream(opened.stream)
+        stream = await self.open(peer, IDENTIFY)
         reader = IdentifyReader()
         try:
             while (data := await stream.receive()) is not None:

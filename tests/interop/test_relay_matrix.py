@@ -14,8 +14,11 @@ from typing import NamedTuple
 import pytest
 import trio
 
+from protocol.circuit.messages import Status
+from tests.interop import raw_circuit
 from tests.interop.conftest import StartForeign
 from tests.interop.content import sha256
+from tests.interop.ours import OurPeer
 from tests.interop.peers import Answer, ForeignPeer, Peer, do, finished, head, waiting_for
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]  # the first test may have to build the peers
@@ -157,3 +160,59 @@ async def test_a_foreign_relay_tells_its_limits_and_keeps_to_them(start_foreign,
         assert (await exchange(chain, send=500_000))["ok"]
         beyond = await exchange(chain, send=2 * MB)
         assert not beyond["ok"], beyond
+
+
+@pytest.mark.parametrize("relay_name", FOREIGN)
+async def test_our_reading_of_a_reservation_at_a_foreign_relay(start, start_foreign, relay_name):
+    """Its voucher verifies, and others reach us where it says; where it names no address, at the one we know."""
+    async with (
+        foreign_relay(start_foreign, relay_name, ttl=1800, data=MB, seconds=600) as relay,
+        start("peerup") as ours,
+    ):
+        assert isinstance(ours, OurPeer)
+        await do(ours, "dial", address=relay.address)
+        with waiting_for("a reservation", relay, 20):
+            grant = await raw_circuit.reserve(ours, relay.address)
+        assert grant.voucher is not None
+        assert (str(grant.voucher.relay), str(grant.voucher.peer)) == (relay.peer_id, ours.peer_id)
+        assert 1750 < grant.expire - time.time() < 1850
+        assert circuit(relay, ours) in [str(address) for address in grant.addresses]
+        assert grant.limit is not None
+        assert grant.limit.data == MB
+
+
+@pytest.mark.parametrize("timing", ["late", "behind", "together"])
+@pytest.mark.parametrize("listener_name", FOREIGN)
+@pytest.mark.parametrize("relay_name", FOREIGN)
+async def test_a_foreign_relay_keeps_bytes_that_come_before_its_answer(
+    start, start_foreign, relay_name, listener_name, timing
+):
+    """Our client sends the opening of the inner connection straight behind CONNECT, which saves a round trip."""
+    async with (
+        foreign_relay(start_foreign, relay_name) as relay,
+        start_foreign(listener_name) as listener,
+        start("peerup") as ours,
+    ):
+        assert isinstance(ours, OurPeer)
+        await do(listener, "reserve", address=relay.address)
+        await do(ours, "dial", address=relay.address)
+        with waiting_for("a circuit", listener, 20):
+            async with raw_circuit.connect(ours, relay.peer_id, listener.peer_id, timing) as (client, result):
+                assert (str(result.peer_id), result.muxer) == (listener.peer_id, "/yamux/1.0.0")
+                assert client.limit is None
+                await relayed_connection(listener, ours)
+
+
+@pytest.mark.parametrize("relay_name", FOREIGN)
+async def test_a_foreign_relay_that_refuses_says_why_to_a_client_that_has_sent_more(start, start_foreign, relay_name):
+    async with (
+        foreign_relay(start_foreign, relay_name) as relay,
+        start_foreign("go") as listener,
+        start("peerup") as ours,
+    ):
+        assert isinstance(ours, OurPeer)
+        await do(ours, "dial", address=relay.address)
+        with waiting_for("a refusal", relay, 20), pytest.raises(raw_circuit.RefusedError) as refused:
+            async with raw_circuit.connect(ours, relay.peer_id, listener.peer_id, "together"):
+                pass
+        assert refused.value.refusal.status == Status.NO_RESERVATION
