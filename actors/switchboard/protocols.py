@@ -71,6 +71,10 @@ class ProtocolTable:
         """The switchboard serves this protocol itself."""
         self._own[protocol] = handler
 
+    def withdraw_here(self, protocol: str) -> None:
+        """The switchboard serves this protocol no more; harmless if it did not."""
+        self._own.pop(protocol, None)
+
     def serve(self, protocol: str, actor: str, *, attach: bool = False) -> None:
         """This actor serves the protocol, with sockets of its own if `attach`; saying so twice is harmless.
 

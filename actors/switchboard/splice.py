@@ -1,0 +1,254 @@
+"""A circuit's two streams, joined: what one peer sends goes on to the other, as a relay does it.
+
+Theory of operation. Each stream is a channel of its own link, and is joined with one half of the splice. Bytes that a
+link delivers are kept at the *other* half, which stands in the queue of its link and gives them out in frames that are
+as large as may be. So each direction is::
+
+    link of one peer -> deliver -> kept -> fetch -> link of the other peer
+
+What is kept is bounded by the window of the stream that it came from: only what was fetched counts as consumed, and
+only that is granted anew. Windows grow with the speed of the circuit, as long as all circuits together keep within a
+budget (`Budget`): else those who send fast to peers that do not read could fill the memory.
+
+How many bytes may go on, and when, is asked of a `Meter` before they are fetched (limits and rates of the relay).
+
+The end of one direction passes through when everything before it has gone. A reset of either stream resets the other
+with the same code. When both streams are closed, however it came, `on_over` is called, once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from actors.switchboard.channel import Channel, LinkClosedError
+from protocol.reservations import Circuit, Direction
+from protocol.stream_descriptor import ResetCode
+from protocol.yamux import INITIAL_WINDOW
+
+_ROUNDS: Final = 2  # of the reactor, in which bytes go on from one link to another that keeps up
+
+
+class Budget:
+    """The memory by which the windows of all circuits together may have grown beyond their start.
+
+    Attributes:
+        most: bytes.
+        grown: bytes in use; they come back as their streams end.
+    """
+
+    __slots__ = ("grown", "most")
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.grown = 0
+
+
+class Meter(Protocol):
+    """Who says how many bytes may go on."""
+
+    def take(self, half: Half, wanted: int) -> int:
+        """So many of `wanted` bytes may go to this half's peer now, and must.
+
+        If it is none, `half.channel.enqueue` is called when it is worth asking again. If the circuit's limit is
+        reached with these, `half.cut` is set.
+        """
+        ...
+
+
+class Half:
+    """The end of one stream of a splice: keeps what is to go to its peer. A `LocalEnd`.
+
+    Attributes:
+        channel: the stream.
+        circuit, direction: what the bytes to this half's peer count for.
+        cut: the circuit's limit of bytes is reached: reset it as soon as what was taken has been sent.
+        credit: bytes that the meter has taken for this half and not given yet.
+        wanted: bytes that the meter was asked for; 0 when this half does not wait for it.
+    """
+
+    __slots__ = (
+        "_early",
+        "_finish",
+        "_kept",
+        "_length",
+        "_round",
+        "_splice",
+        "_window",
+        "channel",
+        "circuit",
+        "credit",
+        "cut",
+        "direction",
+        "other",
+        "wanted",
+    )
+
+    other: Half
+
+    def __init__(self, splice: Splice, channel: Channel, circuit: Circuit, direction: Direction, early: bytes) -> None:
+        self.channel = channel
+        self.circuit = circuit
+        self.direction = direction
+        self.cut = False
+        self.credit = 0
+        self.wanted = 0
+        self._splice = splice
+        self._kept: deque[memoryview] = deque()
+        self._length = len(early)  # of what is kept
+        self._early = len(early)  # of that, what came with the negotiation and counts for no window
+        self._round = 0  # of the reactor, in which the first of what is kept came
+        self._finish = False  # the other peer has finished: finish after what is kept
+        self._window = INITIAL_WINDOW
+        if early:
+            self._kept.append(memoryview(early))
+
+    # ---- to this half's peer
+
+    def fetch(self, buffer: memoryview, start: int, limit: int) -> int:
+        """See `LocalEnd`."""
+        if self.cut and not self.credit:
+            self._splice.reset(ResetCode.LIMIT_EXCEEDED)
+            return 0
+        kept = self._kept
+        if not kept:
+            if self._finish and not self.channel.stream.local_finished:
+                self.channel.finish_now()
+            return 0
+        if not limit:
+            return 0
+        length = self._splice.meter.take(self, min(limit, self._length))
+        if not length:
+            if self.cut:
+                self._splice.reset(ResetCode.LIMIT_EXCEEDED)
+            return 0
+        end = start + length
+        while start < end:
+            piece = kept[0]
+            stop = start + len(piece)
+            if stop <= end:
+                buffer[start:stop] = piece
+                kept.popleft()
+                start = stop
+            else:
+                room = end - start
+                buffer[start:end] = piece[:room]
+                kept[0] = piece[room:]
+                start = end
+        self._length -= length
+        counted = length
+        if self._early:
+            early = min(self._early, length)
+            self._early -= early
+            counted -= early
+        if counted:
+            self.other.gone_on(counted, self._round)
+        return length
+
+    def gone_on(self, length: int, came: int) -> None:
+        """So many bytes of this half's peer, which came in that round of the reactor, went to the other one."""
+        channel = self.channel
+        reactor = channel.reactor
+        budget = self._splice.budget
+        behind = reactor.rounds - came > _ROUNDS or budget.grown >= budget.most
+        channel.consumed(length, reactor.clock(), behind=behind)
+        window = channel.stream.window
+        if window != self._window:
+            budget.grown += window - self._window
+            self._window = window
+
+    # ---- from this half's peer
+
+    def deliver(self, buffer: memoryview, start: int, end: int, now: float) -> None:
+        """See `LocalEnd`."""
+        other = self.other
+        if other.channel.closed:
+            return
+        if not other._kept:  # noqa: SLF001  # the other half
+            other._round = self.channel.reactor.rounds  # noqa: SLF001  # likewise
+        other._kept.append(memoryview(bytes(buffer[start:end])))  # noqa: SLF001  # likewise
+        other._length += end - start  # noqa: SLF001  # likewise
+        other.channel.enqueue()
+
+    def peer_finished(self) -> None:
+        """See `LocalEnd`."""
+        self.other._finish = True  # noqa: SLF001  # the other half
+        self.other.channel.enqueue()
+
+    def stream_closed(self) -> None:
+        """See `LocalEnd`."""
+        self._splice.check_over()
+
+    def over(self, code: int) -> None:
+        """See `LocalEnd`."""
+        self._splice.reset(code)
+
+    def drop(self) -> None:
+        """The streams are over: forget what is kept."""
+        self._kept.clear()
+        self._length = 0
+        self._splice.budget.grown -= self._window - INITIAL_WINDOW
+        self._window = INITIAL_WINDOW
+
+
+class Splice:
+    """Joins the streams of a circuit, which both must be free: in memory, and not finished by us.
+
+    `to_source` and `to_destination` are bytes of the circuit that came with what was said before; they go first.
+    `on_over(code)` is called once, when both streams are closed; 0 if they ended well.
+
+    Raises:
+        LinkClosedError: one of them is over; both are now.
+    """
+
+    __slots__ = ("_code", "_on_over", "_over", "_resetting", "budget", "destination", "meter", "source")
+
+    def __init__(
+        self,
+        circuit: Circuit,
+        source: Channel,
+        destination: Channel,
+        *,
+        meter: Meter,
+        budget: Budget,
+        on_over: Callable[[int], None],
+        to_source: bytes = b"",
+        to_destination: bytes = b"",
+    ) -> None:
+        self.meter = meter
+        self.budget = budget
+        self._on_over = on_over
+        self._resetting = False
+        self._over = False
+        self._code = int(ResetCode.NONE)
+        self.source = Half(self, source, circuit, Direction.TO_SOURCE, to_source)
+        self.destination = Half(self, destination, circuit, Direction.TO_DESTINATION, to_destination)
+        self.source.other, self.destination.other = self.destination, self.source
+        try:
+            for half in (self.source, self.destination):
+                half.channel.join(half)
+        except LinkClosedError:
+            self._over = True  # whoever asked for it hears of it by the error
+            self.reset(ResetCode.CONNECTION_LOST)
+            raise
+        for half in (self.source, self.destination):
+            half.channel.enqueue()
+
+    def reset(self, code: int) -> None:
+        """Reset both streams with this code. Twice is once."""
+        if self._resetting:
+            return
+        self._resetting = True
+        self._code = int(code)
+        self.source.channel.reset(code)
+        self.destination.channel.reset(code)
+        self.check_over()
+
+    def check_over(self) -> None:
+        """One of the streams may have been the last to close."""
+        if not self._over and self.source.channel.closed and self.destination.channel.closed:
+            self._over = True
+            self.source.drop()
+            self.destination.drop()
+            self._on_over(self._code)
