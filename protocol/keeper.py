@@ -242,6 +242,16 @@ class Keeper:
         wakeup = min(self._deadline, self._last_seen + CHECK_INTERVAL)
         return wakeup if self.grant is None else min(wakeup, self._expires)
 
+    @property
+    def due(self) -> float | None:
+        """When the relay is asked again, to renew or after a pause; None in other states."""
+        return self._deadline if self.state in {"held", "waiting"} else None
+
+    @property
+    def expires(self) -> float | None:
+        """When the reservation ends if it is not renewed; None without one."""
+        return None if self.grant is None else self._expires
+
     def start(self, now: float, now_wall: float) -> list[Command]:
         """Begin to want a reservation. To start a keeper that runs has no effect."""
         if self.state != "stopped":
