@@ -88,13 +88,15 @@ class Reactor:
     Attributes:
         clock: the one given.
         scratch: the shared room to receive into; good within one callback.
+        inner_scratch: another one, for what is received from what was received there.
         rounds: how often the loop has looked for ready descriptors.
     """
 
     def __init__(self, clock: Callable[[], float], *, direct: bool = True) -> None:
         self.clock = clock
         # Fresh pages: unlike a bytearray's they take no memory before there is traffic to fill them.
-        self.scratch = memoryview(mmap.mmap(-1, SCRATCH_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self.scratch = _fresh_pages()
+        self.inner_scratch = _fresh_pages()
         self.rounds = 0
         self._epoll = select.epoll()
         self._handlers: dict[int, tuple[Ready, Failed]] = {}
@@ -281,6 +283,10 @@ class Reactor:
         """Make a loop that runs as a task look at timers and calls. A direct one looks before each sleep."""
         if not self._direct:
             os.eventfd_write(self._wake, 1)
+
+
+def _fresh_pages() -> memoryview:
+    return memoryview(mmap.mmap(-1, SCRATCH_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 class _Sleeper(trio.abc.Instrument):

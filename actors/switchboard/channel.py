@@ -62,6 +62,11 @@ class Carrier(Protocol):
         """Whose stream it is."""
         ...
 
+    @property
+    def max_data(self) -> int:
+        """Bytes to fetch at a time."""
+        ...
+
     def enqueue(self, channel: Channel) -> None:
         """The channel may have something to send."""
 
@@ -307,7 +312,7 @@ class Channel:
                 self._check_closed()
             return 0
         if self._end is not None:
-            return 0 if stream.closed else self._end.fetch(buffer, start, min(window, MAX_DATA))
+            return 0 if stream.closed else self._end.fetch(buffer, start, min(window, self._link.max_data))
         if self._seam is None or stream.closed:
             return 0
         return self._fetch_message(self._seam, buffer, start, window)

@@ -65,6 +65,18 @@ class ConnectionLostError(SwitchboardError):
     code: ClassVar[str] = "connection-lost"
 
 
+class CircuitCutError(ConnectionLostError):
+    """A circuit through a relay has ended: cut by the relay, or with the connection to it."""
+
+    code: ClassVar[str] = "circuit-cut"
+
+
+class RelayRefusedError(SwitchboardError):
+    """A relay refused a circuit, or is none. The reason has its status and what it said."""
+
+    code: ClassVar[str] = "relay-refused"
+
+
 class ProtocolNotSupportedError(SwitchboardError):
     """The peer speaks none of the protocols asked for."""
 

@@ -26,10 +26,10 @@ from typing import Final
 
 from actors.reactor import WRITE, Reactor, Timer
 from actors.switchboard.channel import Channel, LinkClosedError
-from actors.switchboard.wire import Wire
+from actors.switchboard.wire import MAX_FRAME, Wire
 from protocol import yamux
 from protocol.errors import PeerupError, ProtocolError
-from protocol.noise import MAX_PLAINTEXT, TAG_LENGTH, CipherState, NoiseError
+from protocol.noise import TAG_LENGTH, CipherState, NoiseError
 from protocol.stream_descriptor import ResetCode
 from protocol.yamux import GoAwayCode, Role
 
@@ -46,8 +46,7 @@ SEND_TIMEOUT: Final = 60.0
 
 _PREFIX: Final = 2  # length of a Noise message
 _HEADER: Final = yamux.HEADER_LENGTH
-_FULL: Final = _PREFIX + MAX_PLAINTEXT  # where a message must end that begins at 0
-_FRAME: Final = _PREFIX + MAX_PLAINTEXT + TAG_LENGTH
+_FRAME: Final = MAX_FRAME
 _BATCH: Final = 4 * _FRAME  # of one send
 _SEND_BUFFER: Final = _BATCH + 2 * _FRAME  # a message is read before it is known how long it is
 _RECEIVE: Final = 4 * _FRAME  # of one recv
@@ -78,6 +77,7 @@ class Link:
 
     Attributes:
         reactor, session: what its channels work with.
+        max_data: bytes that a stream gives at a time, so that the frame goes through the wire in one piece.
         sent, received: bytes on the wire since the link was made.
         rtt: seconds, smoothed; None until measured.
         end: why the link ended; None while it lives.
@@ -105,7 +105,10 @@ class Link:
         self.rtt: float | None = None
         self.end: LinkEnd | None = None
         self._clock = reactor.clock
+        self.max_data = wire.frame - _PREFIX - _HEADER - TAG_LENGTH
         self._wire = wire
+        self._scratch = wire.scratch
+        self._full = wire.frame - TAG_LENGTH  # where the plaintext of a message must end that begins at 0
         self._send_cipher = send_cipher
         self._receive_cipher = receive_cipher
         self._tail = received  # the beginning of a Noise message
@@ -184,7 +187,7 @@ class Link:
             self._read_wire()
 
     def _read_wire(self) -> None:
-        scratch = self.reactor.scratch
+        scratch = self._scratch
         for _ in range(_RECEIVE_ROUNDS):
             tail = self._tail
             start = len(tail)
@@ -205,7 +208,7 @@ class Link:
     def _open_first(self) -> None:
         """Take what came with the handshake, unless it was taken with what came after it."""
         if self.end is None and (self._tail or self._plaintext):
-            scratch, tail = self.reactor.scratch, self._tail
+            scratch, tail = self._scratch, self._tail
             scratch[: len(tail)] = tail
             try:
                 self._open_messages(scratch, len(tail))
@@ -313,7 +316,7 @@ class Link:
                 far = start + TAG_LENGTH + _PREFIX
                 length = channel.fetch(buffer, far)
                 if length > 0:
-                    if start + length <= begin + _FULL:
+                    if start + length <= begin + self._full:
                         buffer[start : start + length] = buffer[far : far + length]
                     else:
                         begin = self._seal(buffer, begin, position)
@@ -321,7 +324,7 @@ class Link:
             if length > 0:
                 session.data_header(buffer, position, channel.stream, length)
                 position += _HEADER + length
-                if position + _HEADER >= begin + _FULL:
+                if position + _HEADER >= begin + self._full:
                     begin = self._seal(buffer, begin, position)
                     position = begin + _PREFIX
                 if len(queue) > 1:
@@ -337,7 +340,7 @@ class Link:
         """Lay out all control frames (SYNs are among them, which must go before any data). The new place."""
         session = self.session
         while session.has_control:
-            position += session.take_control(buffer, position, begin + _FULL - position)
+            position += session.take_control(buffer, position, begin + self._full - position)
             if session.has_control:
                 begin = self._seal(buffer, begin, position)
                 position = begin + _PREFIX

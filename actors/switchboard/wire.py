@@ -15,7 +15,7 @@ import dataclasses
 import select
 import socket
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -24,9 +24,13 @@ from actors.sockets import send_at_once
 from actors.switchboard.transports import local_multiaddr, remote_multiaddr
 from protocol.circuit.messages import Limit
 from protocol.multiaddr import Multiaddr
+from protocol.noise import MAX_MESSAGE
 from protocol.peer_id import PeerId
 
-__all__ = ["HANG_UP", "READ", "WRITE", "Pipe", "SocketPipe", "SocketWire", "Way", "Wire"]
+__all__ = ["HANG_UP", "MAX_FRAME", "READ", "WRITE", "Pipe", "SocketPipe", "SocketWire", "Way", "Wire"]
+
+MAX_FRAME: Final = 2 + MAX_MESSAGE
+"""Bytes of the longest Noise message with its length before it."""
 
 _READ_SIZE = 4096
 """More than any honest handshake message; what a stranger can make us keep in one read."""
@@ -96,7 +100,23 @@ class Pipe(Protocol):
 
 
 class Wire(Protocol):
-    """Both directions of one connection, as a link uses them."""
+    """Both directions of one connection, as a link uses them.
+
+    Attributes:
+        frame: bytes of the longest Noise message, with its length before it, that goes through in one piece; at most
+            `MAX_FRAME`.
+        scratch: room for the link to receive into; not where the wire itself has the bytes from.
+    """
+
+    @property
+    def frame(self) -> int:
+        """See the class."""
+        ...
+
+    @property
+    def scratch(self) -> memoryview:
+        """See the class."""
+        ...
 
     def start(self, ready: Callable[[int], None], failed: Callable[[Exception], None]) -> None:
         """Begin: call `ready` with READ, WRITE and HANG_UP, from the reactor's loop, while there is something to read,
@@ -133,11 +153,14 @@ class Wire(Protocol):
 class SocketWire:
     """A connected, non-blocking stream socket, which it owns. The socket's own methods do the work."""
 
-    __slots__ = ("_fd", "_reactor", "_socket", "recv_into", "send")
+    __slots__ = ("_fd", "_reactor", "_socket", "recv_into", "scratch", "send")
+
+    frame: int = MAX_FRAME
 
     def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
         sock.setblocking(False)
         send_at_once(sock)
+        self.scratch = reactor.scratch
         self._reactor = reactor
         self._socket = sock
         self._fd = sock.fileno()
