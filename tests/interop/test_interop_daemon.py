@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import hashlib
 import json
 import socket
 import struct
@@ -14,7 +12,8 @@ import pytest
 import trio
 
 from demo.node import Node
-from tests.interop.content import blocks, sha256
+from tests.interop import nodes
+from tests.interop.content import sha256
 from tests.interop.peers import ForeignPeer, do, finished, opened
 from tests.support.listeners import listeners
 
@@ -26,68 +25,30 @@ PROTOCOL = f"/peerup/{SERVICE}/1.0.0"
 
 
 @pytest.fixture
-async def tcp_echo() -> AsyncIterator[int]:
-    """The port of a TCP service that returns what it gets and half-closes when its client has."""
-
-    async def serve(stream: trio.SocketStream) -> None:
-        with contextlib.suppress(trio.BrokenResourceError):
-            async for part in stream:
-                await stream.send_all(part)
-            await stream.send_eof()
-            await stream.receive_some()
-
-    async with trio.open_nursery() as nursery:
-        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        nursery.start_soon(trio.serve_listeners, serve, [listener])
-        yield listener.socket.getsockname()[1]
-        nursery.cancel_scope.cancel()
-
-
-@pytest.fixture
-async def node(tmp_path, tcp_echo) -> AsyncIterator[Node]:
-    """A running node that exposes `tcp_echo` as the service `web`."""
-    node = Node("ours", tmp_path)
-    await trio.to_thread.run_sync(node.initialise)
-    await run(node, "service", "add", SERVICE, f"127.0.0.1:{tcp_echo}")
-    await trio.to_thread.run_sync(node.start)
-    try:
+async def node(tmp_path) -> AsyncIterator[Node]:
+    """A running node that exposes a TCP echo as the service `web`."""
+    async with (
+        nodes.tcp_service(nodes.echo) as port,
+        nodes.running(Node("ours", tmp_path), ("service", "add", SERVICE, f"127.0.0.1:{port}")) as node,
+    ):
         yield node
-    finally:
-        with trio.CancelScope(shield=True):
-            left = await trio.to_thread.run_sync(node.stop)
-        assert not left, "processes were left behind"
 
 
 @pytest.fixture(params=["go", "js"])
 async def friend(request, start_foreign, node) -> AsyncIterator[ForeignPeer]:
     """A foreign peer that the node authorises, and knows where to find as `friend`."""
     async with start_foreign(request.param) as peer:
-        await run(node, "auth", "add", peer.peer_id, "--comment", "friend")
-        await run(node, "names", "add", "friend", peer.peer_id, "--address", peer.address.split("/p2p/")[0])
+        await nodes.run(node, "auth", "add", peer.peer_id, "--comment", "friend")
+        await nodes.run(node, "names", "add", "friend", peer.peer_id, "--address", peer.address.split("/p2p/")[0])
         yield peer
 
 
-async def run(node: Node, *arguments: str) -> str:
-    return await trio.to_thread.run_sync(node.run, *arguments)
-
-
-async def proxy_port(node: Node, service: str = SERVICE) -> int:
-    listen = json.loads(await run(node, "proxy", "friend", service, "0", "--json"))["listen"]
-    return int(listen.rpartition(":")[2])
-
-
-async def receive_all(stream: trio.SocketStream) -> tuple[int, str, bytes]:
-    """How much came until the end, its hash, and the last of it."""
-    digest, count, last = hashlib.sha256(), 0, b""
-    async for part in stream:
-        digest.update(part)
-        count += len(part)
-        last = (last + part)[-1024:]
-    return count, digest.hexdigest(), last
+async def proxy_port(node: Node) -> int:
+    return await nodes.proxy_port(node, "friend", SERVICE)
 
 
 async def dial(peer: ForeignPeer, node: Node) -> None:
-    await do(peer, "dial", address=f"{node.address}/p2p/{node.peer_id}")
+    await do(peer, "dial", address=nodes.whole_address(node))
 
 
 async def test_they_reach_our_service(node, friend):
@@ -99,19 +60,15 @@ async def test_they_reach_our_service(node, friend):
 
 async def test_we_reach_their_service(node, friend):
     await do(friend, "serve", protocol=PROTOCOL, behaviour="sink")
-    async with await trio.open_tcp_stream("127.0.0.1", await proxy_port(node)) as stream:
-        for block in blocks(100 * MB, 2):
-            await stream.send_all(block)
-        await stream.send_eof()
-        _, _, last = await receive_all(stream)
-    assert json.loads(last) == {"received": 100 * MB, "sha256": sha256(100 * MB, 2)}
+    answer = await nodes.upload(await proxy_port(node), 100 * MB, 2)
+    assert answer == {"received": 100 * MB, "sha256": sha256(100 * MB, 2)}
 
 
 async def test_their_service_may_end_first(node, friend):
     await do(friend, "serve", protocol=PROTOCOL, behaviour="source")
     async with await trio.open_tcp_stream("127.0.0.1", await proxy_port(node)) as stream:
         await stream.send_all(b"20000000 3\n")
-        assert (await receive_all(stream))[:2] == (20 * MB, sha256(20 * MB, 3))
+        assert (await nodes.receive_all(stream))[:2] == (20 * MB, sha256(20 * MB, 3))
         await stream.send_all(b"still there")  # our direction is open until we end it
         await stream.send_eof()
     (seen,) = await finished(friend, PROTOCOL)
@@ -124,7 +81,7 @@ async def test_a_reset_stays_a_reset_through_the_node(node, friend):
     async with await trio.open_tcp_stream("127.0.0.1", await proxy_port(node)) as stream:
         await stream.send_all(b"x" * 1000)
         with pytest.raises(trio.BrokenResourceError):
-            await receive_all(stream)
+            await nodes.receive_all(stream)
 
 
 async def test_a_tcp_reset_of_our_client_reaches_their_stream_as_a_reset(node, friend):
@@ -142,15 +99,7 @@ async def test_forty_tunnelled_connections_at_once(node, friend):
     port = await proxy_port(node)
 
     async def one(seed: int) -> None:
-        async with await trio.open_tcp_stream("127.0.0.1", port) as stream, trio.open_nursery() as nursery:
-
-            async def send() -> None:
-                for block in blocks(MB, seed):
-                    await stream.send_all(block)
-                await stream.send_eof()
-
-            nursery.start_soon(send)
-            assert (await receive_all(stream))[:2] == (MB, sha256(MB, seed))
+        assert await nodes.round_trip(port, MB, seed) == (MB, sha256(MB, seed))
 
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
@@ -161,7 +110,7 @@ async def test_forty_tunnelled_connections_at_once(node, friend):
 async def test_pings_both_ways(node, friend):
     lines = [
         json.loads(line)
-        for line in (await run(node, "ping", "friend", "-c", "2", "--interval", "10ms", "--json")).splitlines()
+        for line in (await nodes.run(node, "ping", "friend", "-c", "2", "--interval", "10ms", "--json")).splitlines()
     ]
     assert lines[-1]["stats"]["received"] == 2
     assert len((await do(friend, "ping", peer=node.peer_id, count=2))["seconds"]) == 2
@@ -171,7 +120,7 @@ async def test_a_stranger_is_refused_and_only_what_is_configured_listens(node, f
     await do(friend, "serve", protocol=PROTOCOL, behaviour="echo")
     port = await proxy_port(node)
     async with start_foreign("go") as stranger:
-        await stranger.ask("dial", address=f"{node.address}/p2p/{node.peer_id}")
+        await stranger.ask("dial", address=nodes.whole_address(node))
         await do(stranger, "wait-closed", peer=node.peer_id)
         answer = await stranger.ask("exchange", peer=node.peer_id, protocol=PROTOCOL, send=10)
         assert not answer["ok"]
