@@ -41,9 +41,10 @@ async def run_json(node: Node, *arguments: str) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def running(node: Node, *commands: tuple[str, ...]) -> AsyncIterator[Node]:
-    """The node while the context lasts, after these commands on its new home."""
-    await trio.to_thread.run_sync(node.initialise)
+async def running(node: Node, *commands: tuple[str, ...], initialised: bool = False) -> AsyncIterator[Node]:
+    """The node while the context lasts, after these commands on its home, which is made if it is not there yet."""
+    if not initialised:
+        await trio.to_thread.run_sync(node.initialise)
     for command in commands:
         await run(node, *command)
     await trio.to_thread.run_sync(node.start)

@@ -6,16 +6,20 @@ The chains of foreign implementations are there to trust the peers and these tes
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import trio
 
+from demo.node import Node
+from peerup.cli.relay import SERVER_COMMANDS
 from protocol.circuit.messages import Status
-from tests.interop import raw_circuit
+from tests.interop import nodes, raw_circuit
 from tests.interop.conftest import StartForeign
 from tests.interop.content import sha256
 from tests.interop.ours import OurPeer
@@ -216,3 +220,210 @@ async def test_a_foreign_relay_that_refuses_says_why_to_a_client_that_has_sent_m
             async with raw_circuit.connect(ours, relay.peer_id, listener.peer_id, "together"):
                 pass
         assert refused.value.refusal.status == Status.NO_RESERVATION
+
+
+# ---- our node in each place of a chain; never two of ours that reach each other, which other tests have
+
+OURS = "peerup"
+RELAYS = (*FOREIGN, OURS)
+SERVICE = "web"
+WEB = f"/peerup/{SERVICE}/1.0.0"
+OUR_CELL = pytest.mark.parametrize(("relay_name", "foreign"), list(itertools.product(RELAYS, FOREIGN)))
+
+
+LANDED = pytest.mark.skipif("serve" not in SERVER_COMMANDS, reason="there is no `peerup relay serve` yet")
+
+
+class AnyRelay(NamedTuple):
+    """A relay of any implementation; where it is, with its peer id."""
+
+    address: str
+    peer_id: str
+
+    def circuit_to(self, peer: str) -> str:
+        """The address of a peer behind it."""
+        return f"{self.address}/p2p-circuit/p2p/{peer}"
+
+
+Serve = Callable[[trio.SocketStream], Awaitable[None]]
+
+
+class Cells:
+    """Builds the chains of one test."""
+
+    def __init__(self, start_foreign: StartForeign, directory: Path) -> None:
+        self._start_foreign = start_foreign
+        self._directory = directory
+
+    @contextlib.asynccontextmanager
+    async def relay(self, name: str, *peers: str) -> AsyncIterator[AnyRelay]:
+        """A relay by the name of its implementation; ours serves these peers alone."""
+        if name == OURS:
+            allowed = [("relay", "authorize", peer) for peer in peers]
+            async with nodes.running(nodes.RelayNode("relay", self._directory), *allowed) as node:
+                yield AnyRelay(nodes.whole_address(node), node.peer_id)
+        else:
+            async with foreign_relay(self._start_foreign, name) as relay:
+                yield AnyRelay(relay.address, relay.peer_id)
+
+    @contextlib.asynccontextmanager
+    async def we_dial(self, relay_name: str, foreign: str) -> AsyncIterator[tuple[Node, ForeignPeer]]:
+        """Our node, and a foreign peer behind a relay which it knows as `friend`."""
+        ours = await self._new_node()
+        async with (
+            self._start_foreign(foreign) as listener,
+            self.relay(relay_name, listener.peer_id, ours.peer_id) as relay,
+        ):
+            await do(listener, "reserve", address=relay.address)
+            commands = (
+                ("auth", "add", listener.peer_id, "--comment", "friend"),
+                ("names", "add", "friend", listener.peer_id, "--address", relay.circuit_to(listener.peer_id)),
+            )
+            async with nodes.running(ours, *commands, initialised=True):
+                yield ours, listener
+
+    @contextlib.asynccontextmanager
+    async def they_dial(self, relay_name: str, foreign: str, serve: Serve) -> AsyncIterator[tuple[ForeignPeer, Node]]:
+        """A foreign peer that has dialled our node behind a relay; the node has this TCP service as `web`."""
+        ours = await self._new_node()
+        async with (
+            self._start_foreign(foreign) as client,
+            self.relay(relay_name, client.peer_id, ours.peer_id) as relay,
+            nodes.tcp_service(serve) as port,
+        ):
+            commands = (
+                ("auth", "add", client.peer_id, "--comment", "friend"),
+                ("service", "add", SERVICE, f"127.0.0.1:{port}"),
+                ("relay", "add", relay.address),
+            )
+            async with nodes.running(ours, *commands, initialised=True):
+                await nodes.reservation_held(ours, relay.peer_id)
+                await do(client, "dial", address=relay.circuit_to(ours.peer_id))
+                yield client, ours
+
+    async def _new_node(self) -> Node:
+        node = Node("ours", self._directory)
+        await trio.to_thread.run_sync(node.initialise)
+        return node
+
+
+@pytest.fixture
+def cells(start_foreign, tmp_path) -> Cells:
+    return Cells(start_foreign, tmp_path)
+
+
+@LANDED
+@OUR_CELL
+async def test_we_reach_a_foreign_listener_behind_a_relay(cells, relay_name, foreign):
+    async with cells.we_dial(relay_name, foreign) as (
+        ours,
+        friend,
+    ):
+        await do(friend, "serve", protocol=WEB, behaviour="echo")
+        port = await nodes.proxy_port(ours, "friend", SERVICE)
+        assert await nodes.round_trip(port, 3 * MB, 8) == (3 * MB, sha256(3 * MB, 8))
+        (path,) = await nodes.run_json(ours, "paths")
+        assert path["path"] == "relayed"
+        assert (await do(friend, "identify", peer=ours.peer_id))["record"] == "verified"
+        assert len((await do(friend, "ping", peer=ours.peer_id, count=2))["seconds"]) == 2
+
+
+@LANDED
+@OUR_CELL
+async def test_a_foreign_client_reaches_us_behind_a_relay(cells, relay_name, foreign):
+    async with cells.they_dial(relay_name, foreign, nodes.echo) as (
+        friend,
+        ours,
+    ):
+        answer = await do(friend, "exchange", peer=ours.peer_id, protocol=WEB, send=3 * MB, seed=9)
+        assert (answer["received"], answer["received_sha256"]) == (3 * MB, sha256(3 * MB, 9))
+        assert (await do(friend, "identify", peer=ours.peer_id))["record"] == "verified"
+        assert len((await do(friend, "ping", peer=ours.peer_id, count=2))["seconds"]) == 2
+
+
+@LANDED
+@pytest.mark.slow
+@OUR_CELL
+async def test_a_hundred_megabytes_to_a_foreign_listener(cells, relay_name, foreign):
+    async with cells.we_dial(relay_name, foreign) as (
+        ours,
+        friend,
+    ):
+        await do(friend, "serve", protocol=WEB, behaviour="sink")
+        with waiting_for("100 MB to go through", friend, 90):
+            answer = await nodes.upload(await nodes.proxy_port(ours, "friend", SERVICE), 100 * MB, 2)
+        assert answer == {"received": 100 * MB, "sha256": sha256(100 * MB, 2)}
+
+
+@LANDED
+@pytest.mark.slow
+@OUR_CELL
+async def test_a_hundred_megabytes_from_a_foreign_client(cells, relay_name, foreign):
+    async with cells.they_dial(relay_name, foreign, nodes.sink) as (
+        friend,
+        ours,
+    ):
+        answer = await do(friend, "exchange", peer=ours.peer_id, protocol=WEB, send=100 * MB, seed=3, timeout=90)
+        assert json.loads(head(answer)) == {"received": 100 * MB, "sha256": sha256(100 * MB, 3)}
+
+
+@LANDED
+@pytest.mark.parametrize(("client_name", "listener_name"), list(itertools.product(FOREIGN, FOREIGN)))
+async def test_foreign_peers_reach_each_other_through_our_relay(cells, start_foreign, client_name, listener_name):
+    async with (
+        start_foreign(client_name) as client,
+        start_foreign(listener_name) as listener,
+        cells.relay(OURS, client.peer_id, listener.peer_id) as relay,
+    ):
+        granted = await do(listener, "reserve", address=relay.address)
+        behind = relay.circuit_to(listener.peer_id)
+        assert behind in granted["addresses"]
+        assert granted["expire"] > time.time() + 60
+        if listener_name == "go":  # which verifies it; js-libp2p does not look at it
+            assert granted["voucher"]
+        await do(listener, "serve", protocol=PROTOCOL, behaviour="echo")
+        await do(client, "dial", address=behind)
+        for one, other in ((client, listener), (listener, client)):
+            assert (await relayed_connection(one, other))["direction"]
+        assert (await do(client, "identify", peer=listener.peer_id))["record"] == "verified"
+        assert len((await do(client, "ping", peer=listener.peer_id, count=2))["seconds"]) == 2
+        answer = await client.ask("exchange", peer=listener.peer_id, protocol=PROTOCOL, send=3 * MB, seed=7, timeout=90)
+        assert answer["received_sha256"] == sha256(3 * MB, 7), answer
+
+
+@LANDED
+@pytest.mark.slow
+@pytest.mark.parametrize(("client_name", "listener_name"), [("go", "js"), ("js", "go")])
+async def test_a_hundred_megabytes_between_foreign_peers_through_our_relay(
+    cells, start_foreign, client_name, listener_name
+):
+    async with (
+        start_foreign(client_name) as client,
+        start_foreign(listener_name) as listener,
+        cells.relay(OURS, client.peer_id, listener.peer_id) as relay,
+    ):
+        await do(listener, "reserve", address=relay.address)
+        await do(listener, "serve", protocol=PROTOCOL, behaviour="sink")
+        await do(client, "dial", address=relay.circuit_to(listener.peer_id))
+        answer = await do(
+            client, "exchange", peer=listener.peer_id, protocol=PROTOCOL, send=100 * MB, seed=1, timeout=90
+        )
+        assert json.loads(head(answer)) == {"received": 100 * MB, "sha256": sha256(100 * MB, 1)}
+
+
+@LANDED
+@pytest.mark.parametrize("foreign", FOREIGN)
+async def test_our_relay_refuses_strangers_on_either_side(cells, start_foreign, foreign):
+    """A listed peer can neither be reached by a stranger nor reach one; a stranger gets no reservation."""
+    async with (
+        start_foreign(foreign) as listed,
+        start_foreign(foreign) as stranger,
+        cells.relay(OURS, listed.peer_id) as relay,
+    ):
+        assert not (await stranger.ask("reserve", address=relay.address))["ok"]
+        await do(listed, "reserve", address=relay.address)
+        reached = await stranger.ask("dial", address=relay.circuit_to(listed.peer_id))
+        assert not reached["ok"]
+        nobody = await listed.ask("dial", address=relay.circuit_to(stranger.peer_id))
+        assert not nobody["ok"]
+        assert (await do(listed, "connections"))["connections"]  # it is still connected to the relay
