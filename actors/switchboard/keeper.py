@@ -110,6 +110,7 @@ class Keeper:
     async def _keep(self, peer: PeerId, need: _Need) -> None:
         with need.scope:
             while True:
+                need.wake = trio.Event()  # a retry that is asked for while we dial or are connected counts, too
                 try:
                     await self._connect(peer)
                 except PeerupError as error:
@@ -123,7 +124,6 @@ class Keeper:
                         continue
                 wait = need.back_off.failed()
                 need.next_dial = self._now() + wait
-                need.wake = trio.Event()
                 with trio.move_on_after(wait):
                     await need.wake.wait()
                 need.next_dial = None

@@ -1,0 +1,165 @@
+"""After a change of network: which connections are dead, though nobody has told them?
+
+Theory of operation. TCP hears nothing when this machine is in another network now, or has slept: what it sends goes
+nowhere, and silence is noticed by keepalives after half a minute. So when the monitor of networks tells of a change
+each connection is asked for a sign of life, and one that gives none within `SIGN_OF_LIFE` seconds is ended, so that it
+is dialled anew. Any byte of the peer's is a sign. Two things are known without asking:
+
+- a connection whose own address this machine does not have any more is dead at once, if the peer can be reached from
+  another one;
+- where the peer cannot be reached at all (there is no network at the moment) nothing is ended: with the network the
+  connection may come back, and that is another change.
+
+Needed peers that are not connected are dialled at once, whatever their back-off says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
+
+import trio
+
+from actors.switchboard.connections import Connection
+from actors.switchboard.keeper import Keeper
+from protocol.errors import PeerupError
+from protocol.messages.network import WatchNetwork
+from supervisor.actor import Context
+from supervisor.errors import ActorRestartingError, AskError, NoSuchActorError
+
+MONITOR: Final = "nat/monitor"
+"""Who tells of changes."""
+
+SIGN_OF_LIFE: Final = 3.0
+"""Seconds: a lost packet is sent again within one, and a person waits no longer."""
+
+AT_ONCE: Final = 256
+"""Connections that are asked side by side."""
+
+SUBSCRIBE_DEADLINE: Final = 2.0
+"""Seconds for the monitor to answer."""
+
+ASK_AGAIN: Final = 5.0
+"""Seconds after which a monitor that did not answer, though it is there, is asked again."""
+
+CODE: Final = "network-changed"
+
+
+class Liveness:
+    """See the module.
+
+    Args:
+        connections: all live connections.
+        ping: one round trip to the peer of a connection; raises a :class:`PeerupError` if there is none.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        keeper: Keeper,
+        connections: Callable[[], Iterable[Connection]],
+        ping: Callable[[Connection], Awaitable[object]],
+    ) -> None:
+        self._context = context
+        self._keeper = keeper
+        self._connections = connections
+        self._ping = ping
+        self._checks: dict[Connection, trio.CancelScope] = {}
+        self._room = trio.CapacityLimiter(AT_ONCE)
+
+    async def follow(self) -> None:
+        """Ask the monitor to tell of changes; when it is not there, ActorUp says when to call this again."""
+        while True:
+            try:
+                await self._context.ask(MONITOR, WatchNetwork(), timeout=SUBSCRIBE_DEADLINE)
+            except (NoSuchActorError, ActorRestartingError):
+                return
+            except AskError as error:
+                self._context.log.warning("changes of the network are not told: {}", error)
+                await trio.sleep(ASK_AGAIN)
+            else:
+                return
+
+    def network_changed(self) -> None:
+        """Find out about every connection anew, and dial who is missing."""
+        for connection in self._connections():
+            # What was asked before this change proves nothing now.
+            if (earlier := self._checks.pop(connection, None)) is not None:
+                earlier.cancel()
+            scope = self._checks[connection] = trio.CancelScope()
+            self._context.nursery.start_soon(self._check, connection, scope)
+        self._dial_missing()
+
+    def _dial_missing(self) -> None:
+        for peer in self._keeper.peers():
+            self._keeper.retry(peer)
+
+    async def _check(self, connection: Connection, scope: trio.CancelScope) -> None:
+        with scope:
+            async with self._room:
+                verdict = path_of(connection)
+                if verdict == "moved":
+                    self._end(connection, "this machine no longer has the address that it was made from")
+                elif verdict == "unknown" and not await self._alive(connection):
+                    self._end(connection, f"no sign of life within {SIGN_OF_LIFE:g} s after the network has changed")
+        if self._checks.get(connection) is scope:
+            del self._checks[connection]
+
+    async def _alive(self, connection: Connection) -> bool:
+        received = connection.link.received
+        with trio.move_on_after(SIGN_OF_LIFE):
+            try:
+                await self._ping(connection)
+            except PeerupError:
+                # A refusal is a sign of life. What says nothing leaves the time for one, or the connection has ended.
+                while connection.end is None and connection.link.received == received:
+                    with trio.move_on_after(SIGN_OF_LIFE / 10):
+                        await connection.ended.wait()
+            return True
+        return connection.end is not None or connection.link.received != received
+
+    def _end(self, connection: Connection, reason: str) -> None:
+        if connection.end is None:
+            self._context.log.info("connection to {} is dead: {}", connection.peer, reason)
+            connection.link.abort(CODE, reason)
+            self._keeper.retry(connection.peer)
+
+
+def path_of(connection: Connection) -> str:
+    """What this machine's addresses and routes say of a connection.
+
+    `moved`: it was made from an address that is gone, and the peer is reached from another one now. `down`: no route
+    leads to the peer. `unknown`: it may live.
+    """
+    local, remote = connection.local_address.ip, connection.remote_address.ip
+    port = connection.remote_address.endpoint
+    if connection.path != "direct" or local is None or remote is None or port is None:
+        return "unknown"
+    if local.is_link_local or remote.is_link_local or local.is_loopback:
+        return "unknown"
+    family = socket.AF_INET if local.version == 4 else socket.AF_INET6
+    try:
+        source = _source(family, str(remote), port.port)
+    except OSError as error:
+        return "down" if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL) else "unknown"
+    if source == local:
+        return "unknown"
+    return "unknown" if _is_ours(family, str(local)) else "moved"
+
+
+def _source(family: int, host: str, port: int) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address that this machine would reach a host from. Nothing is sent."""
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect((host, port))
+        return ipaddress.ip_address(sock.getsockname()[0])
+
+
+def _is_ours(family: int, host: str) -> bool:
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind((host, 0))
+        return True
+    return False
