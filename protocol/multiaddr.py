@@ -83,7 +83,8 @@ class Multiaddr:
     components: tuple[Component, ...]
 
     def __init__(self, text: str) -> None:
-        """Parse and normalise a text: `/ipfs/` becomes `/p2p/`, IPv6 addresses are compressed, a last `/` is dropped.
+        """Parse and normalise a text: `/ipfs/` becomes `/p2p/`, `/wss` becomes `/tls/ws`, IPv6 addresses are
+        compressed, a last `/` is dropped.
 
         Raises:
             MultiaddrError: not a multiaddr, an unknown protocol, or too long.
@@ -271,7 +272,6 @@ class Multiaddr:
 _TRANSPORTS: Final[dict[tuple[str, ...], str]] = {
     ("tcp",): "tcp",
     ("tcp", "ws"): "websocket",
-    ("tcp", "wss"): "websocket",
     ("tcp", "tls", "ws"): "websocket",
     ("udp", "quic-v1"): "quic-v1",
     ("udp", "quic-v1", "webtransport"): "webtransport",
@@ -279,6 +279,8 @@ _TRANSPORTS: Final[dict[tuple[str, ...], str]] = {
 
 
 def _fill(address: Multiaddr, components: tuple[Component, ...]) -> None:
+    if any(component.name == "wss" for component in components):
+        components = _without_wss(components)
     if not components:
         raise MultiaddrError("a multiaddr has at least one component")
     if len(components) > MAX_COMPONENTS:
@@ -287,6 +289,19 @@ def _fill(address: Multiaddr, components: tuple[Component, ...]) -> None:
     object.__setattr__(address, "_text", "".join(map(str, components)))
     if len(address.to_bytes()) > MAX_BYTES:
         raise MultiaddrError(f"a multiaddr has at most {MAX_BYTES} bytes")
+
+
+def _without_wss(components: tuple[Component, ...]) -> tuple[Component, ...]:
+    """The same with `/tls/ws` for `/wss`, before which `/tls` may stand already (libp2p specs, websockets/)."""
+    made: list[Component] = []
+    for component in components:
+        if component.name == "wss":
+            if not any(before.name == "tls" for before in made[-2:]):
+                made.append(Component("tls", "", b""))
+            made.append(Component("ws", "", b""))
+        else:
+            made.append(component)
+    return tuple(made)
 
 
 def _ipv6(text: str) -> ipaddress.IPv6Address:

@@ -12,6 +12,7 @@ import dataclasses
 import resource
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -30,6 +31,7 @@ from actors.switchboard.listeners import Listeners
 from actors.switchboard.numbers import Numbers
 from actors.switchboard.ourselves import KEYRING, KEYRING_DEADLINE, Ourselves
 from actors.switchboard.ping import PingServer, ping
+from actors.switchboard.pipes import Pipes, TlsFiles
 from actors.switchboard.protocols import Agreed, InboundStreams, ProtocolTable
 from actors.switchboard.publishers import CONFIG, GATE, Publishers
 from actors.switchboard.reach import Reach, why_lost
@@ -98,6 +100,7 @@ class Switchboard(Actor):
         max_connections: how many there may be in all.
         max_streams: how many a peer may have open on one connection.
         admission: changes to the limits of handshakes, see `actors.switchboard.admission.Limits`.
+        tls: the files of `actors.switchboard.pipes.TlsFiles`.
     """
 
     mailbox_limit = 4096
@@ -109,7 +112,9 @@ class Switchboard(Actor):
         max_connections: int = MAX_CONNECTIONS,
         max_streams: int = yamux.DEFAULT_LIMITS.inbound_streams,
         admission: dict[str, float] | None = None,
+        tls: dict[str, str] | None = None,
     ) -> None:
+        self._tls = TlsFiles(**{name: Path(path) for name, path in (tls or {}).items()})
         self._listen = tuple(Multiaddr(text) for text in listen)
         self._max_connections = max_connections
         self._session_limits = dataclasses.replace(yamux.DEFAULT_LIMITS, inbound_streams=max_streams)
@@ -143,8 +148,10 @@ class Switchboard(Actor):
             on_ended=self._watchers.closed,
             limits=self._session_limits,
         )
+        pipes = Pipes(self._tls, wall=context.wall, warn=context.log.warning)
         self._reception = Reception(
             context.nursery,
+            pipes,
             upgrader,
             judge=self._admittance.judge_caller,
             welcome=self._admittance.welcome,
@@ -156,6 +163,7 @@ class Switchboard(Actor):
         self._reach = Reach(
             context,
             self._own,
+            pipes=pipes,
             upgrader=upgrader,
             table=self._table,
             admittance=self._admittance,
@@ -191,11 +199,11 @@ class Switchboard(Actor):
         self._serve_own_protocols()
         context.nursery.start_soon(self._reactor.run)
         await self._publishers.follow()
-        self._listeners.open(self._listen, checkpoint)
+        self._listeners.open(self._listen, checkpoint, server_name=pipes.prepare(self._listen))
         context.checkpoint(*self._listeners.to_checkpoint())
         await self._tell_anew()
-        for listener in self._listeners:
-            context.nursery.start_soon(self._reception.listen, listener.socket)
+        for sock, transports in self._listeners.sockets():
+            context.nursery.start_soon(self._reception.listen, sock, transports)
         context.nursery.start_soon(self._tick)
         addresses = [str(listener.address) for listener in self._listeners]
         context.log.info("{} listens on {}", self._own, ", ".join(addresses) or "nothing")

@@ -40,8 +40,11 @@ def expand(listening: Multiaddr) -> list[Multiaddr]:
     endpoint, ip = listening.endpoint, listening.ip
     if endpoint is None or ip is None or not ip.is_unspecified:
         return [listening]
+    rest = listening.components[2:]
     return [
-        Multiaddr.from_endpoint(str(address), endpoint.port, endpoint.transport)
+        Multiaddr.from_components(
+            (*Multiaddr.from_endpoint(str(address), endpoint.port, endpoint.transport).components, *rest)
+        )
         for address in machine_addresses()
         if address.version == ip.version and not address.is_loopback
     ]

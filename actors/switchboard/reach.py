@@ -14,10 +14,11 @@ from actors.switchboard.errors import ConnectionLostError, SwitchboardError, Unr
 from actors.switchboard.keeper import Keeper
 from actors.switchboard.link import LinkClosedError
 from actors.switchboard.numbers import Numbers
+from actors.switchboard.pipes import Pipes
 from actors.switchboard.streams import ChannelStream, open_negotiated
-from actors.switchboard.transports import connect_tcp, resolve
+from actors.switchboard.transports import resolve
 from actors.switchboard.upgrade import Upgraded, Upgrader, not_authorised
-from actors.switchboard.wire import Pipe, SocketPipe
+from actors.switchboard.wire import Pipe
 from protocol.errors import PeerupError
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
@@ -44,6 +45,7 @@ class Reach:
         context: Context,
         own: PeerId,
         *,
+        pipes: Pipes,
         upgrader: Upgrader,
         table: ConnectionTable,
         admittance: Admittance,
@@ -51,6 +53,7 @@ class Reach:
     ) -> None:
         self._context = context
         self._own = own
+        self._pipes = pipes
         self._upgrader = upgrader
         self._table = table
         self._numbers = numbers
@@ -151,7 +154,7 @@ class Reach:
         began = self._context.now()
         pipe: Pipe | None = None
         try:
-            pipe = SocketPipe(await connect_tcp(address))
+            pipe = await self._pipes.connect(address)
             upgraded = await self._upgrader.outbound(pipe, peer)
         except BaseException as error:
             if pipe is not None:

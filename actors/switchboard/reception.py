@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from collections.abc import Callable
 
@@ -9,8 +10,9 @@ import trio
 
 from actors.switchboard.admission import Admission, Limits, Place, source_of
 from actors.switchboard.errors import HandshakeError, SwitchboardError
+from actors.switchboard.pipes import Pipes
 from actors.switchboard.protocols import CancellableTimer
-from actors.switchboard.transports import accept_tcp
+from actors.switchboard.transports import TCP, accept_tcp
 from actors.switchboard.upgrade import RefusedPeerError, Upgraded, Upgrader
 from actors.switchboard.wire import Pipe, SocketPipe
 from protocol.peer_id import PeerId
@@ -21,11 +23,23 @@ OUT_OF_DESCRIPTORS_PAUSE = 0.5
 """Seconds without accepting when the process has no descriptor left; callers wait in the kernel's queue."""
 
 
+_PLAIN = frozenset({TCP})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Caller:
+    """An accepted socket, and what may be spoken where it was accepted."""
+
+    socket: socket.socket
+    transports: frozenset[str]
+
+
 class Reception:
     """Accepts callers and turns those who prove to be welcome over.
 
     Args:
         nursery: where accepting and handshakes run.
+        pipes: does what comes before the handshakes on other transports than plain TCP.
         upgrader: does the handshakes.
         judge: whether this peer, over this pipe, may connect; called once its id is proven.
         welcome: takes over the pipe of a peer that may; raises a SwitchboardError where there is no room.
@@ -37,6 +51,7 @@ class Reception:
     def __init__(
         self,
         nursery: trio.Nursery,
+        pipes: Pipes,
         upgrader: Upgrader,
         *,
         judge: Callable[[PeerId, Pipe], bool],
@@ -47,13 +62,14 @@ class Reception:
         limits: Limits | None = None,
     ) -> None:
         self._nursery = nursery
+        self._pipes = pipes
         self._upgrader = upgrader
         self._judge = judge
         self._welcome = welcome
         self._refused = refused
         self._now = now
         self._call_later = call_later
-        self._admission: Admission[socket.socket] = Admission(limits)
+        self._admission: Admission[_Caller] = Admission(limits)
         self._timer: CancellableTimer | None = None
         self._listening: list[trio.CancelScope] = []
 
@@ -67,13 +83,16 @@ class Reception:
         """Handshakes under way."""
         return self._admission.running
 
-    async def listen(self, listener: socket.socket) -> None:
-        """Accept at this socket until cancelled or closed. The socket stays the caller's."""
+    async def listen(self, listener: socket.socket, transports: frozenset[str] = _PLAIN) -> None:
+        """Accept at this socket until cancelled or closed. The socket stays the caller's.
+
+        `transports` is what may be spoken there; see `actors.switchboard.transports.Route`.
+        """
         with trio.CancelScope() as scope:
             self._listening.append(scope)
-            await self._listen(listener)
+            await self._listen(listener, transports)
 
-    async def _listen(self, listener: socket.socket) -> None:
+    async def _listen(self, listener: socket.socket, transports: frozenset[str]) -> None:
         while True:
             await trio.lowlevel.wait_readable(listener)
             try:
@@ -81,7 +100,7 @@ class Reception:
                     accepted = accept_tcp(listener)
                     if accepted is None:
                         break
-                    self._arrived(*accepted)
+                    self._arrived(_Caller(accepted[0], transports), accepted[1])
             except OSError:
                 self._refused("out-of-descriptors")
                 await trio.sleep(OUT_OF_DESCRIPTORS_PAUSE)
@@ -91,14 +110,14 @@ class Reception:
         """Stop accepting, and hang up on everybody who still waits. The listening sockets may be closed then."""
         for scope in self._listening:
             scope.cancel()
-        for sock in self._admission.drain():
-            sock.close()
+        for caller in self._admission.drain():
+            caller.socket.close()
         if self._timer is not None:
             self._timer.cancel()
 
-    def _arrived(self, sock: socket.socket, source: str) -> None:
-        if not self._admission.arrive(source_of(source), sock):
-            sock.close()
+    def _arrived(self, caller: _Caller, source: str) -> None:
+        if not self._admission.arrive(source_of(source), caller):
+            caller.socket.close()
             self._refused("queue-full")
 
     def _admit(self) -> None:
@@ -117,13 +136,14 @@ class Reception:
         self._timer = None
         self._admit()
 
-    async def _handshake(self, place: Place[socket.socket]) -> None:
-        pipe = SocketPipe(place.caller)
+    async def _handshake(self, place: Place[_Caller]) -> None:
+        ground = SocketPipe(place.caller.socket)
+        pipe: Pipe = ground
         scope = trio.CancelScope()
         proven = handed_over = False
 
         def displace() -> bool:
-            if pipe.readable:
+            if ground.readable:
                 return False  # the caller has done its part, the delay is ours
             scope.cancel()
             return True
@@ -137,6 +157,7 @@ class Reception:
 
         try:
             with scope:
+                pipe = await self._pipes.accept(place.caller.socket, ground, place.caller.transports)
                 upgraded = await self._upgrader.inbound(pipe, judge)
                 self._welcome(pipe, upgraded)
                 handed_over = True

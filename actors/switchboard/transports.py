@@ -1,11 +1,13 @@
 """TCP for the switchboard: multiaddrs to sockets and back.
 
-Everything here works on plain non-blocking sockets; waiting is trio's. A link takes such a socket over as it is.
+Everything here works on plain non-blocking sockets; waiting is trio's. A link takes such a socket over as it is, or
+with WebSocket on it, in TLS or not (`actors.switchboard.pipes`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import socket
@@ -33,23 +35,47 @@ _FAMILIES = {
 }
 
 
-def parse_tcp(address: Multiaddr) -> Endpoint:
-    """Where to connect to for this multiaddr; a `/p2p/…` at its end is for others to judge.
+TCP = "tcp"
+WEBSOCKET = "websocket"
+SECURE_WEBSOCKET = "wss"
+
+_STACKS = {(): TCP, ("ws",): WEBSOCKET, ("tls", "ws"): SECURE_WEBSOCKET, ("tls", "sni", "ws"): SECURE_WEBSOCKET}
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """What an address asks for.
+
+    Attributes:
+        endpoint: where the TCP connection goes.
+        transport: what runs on it: `TCP` (nothing more), `WEBSOCKET`, `SECURE_WEBSOCKET`.
+        server_name: the name that the address gives to TLS (`/sni/…`).
+    """
+
+    endpoint: Endpoint
+    transport: str
+    server_name: str | None
+
+
+def parse_route(address: Multiaddr) -> Route:
+    """How to connect to this multiaddr; a `/p2p/…` at its end is for others to judge.
 
     Raises:
-        AddressError: this transport cannot reach such an address.
+        AddressError: no transport here can reach such an address.
     """
-    endpoint = address.endpoint
-    plain = len(address.without_peer_id().components) == (3 if address.components[0].name == "ip6zone" else 2)
-    if endpoint is None or not plain or endpoint.transport != "tcp" or endpoint.kind not in _FAMILIES:
-        raise AddressError(f"{address} is not a TCP address that can be dialled")
-    return endpoint
+    endpoint, transport = address.endpoint, None
+    if endpoint is not None:
+        stack = address.without_peer_id().components[3 if address.components[0].name == "ip6zone" else 2 :]
+        transport = _STACKS.get(tuple(component.name for component in stack))
+    if endpoint is None or transport is None or endpoint.transport != "tcp" or endpoint.kind not in _FAMILIES:
+        raise AddressError(f"{address} is not an address that can be dialled: neither TCP nor WebSocket")
+    return Route(endpoint, transport, next((part.value for part in stack if part.name == "sni"), None))
 
 
 def is_dialable(address: Multiaddr) -> bool:
-    """Whether this transport can try the address."""
+    """Whether the address can be tried."""
     try:
-        parse_tcp(address)
+        parse_route(address)
     except AddressError:
         return False
     return True
@@ -77,9 +103,9 @@ def listen_tcp(address: Multiaddr) -> socket.socket:
     """A listening socket for this address; port 0 picks a free one.
 
     Raises:
-        AddressError: the address is not ours, not TCP, or in use; the reason says which.
+        AddressError: the address is not ours, not on TCP, or in use; the reason says which.
     """
-    wanted = parse_tcp(address)
+    wanted = parse_route(address).endpoint
     if _is_name(wanted):
         raise AddressError(f"cannot listen on {address}: give an IP address")
     family = _FAMILIES[wanted.kind][0]
@@ -142,12 +168,16 @@ def tune(sock: socket.socket) -> None:
 async def resolve(address: Multiaddr) -> list[Multiaddr]:
     """The concrete addresses behind a multiaddr with a DNS name; any other comes back as it is.
 
+    The name stays in them as the one whose certificate is expected.
+
     Raises:
         AddressError: unknown name, or no answer in time.
     """
-    wanted = parse_tcp(address)
+    route = parse_route(address)
+    wanted = route.endpoint
     if not _is_name(wanted):
         return [address]
+    rest = _stack_for(route)
     found: list[Multiaddr] = []
     families = _FAMILIES[wanted.kind]
     try:
@@ -161,7 +191,7 @@ async def resolve(address: Multiaddr) -> list[Multiaddr]:
         raise AddressError(f"the name {wanted.host} was not resolved within {RESOLVE_DEADLINE:g} s") from error
     for family, _, _, _, sockaddr in answers:
         if family in (socket.AF_INET, socket.AF_INET6):
-            made = Multiaddr.from_endpoint(str(sockaddr[0]), int(sockaddr[1]))
+            made = Multiaddr(f"{Multiaddr.from_endpoint(str(sockaddr[0]), int(sockaddr[1]))}{rest}")
             if made not in found:
                 found.append(made)
     if not found:
@@ -170,12 +200,12 @@ async def resolve(address: Multiaddr) -> list[Multiaddr]:
 
 
 async def connect_tcp(address: Multiaddr) -> socket.socket:
-    """A connected, non-blocking socket to this address (an IP address, see :func:`resolve`).
+    """A connected, non-blocking socket to this address (an IP address, see :func:`resolve`), whatever shall run on it.
 
     Raises:
         AddressError: refused, unreachable, or no answer in time.
     """
-    wanted = parse_tcp(address)
+    wanted = parse_route(address).endpoint
     if _is_name(wanted):
         raise AddressError(f"{address} must be resolved first")
     family = _FAMILIES[wanted.kind][0]
@@ -206,6 +236,12 @@ async def connect_tcp(address: Multiaddr) -> socket.socket:
         raise
     tune(sock)
     return sock
+
+
+def _stack_for(route: Route) -> str:
+    if route.transport == TCP:
+        return ""
+    return "/ws" if route.transport == WEBSOCKET else f"/tls/sni/{route.server_name or route.endpoint.host}/ws"
 
 
 def _sockaddr(family: int, host: str, port: int) -> tuple[str, int] | tuple[str, int, int, int]:

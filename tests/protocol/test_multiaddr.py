@@ -229,6 +229,25 @@ def test_relayed_addresses():
 
 
 @pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("/dns/a.example/tcp/443/wss", "/dns/a.example/tcp/443/tls/ws"),
+        ("/dns/a.example/tcp/443/tls/wss", "/dns/a.example/tcp/443/tls/ws"),
+        ("/ip4/1.2.3.4/tcp/443/tls/sni/a.example/wss", "/ip4/1.2.3.4/tcp/443/tls/sni/a.example/ws"),
+        (f"/ip4/1.2.3.4/tcp/443/wss/p2p/{PEER}/p2p-circuit", f"/ip4/1.2.3.4/tcp/443/tls/ws/p2p/{PEER}/p2p-circuit"),
+        ("/wss", "/tls/ws"),
+    ],
+)
+def test_secure_websocket_has_one_form(text, same):
+    assert Multiaddr(text) == Multiaddr(same)
+    assert str(Multiaddr(text)) == same
+    components = bytes.fromhex("de03")  # /wss
+    assert Multiaddr.from_bytes(Multiaddr("/ip4/1.2.3.4/tcp/443").to_bytes() + components) == Multiaddr(
+        "/ip4/1.2.3.4/tcp/443/tls/ws"
+    )
+
+
+@pytest.mark.parametrize(
     ("text", "endpoint", "transport"),
     [
         ("/ip4/127.0.0.1/tcp/1", Endpoint("ip4", "127.0.0.1", "tcp", 1), "tcp"),

@@ -15,6 +15,7 @@ from actors.switchboard.transports import (
     is_dialable,
     listen_tcp,
     local_multiaddr,
+    parse_route,
     remote_multiaddr,
     resolve,
 )
@@ -60,25 +61,50 @@ async def test_a_process_without_descriptors_cannot_dial_and_does_not_end(monkey
 
 @pytest.mark.parametrize(
     "address",
-    ["/ip4/127.0.0.1/udp/1/quic-v1", "/ip4/127.0.0.1/tcp/1/ws", f"/ip4/1.2.3.4/tcp/1{P2P}/p2p-circuit{P2P}"],
+    [
+        "/ip4/127.0.0.1/udp/1/quic-v1",
+        "/ip4/127.0.0.1/tcp/1/tls",
+        "/ip4/127.0.0.1/udp/1/ws",
+        "/ip4/127.0.0.1/tcp/1/ws/ws",
+        "/unix/a",
+        P2P,
+        f"/ip4/1.2.3.4/tcp/1{P2P}/p2p-circuit{P2P}",
+    ],
 )
 async def test_other_transports_are_not_dialled(address):
     assert not is_dialable(Multiaddr(address))
-    with pytest.raises(AddressError, match="not a TCP address"):
+    with pytest.raises(AddressError, match="neither TCP nor WebSocket"):
         await connect_tcp(Multiaddr(address))
 
 
 def test_what_can_be_dialled():
-    texts = ("/ip4/1.2.3.4/tcp/1", f"/ip6/::1/tcp/1{P2P}", "/dns4/a.example/tcp/1", "/ip6zone/lo/ip6/fe80::1/tcp/1")
-    for text in texts:
+    routes = {
+        "/ip4/1.2.3.4/tcp/1": ("tcp", None),
+        f"/ip6/::1/tcp/1{P2P}": ("tcp", None),
+        "/dns4/a.example/tcp/1": ("tcp", None),
+        "/ip6zone/lo/ip6/fe80::1/tcp/1": ("tcp", None),
+        f"/ip4/1.2.3.4/tcp/1/ws{P2P}": ("websocket", None),
+        "/ip6zone/lo/ip6/fe80::1/tcp/1/ws": ("websocket", None),
+        "/dns/a.example/tcp/443/wss": ("wss", None),
+        "/ip6/::1/tcp/443/tls/ws": ("wss", None),
+        f"/ip4/1.2.3.4/tcp/443/tls/sni/a.example/ws{P2P}": ("wss", "a.example"),
+    }
+    for text, (transport, name) in routes.items():
         assert is_dialable(Multiaddr(text)), text
+        route = parse_route(Multiaddr(text))
+        assert (route.transport, route.server_name) == (transport, name), text
 
 
 async def test_names_resolve_to_addresses():
     found = await resolve(Multiaddr("/dns4/localhost/tcp/4001"))
     assert found == [Multiaddr("/ip4/127.0.0.1/tcp/4001")]
-    plain = Multiaddr("/ip4/1.2.3.4/tcp/1")
-    assert await resolve(plain) == [plain]
+    for text in ("/ip4/1.2.3.4/tcp/1", "/ip4/1.2.3.4/tcp/1/ws", "/ip4/1.2.3.4/tcp/1/tls/ws"):
+        assert await resolve(Multiaddr(text)) == [Multiaddr(text)]
+    assert await resolve(Multiaddr("/dns4/localhost/tcp/80/ws")) == [Multiaddr("/ip4/127.0.0.1/tcp/80/ws")]
+    # The name is still the one whose certificate is expected.
+    for text, name in {"/wss": "localhost", "/tls/ws": "localhost", "/tls/sni/a.example/ws": "a.example"}.items():
+        found = await resolve(Multiaddr(f"/dns4/localhost/tcp/443{text}"))
+        assert found == [Multiaddr(f"/ip4/127.0.0.1/tcp/443/tls/sni/{name}/ws")]
     with pytest.raises(AddressError, match=r"nowhere\.invalid cannot be resolved"):
         await resolve(Multiaddr("/dns/nowhere.invalid/tcp/1"))
 
