@@ -6,7 +6,9 @@ most of all when both sides dial at the same moment; then both sides must keep t
 - connections that came up within `SIMULTANEOUS` seconds of each other and were dialled from different sides: the one
   dialled by the smaller peer id stays;
 - otherwise the newer one stays: nobody dials a peer that they are connected to, so the older one is
-  dead on the other side and we just have not noticed.
+  dead on the other side and we just have not noticed;
+- but a direct one always stays before a relayed one. If the peer comes through a relay while there is a direct
+  connection to it, the direct one is doubted: whoever `on_doubt` tells has it answer, or ends it.
 
 The one that goes is *drained*: it takes no new streams of ours, still accepts the peer's (which may not know yet), and
 is closed when it has had no stream for `LINGER` seconds. So nothing that runs is cut by the decision.
@@ -15,7 +17,7 @@ is closed when it has had no stream for `LINGER` seconds. So nothing that runs i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import trio
@@ -33,8 +35,11 @@ SIMULTANEOUS = 5.0
 """Seconds within which two connections count as one accident. Longer than any dial takes to notice the other's."""
 LINGER = 1.0
 """Seconds without a stream before a drained connection is closed: more than a round trip, for streams on their way."""
+DOUBT = 3.0
+"""Seconds that a direct connection has to show that it lives when its peer comes through a relay."""
 MAX_CONNECTIONS = 1024
-MAX_CONNECTIONS_PER_PEER = 8
+MAX_CONNECTIONS_PER_PEER = 4
+"""A relayed one and a direct one, each of which both sides may have dialled at the same moment."""
 
 
 class Muxed(Protocol):
@@ -130,6 +135,7 @@ class Connection:
     def info(self) -> ConnectionInfo:
         """What other actors are told."""
         told = self.identification
+        limit = self.via.limit
         return ConnectionInfo(
             id=self.id,
             peer=self.peer,
@@ -145,6 +151,9 @@ class Connection:
             opened_at=self.opened_at,
             agent=(told.agent_version or "") if told else "",
             protocols=told.protocols if told else (),
+            relay=self.via.relay,
+            limit_seconds=limit.duration or None if limit is not None else None,
+            limit_bytes=limit.data or None if limit is not None else None,
         )
 
     def describe(self, name: str, now: float) -> dict[str, Data]:
@@ -174,6 +183,9 @@ class ConnectionTable:
     Args:
         own: our own peer id, which decides about simultaneous connections.
         limit, limit_per_peer: how many there may be.
+
+    Attributes:
+        on_doubt: called with a direct connection that may be dead.
     """
 
     def __init__(
@@ -186,6 +198,7 @@ class ConnectionTable:
         self._count = 0
         self._lost: dict[PeerId, trio.Event] = {}
         self._found: dict[PeerId, trio.Event] = {}
+        self.on_doubt: Callable[[Connection], None] = _ignore
 
     def __len__(self) -> int:
         return self._count
@@ -201,7 +214,7 @@ class ConnectionTable:
     def of(self, peer: PeerId) -> tuple[Connection, ...]:
         """All connections to a peer, the best one first."""
         known = self._by_peer.get(peer, ())
-        return tuple(sorted(known, key=lambda connection: connection.draining))
+        return tuple(sorted(known, key=lambda connection: (connection.draining, connection.relayed)))
 
     def best(self, peer: PeerId) -> Connection | None:
         """The connection that new streams use."""
@@ -230,6 +243,10 @@ class ConnectionTable:
             loser = connection if self._stays(current, connection) else current
             loser.draining = True
             loser.drained_since = now
+            if loser is connection and loser.relayed and not current.relayed and not loser.outbound:
+                loser.drained_since = now + DOUBT
+                if now - current.opened > SIMULTANEOUS:
+                    self.on_doubt(current)
         if (found := self._found.pop(connection.peer, None)) is not None:
             found.set()
 
@@ -247,7 +264,7 @@ class ConnectionTable:
             if (lost := self._lost.pop(connection.peer, None)) is not None:
                 lost.set()
         elif not any(not other.draining for other in known):
-            heir = max(known, key=lambda other: other.opened)
+            heir = max(known, key=lambda other: (not other.relayed, other.opened))
             heir.draining = False
             heir.drained_since = None
 
@@ -284,7 +301,13 @@ class ConnectionTable:
 
     def _stays(self, current: Connection, newcomer: Connection) -> bool:
         """Whether the current connection is kept. Both sides come to the same answer."""
+        if current.relayed != newcomer.relayed:
+            return not current.relayed
         if newcomer.opened - current.opened > SIMULTANEOUS or newcomer.outbound == current.outbound:
             return False
         smaller_is_ours = self._own < current.peer
         return current.outbound == smaller_is_ours
+
+
+def _ignore(_: Connection) -> None:
+    pass

@@ -5,11 +5,16 @@ first, and for each further one when the one before has failed or after a head s
 attempt that ends with a proven connection wins and the others are cancelled. All who ask for the same peer meanwhile
 share one dial; it is bounded by its own deadline, and an asker who goes away does not end it for the others. What
 happened at each address is told in words, in success and in failure.
+
+Relayed addresses run in a lane of their own. It begins when all direct attempts have failed, or after a head start of
+`RELAY_HEAD_START` seconds; at once where there is no direct address, or where a relay was what worked last. Within its
+lane the address that worked last is tried first.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -29,6 +34,12 @@ from protocol.peer_id import PeerId
 
 HEAD_START = 0.25
 """Seconds before the next address is tried beside the one that has not answered (RFC 8305, section 8)."""
+RELAY_HEAD_START = 0.25
+"""Seconds that direct addresses have before relays are tried beside them: what a direct one takes across a continent."""
+MAX_WORKED = 256
+"""Peers of which it is remembered what worked; the one dialled longest ago is forgotten first."""
+MAX_RELAYED = 8
+"""Relayed addresses of one dial."""
 DIAL_DEADLINE = 15.0
 """Seconds for one dial of all addresses."""
 MAX_ATTEMPTS = 8
@@ -98,6 +109,7 @@ class Dialer(Generic[C, R]):
         discard: Callable[[C], None],
         now: Callable[[], float],
         head_start: float = HEAD_START,
+        relay_head_start: float = RELAY_HEAD_START,
         deadline: float = DIAL_DEADLINE,
     ) -> None:
         self._nursery = nursery
@@ -107,8 +119,10 @@ class Dialer(Generic[C, R]):
         self.discard = discard
         self.now = now
         self.head_start = head_start
+        self.relay_head_start = relay_head_start
         self._deadline = deadline
         self._dials: dict[PeerId, _Dial[R]] = {}
+        self._worked: OrderedDict[PeerId, Multiaddr] = OrderedDict()
 
     @property
     def dialing(self) -> frozenset[PeerId]:
@@ -130,8 +144,7 @@ class Dialer(Generic[C, R]):
             if not addresses:
                 raise NoAddressesError("no address of the peer is known")
             dial = self._dials[peer] = _Dial()
-            ranked = sorted(dict.fromkeys(addresses), key=rank)[:MAX_ADDRESSES]
-            self._nursery.start_soon(self._run, peer, ranked, dial)
+            self._nursery.start_soon(self._run, peer, tuple(addresses), dial)
         await dial.done.wait()
         if isinstance(dial.result, Dialed):
             return dial.result
@@ -156,12 +169,31 @@ class Dialer(Generic[C, R]):
                 dial.add = race.add
                 race.start(addresses)
         if race.winner:
+            self._remember(peer, race.won_at)
             return Dialed(self._establish(race.winner[0]), self.now() - began, tuple(race.tried.values()))
         verdict = next((error for error in race.failures if isinstance(error, _VERDICTS)), None)
         if verdict is not None and all(type(error) is type(verdict) for error in race.failures):
             raise verdict  # every address that answered says the same, and it is more than "unreachable"
         reason = f"no answer within {self._deadline:g} s" if deadline.cancelled_caught else "no address answered"
         raise UnreachableError(reason, tuple(race.tried.values()))
+
+    def lanes(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> tuple[list[Multiaddr], list[Multiaddr]]:
+        """The direct and the relayed ones of these addresses, each in the order of attempts."""
+        worked = self._worked.get(peer)
+        ranked = sorted(dict.fromkeys(addresses), key=lambda address: (address != worked, rank(address)))
+        direct = [address for address in ranked if not address.is_relayed]
+        return direct[:MAX_ADDRESSES], [address for address in ranked if address.is_relayed][:MAX_RELAYED]
+
+    def relay_worked(self, peer: PeerId) -> bool:
+        """Whether the last dial of the peer ended with a relayed connection."""
+        worked = self._worked.get(peer)
+        return worked is not None and worked.is_relayed
+
+    def _remember(self, peer: PeerId, address: Multiaddr) -> None:
+        self._worked[peer] = address
+        self._worked.move_to_end(peer)
+        if len(self._worked) > MAX_WORKED:
+            self._worked.popitem(last=False)
 
 
 class _Race(Generic[C]):
@@ -175,6 +207,7 @@ class _Race(Generic[C]):
         self.tried: dict[Multiaddr, str] = {}
         self.failures: list[PeerupError] = []
         self.winner: list[C] = []
+        self.won_at: Multiaddr
         self._dialer = dialer
         self._peer = peer
         self._nursery = nursery
@@ -183,12 +216,18 @@ class _Race(Generic[C]):
 
     def start(self, addresses: Sequence[Multiaddr]) -> None:
         """Try these, one after another with head starts."""
-        self._spawn(self._launch, addresses)
+        direct, relayed = self._dialer.lanes(self._peer, addresses)
+        over = trio.Event()
+        if direct:
+            self._spawn(self._run_lane, direct, over)
+        if relayed:
+            wait = direct and not self._dialer.relay_worked(self._peer)
+            self._spawn(self._run_relayed, relayed, over if wait else None)
 
     def add(self, addresses: Sequence[Multiaddr]) -> None:
         """Try these, too, unless the race is over."""
         if self._working:
-            self._spawn(self._launch, addresses)
+            self.start(addresses)
 
     def _spawn(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
         self._working += 1
@@ -200,14 +239,29 @@ class _Race(Generic[C]):
         finally:
             self._working -= 1
 
+    async def _run_lane(self, addresses: Sequence[Multiaddr], over: trio.Event) -> None:
+        await self._launch(addresses)
+        over.set()
+
+    async def _run_relayed(self, addresses: Sequence[Multiaddr], after: trio.Event | None) -> None:
+        if after is not None:
+            with trio.move_on_after(self._dialer.relay_head_start):
+                await after.wait()
+        await self._launch(addresses)
+
     async def _launch(self, addresses: Sequence[Multiaddr]) -> None:
+        """Start an attempt at each; return when all have ended."""
+        attempts = []
         for address in addresses:
             if address not in self.tried:
                 self.tried[address] = f"{address}: no answer"
                 ended = trio.Event()
+                attempts.append(ended)
                 self._spawn(self._attempt, address, ended)
                 with trio.move_on_after(self._dialer.head_start):
                     await ended.wait()
+        for ended in attempts:
+            await ended.wait()
 
     async def _attempt(self, address: Multiaddr, ended: trio.Event) -> None:
         dialer = self._dialer
@@ -216,7 +270,7 @@ class _Race(Generic[C]):
             async with self._room:
                 concrete = await dialer.resolve(address)
                 if list(concrete) == [address]:
-                    self._win(await dialer.attempt(self._peer, address))
+                    self._win(await dialer.attempt(self._peer, address), address)
                     self.tried[address] = f"{address}: connected in {(dialer.now() - began) * 1000:.0f} ms"
                     return
             self.tried[address] = f"{address}: {', '.join(map(str, concrete))}"
@@ -227,9 +281,10 @@ class _Race(Generic[C]):
         finally:
             ended.set()
 
-    def _win(self, candidate: C) -> None:
+    def _win(self, candidate: C, address: Multiaddr) -> None:
         if self.winner:
             self._dialer.discard(candidate)
         else:
+            self.won_at = address
             self.winner.append(candidate)
             self._nursery.cancel_scope.cancel()

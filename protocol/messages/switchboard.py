@@ -30,6 +30,8 @@ class ConnectionInfo:
         opened_at: seconds since the Unix epoch.
         agent: the peer's agent version from identify; empty until known.
         protocols: what the peer said in identify that it serves.
+        relay: through whom, if relayed.
+        limit_seconds, limit_bytes: what the relay grants to this circuit, each way; None without limit.
     """
 
     id: str
@@ -46,6 +48,9 @@ class ConnectionInfo:
     opened_at: float
     agent: str
     protocols: tuple[str, ...]
+    relay: PeerId | None = None
+    limit_seconds: int | None = None
+    limit_bytes: int | None = None
 
 
 @message("switchboard.stream-opened")
