@@ -129,7 +129,7 @@ def main() -> None:
     children = tuple(ChildSpec(name, FACTORY, {}, heartbeat=0) for name in NAMES)
     Service(
         path,
-        SupervisorSpec(Strategy(strategy), 1_000_000, 1.0, 0.0, 0.0, children),
+        SupervisorSpec(Strategy(strategy), 1_000_000, 1.0, 0.0, 0.0, children, starters=("bench",)),
         preload=("trio", "bench.runtime_actors"),
         log=LogSettings(level="critical"),
         factories=("bench.", "supervisor."),

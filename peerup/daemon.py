@@ -69,7 +69,7 @@ def run(
     with without_collector():
         from actors.config.file import load_config
         from peerup.systemd import ServiceManager
-        from peerup.tree import VITAL, Options, build_tree
+        from peerup.tree import OPERATORS, VITAL, Options, build_tree
         from supervisor.boot import LogSettings
         from supervisor.service import STOP_DEADLINE, Service
 
@@ -116,6 +116,7 @@ def run(
         build_tree(options),
         allow_faults=allow_faults,
         log=log,
+        operators=OPERATORS,
         on_ready=ready,
         on_stopping=stopping,
         on_alive=lambda: manager.tell("WATCHDOG=1"),

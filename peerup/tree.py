@@ -57,6 +57,12 @@ HEARTBEAT_DEADLINE = 3.0
 seen to need one second; a hung one must not stay for long."""
 
 
+OPERATORS = ("api",)
+"""Who may set taps, message faults and log levels of every process, and hurt processes: people, by the control API."""
+
+STARTERS = ("config",)
+"""Who may have proxies and services started and stopped: it follows the configuration."""
+
 VITAL = ("config", "keyring", "gate", "switchboard", "proxies", "api")
 """The actors that a watchdog outside waits for. Those that may fail for what no restart repairs, such as a port that
 somebody else has (metrics) or relays that cannot be reached, are their supervisor's business alone."""
@@ -130,10 +136,11 @@ def _actor(name: str, factory: str, **arguments: Data) -> ChildSpec:
 
 
 def _proxies() -> ChildSpec:
-    arguments = supervisor_arguments(_supervision(PROXIES_INTENSITY, ()))
+    arguments = supervisor_arguments(_supervision(PROXIES_INTENSITY, (), STARTERS))
     made = _actor("proxies", "supervisor.supervisor:Supervisor", **arguments)
     return dataclasses.replace(made, stop_deadline=PROXIES_STOP_DEADLINE)
 
 
-def _supervision(intensity: int, children: tuple[ChildSpec, ...]) -> SupervisorSpec:
-    return SupervisorSpec(Strategy.ONE_FOR_ONE, intensity, WINDOW, BACKOFF_INITIAL, BACKOFF_LIMIT, children)
+def _supervision(intensity: int, children: tuple[ChildSpec, ...], starters: tuple[str, ...] = ()) -> SupervisorSpec:
+    strategy = Strategy.ONE_FOR_ONE
+    return SupervisorSpec(strategy, intensity, WINDOW, BACKOFF_INITIAL, BACKOFF_LIMIT, children, starters)

@@ -38,6 +38,7 @@ class Boot:
         root: the tree.
         allow_faults: whether faults may be injected.
         log: how to log.
+        operators: names of the actors that may set taps, faults and log levels everywhere.
         factories: prefixes of the modules whose classes may be children.
         incarnations: what each name had come to when the last tree was lost: numbers go on, so ids stay unique.
         generation: 1 for the first tree of a service, one more for each that is built after the loss of one.
@@ -47,6 +48,7 @@ class Boot:
     root: SupervisorSpec
     allow_faults: bool = False
     log: LogSettings = dataclasses.field(default_factory=LogSettings)
+    operators: tuple[str, ...] = ()
     factories: tuple[str, ...] = ("actors.", "supervisor.")
     generation: int = 1
     incarnations: tuple[tuple[str, int], ...] = ()

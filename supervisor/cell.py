@@ -17,7 +17,7 @@ import math
 import os
 import random
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -28,6 +28,7 @@ from protocol.errors import PeerupError
 from protocol.messages import Data, Descriptor, Message, MessageId, Request
 from protocol.messages.system import LastWords, Ok, Ready, SaveCheckpoint
 from supervisor.actor import Actor, Checkpoint, HandlerEntry
+from supervisor.authority import Authority
 from supervisor.errors import AskError, DeadlineExceededError, RefusedError
 from supervisor.exchange import Exchange
 from supervisor.mailbox import Incoming, Mailbox
@@ -91,6 +92,7 @@ class Cell:
 
     Arguments:
         actor: its `context` is set here.
+        operators: names of those who may look into it and disturb it, see :mod:`supervisor.authority`.
         name, incarnation, port, supervisor, now, wall, random, set_log_level, crash, hang, allow_faults: as for
             :class:`~supervisor.exchange.Exchange`.
         log: the process's logger, bound to the actor's name.
@@ -113,6 +115,7 @@ class Cell:
         crash: Callable[[], None] | None = None,
         hang: Callable[[], None] | None = None,
         allow_faults: bool = False,
+        operators: Collection[str] = (),
         on_ready: Callable[[dict[str, Data]], None] | None = None,
     ) -> None:
         self.actor = actor
@@ -123,6 +126,7 @@ class Cell:
             incarnation,
             port,
             supervisor=supervisor,
+            authority=Authority(supervisor, operators),
             now=now,
             wall=wall,
             random=random,

@@ -13,9 +13,10 @@ enters through `now`, and whatever must happen later is a timer that the process
 A delivered envelope goes one of these ways, in this order:
 
 1. it carries `reply_to`: it resolves the pending request, if the one who was asked sent it;
-2. its kind has an `on` handler: that runs at once, ahead of the mailbox (pings, metrics, journal, taps, ... are such);
-3. the actor understands its kind: it waits in the mailbox, whose overflow policy says what happens when it is full;
-4. otherwise it is refused with code `not-understood`.
+2. its sender may not send that kind: it is refused with code `sender-not-allowed` (:mod:`supervisor.authority`);
+3. its kind has an `on` handler: that runs at once, ahead of the mailbox (pings, metrics, journal, taps, ... are such);
+4. the actor understands its kind: it waits in the mailbox, whose overflow policy says what happens when it is full;
+5. otherwise it is refused with code `not-understood`.
 
 Delivery is at most once. A request ends in exactly one of: its answer, a refusal, `actor-restarting` (the target's
 process ended), `no-such-actor`, `deadline-exceeded`, or the asker forgot it. What could not be delivered is kept as a
@@ -73,6 +74,8 @@ from protocol.messages.system import (
     Tapped,
     TapRule,
 )
+from supervisor import authority
+from supervisor.authority import Authority
 from supervisor.edges import Edges
 from supervisor.errors import ActorRestartingError, AskError, DeadlineExceededError, NoSuchActorError, RefusedError
 from supervisor.mailbox import Incoming, Mailbox
@@ -94,7 +97,7 @@ DEAD_LETTER_LIMIT = 256
 UNRECORDED = frozenset((Ping.KIND, Pong.KIND, Tapped.KIND, ReadJournal.KIND, Journal.KIND))
 """Kinds that stay out of the journal, because they would push out everything else."""
 
-_UNDELIVERABLE = frozenset(("mailbox-full", "not-understood"))
+_UNDELIVERABLE = frozenset(("mailbox-full", "not-understood", authority.CODE))
 """Codes of refusals that mean: nobody has read the message."""
 
 _Head = tuple[str, str | None, str | None, str, str, str, float]
@@ -118,7 +121,8 @@ class Exchange:
     Arguments:
         name, incarnation: who this is; message ids are `<name>:<incarnation>:<n>`.
         port: carries the envelopes.
-        supervisor: the only one whose `Stop` is obeyed ("" = anybody's).
+        supervisor: the name of its supervisor; "" for a process beside the tree.
+        authority: who may send what; None: only the supervisor may do what not everybody may.
         now, wall: the clocks (CLOCK_MONOTONIC seconds; seconds since the epoch).
         random: seeded; used for nothing secret.
         mailbox: where messages for the actor wait; None: everything must have an `on` handler.
@@ -133,6 +137,7 @@ class Exchange:
         metrics: the actor's own series, which the exchange reports together with its own.
 
     Attributes:
+        authority: who may send what; whoever makes the exchange may replace it before the first message.
         handled: messages that the actor has finished handling; kept by whoever dispatches, reported in `Pong`.
     """
 
@@ -146,6 +151,7 @@ class Exchange:
         wall: Callable[[], float],
         random: random.Random,
         supervisor: str = "",
+        authority: Authority | None = None,
         mailbox: Mailbox[Incoming] | None = None,
         understands: Collection[str] | None = None,
         wake: Callable[[], None] | None = None,
@@ -165,6 +171,7 @@ class Exchange:
         self.wall = wall
         self.random = random
         self.allow_faults = allow_faults
+        self.authority = authority if authority is not None else Authority(supervisor)
         self.metrics = metrics if metrics is not None else Registry()
         self.handled = 0
         self._port = port
@@ -310,6 +317,11 @@ class Exchange:
             return
         if envelope.reply_to is not None:
             self._answered(envelope, descriptors)
+            return
+        not_allowed = self.authority.refusal(self.name, kind, envelope.sender)
+        if not_allowed is not None:
+            self.metrics.counter("peerup_messages_not_allowed_total", kind=kind).inc()
+            self.refuse(envelope, not_allowed)
             return
         control = self._control.get(kind)
         if control is None and (
@@ -543,10 +555,8 @@ class Exchange:
         waiting = 0 if self._mailbox is None else len(self._mailbox)
         self.answer(envelope, Pong(waiting, self.handled))
 
-    def _on_stop_message(self, message: Stop, envelope: Envelope) -> None:
-        if self.supervisor and envelope.sender != self.supervisor:
-            self.refuse(envelope, RefusedError("not-allowed", f"only {self.supervisor} may stop {self.name}"))
-        elif self._on_stop is not None:
+    def _on_stop_message(self, message: Stop, _: Envelope) -> None:
+        if self._on_stop is not None:
             self._on_stop(message.reason)
 
     def _on_describe(self, _: Describe, envelope: Envelope) -> None:

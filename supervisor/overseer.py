@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import loguru
@@ -49,6 +49,7 @@ from protocol.messages.system import (
     Tree,
 )
 from supervisor.actor import Checkpoint
+from supervisor.authority import Authority
 from supervisor.errors import AskError, NoSuchActorError, RefusedError
 from supervisor.estate import Estate, keep_message
 from supervisor.exchange import Exchange
@@ -144,6 +145,7 @@ class Overseer:
         pid: what the tree shows as this supervisor's process; None: the present one.
         log: the process's logger.
         last_incarnation: the highest incarnation that a name has had so far, see SupervisorLogic.
+        operators: names of those who may look into it and disturb it, see :mod:`supervisor.authority`.
     """
 
     def __init__(
@@ -158,6 +160,7 @@ class Overseer:
         pid: int | None = None,
         log: loguru.Logger | None = None,
         last_incarnation: Callable[[str], int] = lambda _: 0,
+        operators: Collection[str] = (),
     ) -> None:
         self.name = name
         self.logic = SupervisorLogic(name, spec, random, last_incarnation)
@@ -174,6 +177,9 @@ class Overseer:
         self._estate = Estate()
         self._last_words: dict[tuple[str, int], LastWords] = {}
         self._timer: Timer | None = None
+        exchange.authority = Authority(
+            exchange.supervisor, operators, starters=spec.starters, is_child=self._published.__contains__
+        )
         exchange.on(Ready, self._on_ready)
         exchange.on(LastWords, self._on_last_words)
         exchange.on(SaveCheckpoint, self._on_save_checkpoint)
@@ -235,8 +241,6 @@ class Overseer:
 
     def _on_ready(self, message: Ready, envelope: Envelope) -> None:
         name = envelope.sender
-        if name not in self._published:
-            return  # not a child of this supervisor (any more)
         self._ready[name] = message.state
         self._do(self.logic.child_ready(name, message.incarnation, self._exchange.now()))
         if self._published.get(name) == (NameState.READY, message.incarnation):
@@ -250,29 +254,32 @@ class Overseer:
             self._last_words[envelope.sender, message.incarnation] = message
 
     def _on_save_checkpoint(self, message: SaveCheckpoint, envelope: Envelope) -> None:
-        if envelope.sender not in self._published:
-            return  # not a child of this supervisor (any more); the descriptors close with the message
-        self._keep(envelope.sender, (), Checkpoint(message.state, message.descriptors))
+        self._keep(envelope.sender, (), Checkpoint(message.state, message.descriptors), envelope)
 
     def _on_keep_checkpoint(self, message: KeepCheckpoint, envelope: Envelope) -> None:
         checkpoint = Checkpoint(message.state, message.descriptors)
         if envelope.sender == self._exchange.supervisor and message.path[:1] == (self.name,):
-            self._estate.keep(message.name, message.path[1:], checkpoint)
-        elif envelope.sender in self._published and message.path[:1] == (envelope.sender,):
-            self._keep(message.name, message.path, checkpoint)
+            self._estate.keep(message.name, message.path[1:], checkpoint, len(envelope.body))
+        elif message.path[:1] == (envelope.sender,):
+            self._keep(message.name, message.path, checkpoint, envelope)
 
     def _on_drop_checkpoint(self, message: DropCheckpoint, envelope: Envelope) -> None:
         if message.name in self._estate.names_below(envelope.sender):
             self._drop_checkpoints([message.name])
 
     def _on_read_estate(self, _: ReadEstate, envelope: Envelope) -> None:
-        if envelope.sender in self._published:
-            for message in self._estate.messages_below(envelope.sender):
-                self._exchange.tell(envelope.sender, message, cause=envelope.id)
+        for message in self._estate.messages_below(envelope.sender):
+            self._exchange.tell(envelope.sender, message, cause=envelope.id)
         self._exchange.answer(envelope, Ok())
 
-    def _keep(self, name: str, path: tuple[str, ...], checkpoint: Checkpoint) -> None:
-        self._estate.keep(name, path, checkpoint)
+    def _keep(self, name: str, path: tuple[str, ...], checkpoint: Checkpoint, envelope: Envelope) -> None:
+        try:
+            self._estate.keep(name, path, checkpoint, len(envelope.body), own=name in self._published)
+        except RefusedError as refusal:
+            self._log.warning("a checkpoint of {} was not kept: {}", name, refusal)
+            self._exchange.metrics.counter("peerup_checkpoints_refused_total", reason=refusal.code).inc()
+            self._exchange.refuse(envelope, refusal)
+            return
         self._exchange.tell(self._exchange.supervisor, keep_message(name, (self.name, *path), checkpoint))
 
     def _drop_unclaimed(self) -> None:

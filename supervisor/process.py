@@ -109,6 +109,7 @@ class Leaf(thespian.actors.Actor):
             crash=crash,
             hang=hang,
             allow_faults=boot.allow_faults,
+            operators=boot.operators,
         )
         transport.receiver = cell.exchange
         status = 0

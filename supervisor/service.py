@@ -52,6 +52,7 @@ from protocol.messages.system import (
 )
 from supervisor import linux, thespian_base
 from supervisor.actor import Checkpoint
+from supervisor.authority import Authority
 from supervisor.boot import ROOT, SERVICE, Boot, LogSettings
 from supervisor.errors import AskError, DeadlineExceededError, RefusedError
 from supervisor.estate import Estate
@@ -146,6 +147,7 @@ class Service:
         preload: modules to import before any process is made: trio, the actors, what they import.
         allow_faults: whether faults may be injected.
         log: how every process logs.
+        operators: names of the actors that may set taps, faults and log levels everywhere.
         factories: prefixes of the modules whose classes may be actors.
         on_ready: called each time the whole tree is ready (again).
         on_stopping: called when an ordered stop begins.
@@ -163,6 +165,7 @@ class Service:
         preload: tuple[str, ...] = (),
         allow_faults: bool = False,
         log: LogSettings | None = None,
+        operators: Collection[str] = (),
         factories: tuple[str, ...] = ("actors.", "supervisor."),
         on_ready: Callable[[], None] | None = None,
         on_stopping: Callable[[], None] | None = None,
@@ -176,6 +179,7 @@ class Service:
         self._preload = preload
         self._allow_faults = allow_faults
         self._log_settings = log if log is not None else LogSettings()
+        self._operators = tuple(operators)
         self._factories = factories
         self._on_ready = on_ready
         self._on_stopping = on_stopping
@@ -224,7 +228,7 @@ class Service:
     def _keep_running(self, directory: RunDirectory) -> None:
         lost: collections.deque[float] = collections.deque()
         failed_starts = 0
-        boot = Boot(directory, self._root, self._allow_faults, self._log_settings, self._factories)
+        boot = Boot(directory, self._root, self._allow_faults, self._log_settings, self._operators, self._factories)
         while True:
             tree = _Tree(boot)
             try:
@@ -301,6 +305,8 @@ class Service:
             SERVICE,
             boot.generation,
             wire,
+            # It has no supervisor, so nobody speaks as one.
+            authority=Authority(SERVICE, boot.operators, is_child=lambda name: name == ROOT),
             now=time.monotonic,
             wall=time.time,
             random=random.Random(os.urandom(16)),  # noqa: S311 - documented as never for keys
@@ -386,7 +392,11 @@ class Service:
 
     def _keep_checkpoint(self, message: KeepCheckpoint, envelope: Envelope) -> None:
         if envelope.sender == ROOT and message.path[:1] == (ROOT,):
-            self._estate.keep(message.name, message.path, Checkpoint(message.state, message.descriptors))
+            checkpoint = Checkpoint(message.state, message.descriptors)
+            try:
+                self._estate.keep(message.name, message.path, checkpoint, len(envelope.body))
+            except RefusedError as refusal:
+                self._warn(f"a checkpoint was not kept: {refusal}")
 
     def _drop_checkpoint(self, message: DropCheckpoint, envelope: Envelope) -> None:
         if envelope.sender == ROOT:

@@ -28,7 +28,7 @@ import functools
 import importlib
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
 import loguru
@@ -467,6 +467,7 @@ class World:
             crash=functools.partial(self.end, process, "crashed by a fault"),
             hang=functools.partial(self.freeze, process.name),
             allow_faults=True,
+            operators=self._simulation.operators,
         )
         process.attach(cell.exchange)
         await cell.run(checkpoint)
@@ -485,6 +486,7 @@ class World:
             pid=process.pid,
             log=self._simulation.log.bind(actor=process.name),
             last_incarnation=self.incarnation,
+            operators=self._simulation.operators,
         )
         process.attach(exchange)
         self._take_over(process.name, supervisor_spec(spec))
@@ -624,6 +626,7 @@ class Simulation:
         start_time: bounds of the time that a process takes to come to life.
         tracing: whether the trace is written (hours of heartbeats fill memory).
         log: where actors log.
+        operators: who may disturb others besides the scenario, see :mod:`supervisor.authority`.
     """
 
     def __init__(
@@ -635,7 +638,9 @@ class Simulation:
         start_time: tuple[float, float] = (0.005, 0.05),
         tracing: bool = True,
         log: loguru.Logger = loguru.logger,
+        operators: Collection[str] = (),
     ) -> None:
+        self.operators = (WORLD, *operators)
         self.seed = seed
         self.latency = latency
         self.start_time = start_time

@@ -122,6 +122,7 @@ class Supervisor(thespian.actors.Actor):
             pid=os.getpid(),
             log=log.logger,
             last_incarnation=self._last_incarnation,
+            operators=self._boot.operators,
         )
         stop_read, stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(stop_write, warn_on_full_buffer=False)

@@ -31,6 +31,8 @@ HELP = {
     "peerup_process_cpu_seconds": "CPU time of the actor's process, user and system.",
     "peerup_process_resident_memory_bytes": "Resident memory of the actor's process, shared pages included.",
     "peerup_process_open_fds": "Open descriptors of the actor's process.",
+    "peerup_messages_not_allowed": "Messages refused because their sender may not send that kind.",
+    "peerup_checkpoints_refused": "Checkpoints that were over a bound or came from somebody else.",
     "peerup_auth_decisions": "Decisions about connections and streams, by rule.",
     "peerup_audit_events_lost": "Audit events that could not be written.",
     "peerup_authorized_keys_problems": "Problems in authorized_keys.",

@@ -67,6 +67,7 @@ class SupervisorSpec:
         backoff_initial, backoff_limit: seconds before the 2nd restart in a window and the longest wait, doubling
             between, with jitter. The first restart is immediate.
         children: started in this order, stopped in reverse.
+        starters: names of the actors that may have further children started and stopped here.
     """
 
     strategy: Strategy
@@ -75,6 +76,7 @@ class SupervisorSpec:
     backoff_initial: float
     backoff_limit: float
     children: tuple[ChildSpec, ...]
+    starters: tuple[str, ...] = ()
 
 
 @message("system.ok")
@@ -353,7 +355,10 @@ class ChildStarted(Message):
 
 @message("system.start-child")
 class StartChild(Request[ChildStarted]):
-    """Ask a supervisor to start a child. Refused with code `already-started` when the name is taken."""
+    """Ask a supervisor to start a child. Refused with code `already-started` when the name is taken.
+
+    Only those may ask that the supervisor's specification names as `starters`.
+    """
 
     spec: ChildSpec
 

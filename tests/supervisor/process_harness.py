@@ -23,6 +23,8 @@ from tests.supervisor.toy_actors import Echo, Echoed
 from tests.support.processes import is_alive, tree, wait_until
 
 ROOT = pathlib.Path(__file__).parents[2]
+VISITOR = "tester"
+"""The visitor of a toy service, who may do everything to it."""
 TOY = "tests.supervisor.toy_actors:Toy"
 
 
@@ -78,7 +80,7 @@ def spec(
     backoff: float = 0.05,
 ) -> SupervisorSpec:
     """A supervisor with these children."""
-    return SupervisorSpec(strategy, intensity, window, backoff, 0.5, children)
+    return SupervisorSpec(strategy, intensity, window, backoff, 0.5, children, starters=(VISITOR,))
 
 
 def toy(name: str, **arguments: object) -> ChildSpec:
@@ -113,7 +115,7 @@ class ToyService:
     def visitor(self) -> Visitor:
         """A registered name in the run directory, made at first use."""
         if self._visitor is None:
-            self._visitor = Visitor(self.path, "tester")
+            self._visitor = Visitor(self.path, VISITOR)
         return self._visitor
 
     def leave(self) -> None:

@@ -35,6 +35,7 @@ from protocol.messages.system import (
     Tapped,
     TapRule,
 )
+from supervisor.authority import Authority
 from supervisor.edges import compile_filter
 from supervisor.errors import ActorRestartingError, DeadlineExceededError, NoSuchActorError, RefusedError
 from supervisor.exchange import DEAD_LETTER_LIMIT, JOURNAL_LIMIT, Exchange
@@ -108,6 +109,7 @@ class Bench:
             wall=lambda: 0.0,
             random=random.Random(0),
             supervisor="boss",
+            authority=Authority("boss", ("you",)),
             mailbox=self.mailbox,
             understands={Query.KIND, Note.KIND, HandOver.KIND, ActorDown.KIND, ActorUp.KIND},
             wake=self.wake,
@@ -396,7 +398,7 @@ def test_describe_stop_and_log_level(bench):
     bench.arrive(Describe())
     assert bench.said() == [("you", Description({"mood": "good"}))]
     bench.arrive(Stop("because"), sender="you")
-    assert bench.said()[0][1].code == "not-allowed"
+    assert bench.said()[0][1].code == "sender-not-allowed"
     bench.arrive(Stop("because"), sender="boss")
     assert bench.calls == [("stop", "because")]
 

@@ -184,7 +184,7 @@ def child(name, factory="summer", **more):
 
 
 def tree(*children, strategy=Strategy.ONE_FOR_ONE, intensity=5, window=10.0):
-    return SupervisorSpec(strategy, intensity, window, 0.1, 5.0, children)
+    return SupervisorSpec(strategy, intensity, window, 0.1, 5.0, children, starters=("world",))
 
 
 def below(name, spec):

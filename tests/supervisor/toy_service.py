@@ -11,7 +11,7 @@ from protocol.errors import PeerupError
 from protocol.messages import decode_body
 from supervisor.boot import LogSettings
 from supervisor.service import Service
-from tests.supervisor.process_harness import RootSpec
+from tests.supervisor.process_harness import VISITOR, RootSpec
 
 
 def _refuse(*_: object, **__: object) -> NoReturn:
@@ -30,6 +30,7 @@ def main() -> None:
         preload=("trio", "tests.supervisor.toy_actors"),
         allow_faults="--allow-faults" in options,
         log=LogSettings(level="debug"),
+        operators=(VISITOR,),
         factories=("tests.supervisor.", "supervisor."),
         on_ready=lambda: print("ready", flush=True),
         on_stopping=lambda: print("stopping", flush=True),

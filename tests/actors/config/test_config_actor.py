@@ -92,7 +92,7 @@ class Machine:
 
     def tree(self):
         def supervision(*children):
-            return SupervisorSpec(Strategy.ONE_FOR_ONE, 100, 60.0, 0.1, 1.0, children)
+            return SupervisorSpec(Strategy.ONE_FOR_ONE, 100, 60.0, 0.1, 1.0, children, starters=("config",))
 
         arguments = {"path": str(self.path), "proxies": str(self.proxies), "watch": False}
         return supervision(
