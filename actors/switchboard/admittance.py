@@ -93,6 +93,10 @@ class Admittance:
             self._decisions.note(connection.peer, protocol, decision, connection.way, self._context.now())
         return decision
 
+    def note(self, connection: Connection, subject: str, decision: Decision) -> None:
+        """Note for the audit log what was decided elsewhere about a connected peer."""
+        self._decisions.note(connection.peer, subject, decision, connection.way, self._context.now())
+
     def may_connect(self, connection: Connection) -> bool:
         """Whether the peer of a connection may still be connected."""
         return self.decide(connection.peer).allowed
@@ -191,17 +195,22 @@ class Admittance:
                     self._decisions.note(connection.peer, protocol, decision, connection.way, now)
                     channel.reset(ResetCode.GATED)
 
-    def tick(self) -> None:
-        """Enforce what only time changes; close drained connections; tell folded decisions."""
+    def tick(self) -> bool:
+        """Enforce what only time changes; close drained connections; tell folded decisions.
+
+        Returns whether somebody's time has passed.
+        """
         for connection in self._table.drained(self._context.now()):
             connection.link.close("superseded", "another connection to the peer is used")
         wall = self._context.wall()
         expiry = self._publishers.policy.next_expiry(self._expiry_checked)
-        if expiry is not None and expiry <= wall:
+        expired = expiry is not None and expiry <= wall
+        if expired:
             self.enforce()
         self._expiry_checked = wall
         if self._decisions.pending:
             self.flush()
+        return expired
 
     def flush(self) -> None:
         """Tell the decisions that were not told yet."""

@@ -2,7 +2,7 @@
 
 Theory of operation. Each inbound stream begins with multistream-select. For every protocol that the peer proposes the
 policy is asked first. Peers that may not connect (any more) get a reset; a protocol that the peer may not use, or
-that does not exist, gets `na`, and nobody can tell these two apart; a protocol that it may use and whose actor is
+that does not exist, gets `na`, and nobody can tell these two apart; a service that it may use and whose actor is
 just not there gets a reset with a code that says so. After agreement the stream goes to whoever serves it::
 
     opened --proposal--> judged --allowed, served--> handed out
@@ -25,6 +25,7 @@ from actors.switchboard.link import Channel
 from protocol.errors import ProtocolError
 from protocol.multistream import Responder
 from protocol.policy import Decision
+from protocol.service import service_of_protocol
 from protocol.stream_descriptor import ResetCode
 
 NEGOTIATION_DEADLINE = 10.0
@@ -176,6 +177,8 @@ class _Negotiation:
                 raise _RefusedStreamError(ResetCode.GATED)
             return False
         if self._room.table.handler(protocol) is None:
+            if service_of_protocol(protocol) is None:
+                return False  # this node does not do that at all, such as to relay
             raise _RefusedStreamError(ResetCode.SERVICE_UNAVAILABLE)
         self._decision = decision
         return True

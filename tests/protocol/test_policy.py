@@ -93,7 +93,13 @@ def test_basic_protocols_need_the_connection_alone(protocol):
 
 
 def test_basic_protocols_are_these():
-    assert {"/ipfs/ping/1.0.0", "/ipfs/id/1.0.0", "/ipfs/id/push/1.0.0", "/pingpong/1.0.0"} == BASIC_PROTOCOLS
+    assert {
+        "/ipfs/ping/1.0.0",
+        "/ipfs/id/1.0.0",
+        "/ipfs/id/push/1.0.0",
+        "/pingpong/1.0.0",
+        "/libp2p/circuit/relay/0.2.0/hop",
+    } == BASIC_PROTOCOLS
 
 
 def test_of_two_lines_the_stricter_counts():
