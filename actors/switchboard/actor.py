@@ -2,8 +2,8 @@
 
 This file only brings the rooms together: it answers messages, applies the policy, and counts. What happens in each room
 is told in its own module: `transports`, `admission`, `reception`, `upgrade` and `admittance` for callers, `reach`,
-`dialer` and `keeper` for dials, `connections`, `watching`, `protocols`, `identify`, `ourselves`, `ping`, `publishers`,
-and, for the bytes, `link`, `attached` and `doors`.
+`dialer` and `keeper` for dials, `connections`, `liveness`, `watching`, `protocols`, `identify`, `ourselves`, `ping`,
+`publishers`, and, for the bytes, `link`, `attached` and `doors`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from actors.switchboard.decisions import DecisionLog
 from actors.switchboard.doors import Doors
 from actors.switchboard.errors import ConnectionLostError, SwitchboardError, TooManyError, refusal
 from actors.switchboard.identify import IdentifyRoom
-from actors.switchboard.link import Channel, LinkClosedError
+from actors.switchboard.link import Channel, LinkClosedError, LinkEnd
 from actors.switchboard.listeners import Listeners
+from actors.switchboard.liveness import MONITOR, Liveness
 from actors.switchboard.numbers import Numbers
 from actors.switchboard.ourselves import KEYRING, KEYRING_DEADLINE, Ourselves
 from actors.switchboard.ping import PingServer, ping
@@ -36,17 +37,20 @@ from actors.switchboard.protocols import Agreed, InboundStreams, ProtocolTable
 from actors.switchboard.publishers import CONFIG, GATE, Publishers
 from actors.switchboard.reach import Reach, why_lost
 from actors.switchboard.reception import Reception
+from actors.switchboard.relaying import Relaying
 from actors.switchboard.streams import Negotiation, abandoning, open_ahead
 from actors.switchboard.upgrade import Upgrader
 from actors.switchboard.watching import ConnectionWatchers
 from protocol import yamux
-from protocol.errors import PeerupError
+from protocol.errors import InvalidValueError, PeerupError
 from protocol.messages import Data, Descriptor, Message
 from protocol.messages.config import ConfigSnapshot
 from protocol.messages.doors import LendListener, ServeAt
 from protocol.messages.gate import Decided, PolicyPublished
 from protocol.messages.keyring import ReadIdentity, SignNoiseStaticKey
+from protocol.messages.network import NetworkChanged
 from protocol.messages.reachability import AnnounceAddresses, WatchConnections, WatchedConnections
+from protocol.messages.relay import DrainRelay, ReadRelay, RelayStatus, ServeRelay, WithdrawRelay
 from protocol.messages.switchboard import (
     AdoptedStreams,
     AdoptStreams,
@@ -77,7 +81,8 @@ from protocol.messages.system import ActorDown, ActorUp
 from protocol.multiaddr import Multiaddr
 from protocol.noise import Identity as NoiseIdentity
 from protocol.peer_id import PeerId
-from protocol.protocol_ids import IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG
+from protocol.policy import Decision
+from protocol.protocol_ids import CIRCUIT_HOP, IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG
 from protocol.service import service_of_protocol
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
@@ -87,6 +92,8 @@ PROXIES = "proxy/"
 """What the names of the actors of proxies begin with."""
 SERVICES = "service/"
 """What the names of the actors of services begin with."""
+RELAY_SERVER = "relay/server"
+"""The actor that says how this node serves as a relay."""
 
 TICK = 1.0
 """Seconds between looks at what only time changes: drained connections, expired peers, folded decisions, gauges."""
@@ -145,7 +152,7 @@ class Switchboard(Actor):
             numbers=self._numbers,
             on_stream=self._stream_opened,
             on_opened=self._connection_opened,
-            on_ended=self._watchers.closed,
+            on_ended=self._connection_ended,
             limits=self._session_limits,
         )
         pipes = Pipes(self._tls, wall=context.wall, warn=context.log.warning)
@@ -196,8 +203,23 @@ class Switchboard(Actor):
         self._identify = IdentifyRoom(
             self._ourselves.describe, self._ourselves.protocols_for, self._reach.book.learn, self._reactor.call_later
         )
+        self._relaying = Relaying(
+            context,
+            self._reactor,
+            own=self._own,
+            table=self._table,
+            protocols=self._protocols,
+            addresses=self._ourselves.announced,
+            acl=self._may_be_relayed,
+            refused=lambda connection, decision: self._admittance.note(connection, CIRCUIT_HOP, decision),
+        )
+        self._liveness = Liveness(
+            context, self._reach.keeper, lambda: self._table, lambda each: ping(each, context.now, context.random)
+        )
         self._serve_own_protocols()
         context.nursery.start_soon(self._reactor.run)
+        context.watch(MONITOR)
+        context.nursery.start_soon(self._liveness.follow)
         await self._publishers.follow()
         self._listeners.open(self._listen, checkpoint, server_name=pipes.prepare(self._listen))
         context.checkpoint(*self._listeners.to_checkpoint())
@@ -247,6 +269,7 @@ class Switchboard(Actor):
             "callers_waiting": self._reception.waiting,
             "handshakes": self._reception.handshakes,
             "streams_negotiating": self._inbound.negotiating,
+            "relay": self._relaying.describe(),
             "streams_attached": len(self._attached),
             "streams_offered": self._attached.offered,
             "doors": self._doors.describe(),
@@ -459,12 +482,20 @@ class Switchboard(Actor):
         if self.context.current_sender == CONFIG:
             self._apply_config(message)
 
+    @handles(NetworkChanged)
+    async def network_changed(self, message: NetworkChanged) -> None:
+        """Connections may be dead without knowing it."""
+        if self.context.current_sender == MONITOR:
+            self._liveness.network_changed()
+
     @handles(ActorUp)
     async def actor_up(self, message: ActorUp) -> None:
         """Subscribe again to a publisher that was restarted; tell the owner of streams what it missed."""
         self._attached.owner_up(message.name)
         if message.name in (GATE, CONFIG):
             await self._publishers.subscribe(message.name)
+        elif message.name == MONITOR:
+            self.context.nursery.start_soon(self._liveness.follow)
 
     @handles(ActorDown)
     async def actor_down(self, message: ActorDown) -> None:
@@ -497,7 +528,50 @@ class Switchboard(Actor):
             tuple(each.info() for each in self._table if not request.peers or each.peer in request.peers)
         )
 
+    # ---- the relay
+
+    @handles(ServeRelay)
+    async def serve_relay(self, request: ServeRelay) -> None:
+        """Be a relay by these rules."""
+        self._check_relay_server()
+        try:
+            self._relaying.serve(request.rules)
+        except InvalidValueError as error:
+            raise refusal(error) from error
+        await self._tell_anew()
+
+    @handles(DrainRelay, concurrent=True)
+    async def drain_relay(self, request: DrainRelay) -> None:
+        """Grant nothing new, and answer when no circuit is left."""
+        self._check_relay_server()
+        drained = trio.Event()
+        self._relaying.drain(drained.set)
+        await drained.wait()
+
+    @handles(WithdrawRelay)
+    async def withdraw_relay(self, request: WithdrawRelay) -> None:
+        """Be no relay any more."""
+        self._check_relay_server()
+        self._relaying.withdraw()
+        await self._tell_anew()
+
+    @handles(ReadRelay)
+    async def read_relay(self, request: ReadRelay) -> RelayStatus:
+        """What the relay does."""
+        return self._relaying.status()
+
+    def _may_be_relayed(self, peer: PeerId, now_wall: float) -> Decision:
+        return self._publishers.policy.decide_connection(peer, now_wall)
+
+    def _check_relay_server(self) -> None:
+        if self.context.current_sender != RELAY_SERVER:
+            raise RefusedError("not-allowed", f"{self.context.current_sender} is not the relay's actor")
+
     # ---- connections and streams
+
+    def _connection_ended(self, connection: Connection, end: LinkEnd) -> None:
+        self._watchers.closed(connection, end)
+        self._relaying.connection_ended(connection)
 
     def _connection_opened(self, connection: Connection) -> None:
         self._watchers.opened(connection)
@@ -558,11 +632,12 @@ class Switchboard(Actor):
     # ---- what has changed
 
     def _policy_changed(self) -> None:
+        self._relaying.policy_changed()
         self._admittance.enforce()
 
     def _apply_config(self, snapshot: ConfigSnapshot) -> None:
         self._names = {entry.peer: entry.name for entry in snapshot.names}
-        for peer in self._reach.book.configure(snapshot.addresses):
+        for peer in self._reach.book.configure(snapshot.addresses, snapshot.relays):
             self._reach.keeper.retry(peer)
 
     async def _tell_anew(self) -> None:
@@ -587,7 +662,9 @@ class Switchboard(Actor):
     async def _tick(self) -> None:
         while True:
             await trio.sleep(TICK)
-            self._admittance.tick()
+            if self._admittance.tick():
+                self._relaying.policy_changed()
+            self._relaying.tick()
             self._attached.tick()
             self._publishers.tick()
             self._numbers.measure(self._table, self._names)
