@@ -38,6 +38,7 @@ from actors.switchboard.publishers import CONFIG, GATE, Publishers
 from actors.switchboard.reach import Reach, why_lost
 from actors.switchboard.reception import Reception
 from actors.switchboard.relaying import Relaying
+from actors.switchboard.stops import Stops
 from actors.switchboard.streams import Negotiation, abandoning, open_ahead
 from actors.switchboard.upgrade import Upgrader
 from actors.switchboard.watching import ConnectionWatchers
@@ -82,7 +83,7 @@ from protocol.multiaddr import Multiaddr
 from protocol.noise import Identity as NoiseIdentity
 from protocol.peer_id import PeerId
 from protocol.policy import Decision
-from protocol.protocol_ids import CIRCUIT_HOP, IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG
+from protocol.protocol_ids import CIRCUIT_HOP, CIRCUIT_STOP, IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG
 from protocol.service import service_of_protocol
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
@@ -153,6 +154,7 @@ class Switchboard(Actor):
             on_stream=self._stream_opened,
             on_opened=self._connection_opened,
             on_ended=self._connection_ended,
+            is_relay=lambda peer: peer in self._reach.relays,
             limits=self._session_limits,
         )
         pipes = Pipes(self._tls, wall=context.wall, warn=context.log.warning)
@@ -201,7 +203,7 @@ class Switchboard(Actor):
             protocols_for=self._admittance.protocols_for,
         )
         self._identify = IdentifyRoom(
-            self._ourselves.describe, self._ourselves.protocols_for, self._reach.book.learn, self._reactor.call_later
+            self._ourselves.describe, self._ourselves.protocols_for, self._reach.learn, self._reactor.call_later
         )
         self._relaying = Relaying(
             context,
@@ -212,6 +214,16 @@ class Switchboard(Actor):
             addresses=self._ourselves.announced,
             acl=self._may_be_relayed,
             refused=lambda connection, decision: self._admittance.note(connection, CIRCUIT_HOP, decision),
+        )
+        self._stops = Stops(
+            context.nursery,
+            upgrader,
+            may_relay=lambda peer: peer in self._reach.relays,
+            judge=self._admittance.judge_caller,
+            welcome=self._admittance.welcome,
+            refused=self._numbers.handshake_refused,
+            now=context.now,
+            call_later=self._reactor.call_later,
         )
         self._liveness = Liveness(
             context, self._reach.keeper, lambda: self._table, lambda each: ping(each, context.now, context.random)
@@ -267,6 +279,7 @@ class Switchboard(Actor):
                 for protocol in self._protocols.names()
             },
             "callers_waiting": self._reception.waiting,
+            "circuit_handshakes": self._stops.handshakes,
             "handshakes": self._reception.handshakes,
             "streams_negotiating": self._inbound.negotiating,
             "relay": self._relaying.describe(),
@@ -487,6 +500,7 @@ class Switchboard(Actor):
         """Connections may be dead without knowing it."""
         if self.context.current_sender == MONITOR:
             self._liveness.network_changed()
+            self._reach.improver.news()
 
     @handles(ActorUp)
     async def actor_up(self, message: ActorUp) -> None:
@@ -575,12 +589,14 @@ class Switchboard(Actor):
 
     def _connection_opened(self, connection: Connection) -> None:
         self._watchers.opened(connection)
+        self._reach.improver.opened(connection)
         self.context.nursery.start_soon(self._get_identified, connection)
 
     async def _get_identified(self, connection: Connection) -> None:
         await self._identify.identify(connection)
         if connection.end is None:
             self._watchers.opened(connection)
+        self._reach.improver.opened(connection)
 
     def _attach_ahead(
         self, owner: str, connection: Connection, request: OpenAttached, sock: socket.socket
@@ -626,6 +642,7 @@ class Switchboard(Actor):
         pings = PingServer()
         self._protocols.serve_here(IDENTIFY, self._identify.serve_identify)
         self._protocols.serve_here(IDENTIFY_PUSH, self._identify.serve_push)
+        self._protocols.serve_here(CIRCUIT_STOP, self._stops.serve_stop)
         self._protocols.serve_here(PING, pings.serve_ping)
         self._protocols.serve_here(PINGPONG, pings.serve_pingpong)
 
@@ -637,8 +654,7 @@ class Switchboard(Actor):
 
     def _apply_config(self, snapshot: ConfigSnapshot) -> None:
         self._names = {entry.peer: entry.name for entry in snapshot.names}
-        for peer in self._reach.book.configure(snapshot.addresses, snapshot.relays):
-            self._reach.keeper.retry(peer)
+        self._reach.configure(snapshot.addresses, snapshot.relays)
 
     async def _tell_anew(self) -> None:
         """If what we say of ourselves has changed, tell it."""

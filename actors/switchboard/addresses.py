@@ -17,6 +17,14 @@ MAX_PEERS = 256
 """Peers of which such addresses are kept; the one heard of longest ago is forgotten first."""
 
 
+def _is_usable(address: Multiaddr) -> bool:
+    """Whether it can be dialled, or leads through a relay that can."""
+    if not address.is_relayed:
+        return is_dialable(address)
+    relay = address.relay
+    return relay is not None and relay.peer_id is not None and is_dialable(relay)
+
+
 class AddressBook:
     """Addresses by peer; those of the configuration come first and are never forgotten."""
 
@@ -24,9 +32,15 @@ class AddressBook:
         self._configured: dict[PeerId, tuple[Multiaddr, ...]] = {}
         self._learned: OrderedDict[PeerId, tuple[Multiaddr, ...]] = OrderedDict()
 
-    def configure(self, entries: Iterable[AddressEntry]) -> list[PeerId]:
-        """Take the configuration's addresses in place of the ones before; peers whose addresses changed."""
+    def configure(self, entries: Iterable[AddressEntry], relays: Iterable[Multiaddr] = ()) -> list[PeerId]:
+        """Take the configuration's addresses in place of the ones before; peers whose addresses changed.
+
+        `relays` are addresses of relays, each with its `/p2p/…`.
+        """
         configured = {entry.peer: entry.addresses for entry in entries}
+        for address in relays:
+            if (relay := address.peer_id) is not None and not address.is_relayed:
+                configured[relay] = tuple(dict.fromkeys((*configured.get(relay, ()), address)))
         before, self._configured = self._configured, configured
         return [peer for peer in {*before, *configured} if before.get(peer) != configured.get(peer)]
 
@@ -44,7 +58,7 @@ class AddressBook:
         usable = [
             address.without_peer_id()
             for address in addresses
-            if is_dialable(address) and (same_machine or address.ip is None or not address.ip.is_loopback)
+            if _is_usable(address) and (same_machine or address.ip is None or not address.ip.is_loopback)
         ]
         if usable:
             self._learned[connection.peer] = tuple(dict.fromkeys(usable))[:MAX_LEARNED]

@@ -20,8 +20,14 @@ from actors.switchboard.wire import Pipe
 from protocol import yamux
 from protocol.peer_id import PeerId
 from protocol.policy import BASIC_PROTOCOLS, Decision
+from protocol.protocol_ids import CIRCUIT_STOP
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Context
+
+RELAY_PROTOCOLS = BASIC_PROTOCOLS | {CIRCUIT_STOP}
+"""What a relay that the configuration names may use, whether the policy lists it or not."""
+
+CONFIGURED_RELAY = Decision(allowed=True, rule="configured-relay")
 
 
 class Admittance:
@@ -31,6 +37,7 @@ class Admittance:
         own: this node's peer id, which no peer may have.
         on_stream: takes each stream that a peer opens.
         on_opened, on_ended: told of each connection when it is there, and when it is gone.
+        is_relay: whether the configuration names this peer as a relay.
         limits: of each connection's streams.
     """
 
@@ -47,6 +54,7 @@ class Admittance:
         on_stream: Callable[[Connection, Channel], None],
         on_opened: Callable[[Connection], None],
         on_ended: Callable[[Connection, LinkEnd], None],
+        is_relay: Callable[[PeerId], bool],
         limits: yamux.Limits,
     ) -> None:
         self._context = context
@@ -59,6 +67,7 @@ class Admittance:
         self._on_stream = on_stream
         self._on_opened = on_opened
         self._on_ended = on_ended
+        self._is_relay = is_relay
         self._limits = limits
         self._count = 0
         self._closed = False
@@ -89,6 +98,8 @@ class Admittance:
     def judge_stream(self, connection: Connection, protocol: str) -> Decision:
         """Whether a connected peer may use a protocol; noted for the audit log unless it is one of the basic ones."""
         decision = self._publishers.policy.decide_stream(connection.peer, protocol, self._context.wall())
+        if not decision.allowed and protocol in RELAY_PROTOCOLS and self._relays_for_us(connection):
+            decision = CONFIGURED_RELAY
         if not decision.allowed or protocol not in BASIC_PROTOCOLS:
             self._decisions.note(connection.peer, protocol, decision, connection.way, self._context.now())
         return decision
@@ -99,7 +110,7 @@ class Admittance:
 
     def may_connect(self, connection: Connection) -> bool:
         """Whether the peer of a connection may still be connected."""
-        return self.decide(connection.peer).allowed
+        return self.decide(connection.peer).allowed or self._relays_for_us(connection)
 
     def decide(self, peer: PeerId) -> Decision:
         """The policy's decision on a peer, now."""
@@ -107,7 +118,14 @@ class Admittance:
 
     def protocols_for(self, connection: Connection) -> tuple[str, ...]:
         """What the peer of a connection may use."""
-        return self._publishers.policy.protocols_for(connection.peer, self._context.wall())
+        allowed = self._publishers.policy.protocols_for(connection.peer, self._context.wall())
+        if self._relays_for_us(connection):
+            allowed = tuple(dict.fromkeys((*allowed, *sorted(RELAY_PROTOCOLS))))
+        return allowed
+
+    def _relays_for_us(self, connection: Connection) -> bool:
+        """Whether it is our connection to a relay that the configuration names."""
+        return connection.outbound and not connection.relayed and self._is_relay(connection.peer)
 
     # ---- life of a connection
 

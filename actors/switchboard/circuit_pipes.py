@@ -114,6 +114,17 @@ class DialledCircuit(CircuitPipe):
         self._negotiation = multistream.Initiator((CIRCUIT_HOP,))
         self._client: ConnectClient | None = None
         self._leftover = b""
+        self._silent = False
+
+    @property
+    def lost_early(self) -> bool:
+        """Whether a failure looks as if the relay had not passed on, or not understood, what was sent early."""
+        if self.opened:
+            return not self.answered
+        refusal = None if self._client is None else self._client.refusal
+        if refusal is not None:
+            return refusal.status in {Status.MALFORMED_MESSAGE, Status.UNEXPECTED_MESSAGE}
+        return not self._silent
 
     async def receive(self) -> bytes:
         """See `Pipe`.
@@ -164,6 +175,7 @@ class DialledCircuit(CircuitPipe):
             except OSError as error:
                 raise RelayRefusedError(str(error)) from error
         if scope.cancelled_caught:
+            self._silent = True
             raise RelayRefusedError(f"the relay {relay} did not answer within {CONNECT_DEADLINE:g} s")
         if client.refusal is not None:
             raise RelayRefusedError(f"the relay {relay} refuses the circuit: {refusal_words(client.refusal)}")

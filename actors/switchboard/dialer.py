@@ -35,7 +35,7 @@ from protocol.peer_id import PeerId
 HEAD_START = 0.25
 """Seconds before the next address is tried beside the one that has not answered (RFC 8305, section 8)."""
 RELAY_HEAD_START = 0.25
-"""Seconds that direct addresses have before relays are tried beside them: what a direct one takes across a continent."""
+"""Seconds that direct addresses have before relays are tried beside them: what one takes across a continent."""
 MAX_WORKED = 256
 """Peers of which it is remembered what worked; the one dialled longest ago is forgotten first."""
 MAX_RELAYED = 8

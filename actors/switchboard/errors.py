@@ -77,6 +77,12 @@ class RelayRefusedError(SwitchboardError):
     code: ClassVar[str] = "relay-refused"
 
 
+class RelayUnreachableError(SwitchboardError):
+    """There is no connection to the relay that the way leads through."""
+
+    code: ClassVar[str] = "relay-unreachable"
+
+
 class ProtocolNotSupportedError(SwitchboardError):
     """The peer speaks none of the protocols asked for."""
 

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 
 import trio
 
 from actors.switchboard.addresses import AddressBook
 from actors.switchboard.admittance import Admittance
-from actors.switchboard.connections import Connection, ConnectionTable
+from actors.switchboard.circuit_pipes import DialledCircuit
+from actors.switchboard.connections import DOUBT, Connection, ConnectionTable
 from actors.switchboard.dialer import Dialed, Dialer
-from actors.switchboard.errors import ConnectionLostError, SwitchboardError, UnreachableError
+from actors.switchboard.errors import (
+    AddressError,
+    ConnectionLostError,
+    RelayUnreachableError,
+    SwitchboardError,
+    UnreachableError,
+)
+from actors.switchboard.improver import Improver
 from actors.switchboard.keeper import Keeper
 from actors.switchboard.link import LinkClosedError
 from actors.switchboard.numbers import Numbers
+from actors.switchboard.ping import ping
 from actors.switchboard.pipes import Pipes
+from actors.switchboard.relays import RelayBook
 from actors.switchboard.streams import ChannelStream, open_negotiated
 from actors.switchboard.transports import resolve
 from actors.switchboard.upgrade import Upgraded, Upgrader, not_authorised
 from actors.switchboard.wire import Pipe
 from protocol.errors import PeerupError
+from protocol.messages.config import AddressEntry
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 from supervisor.actor import Context
@@ -33,6 +45,8 @@ class Reach:
 
     Attributes:
         book: where peers may be reached.
+        relays: through whom.
+        improver: looks for direct ways to peers that are connected through a relay.
         dialer: dials under way.
         keeper: who needs whom.
 
@@ -58,15 +72,40 @@ class Reach:
         self._table = table
         self._numbers = numbers
         self.book = AddressBook()
+        self.relays = RelayBook()
         self.dialer: Dialer[tuple[Pipe, Upgraded], Connection] = Dialer(
             context.nursery,
-            resolve=resolve,
+            resolve=_resolve,
             attempt=self._attempt,
             establish=lambda won: admittance.establish(*won, outbound=True),
             discard=lambda late: late[0].close(),
             now=context.now,
         )
         self.keeper = Keeper(context.nursery, self.connect_proven, table.until_lost, context.now, context.random)
+        self.improver = Improver(context.nursery, table, self._dial_direct, context.random)
+        table.on_doubt = self._doubt
+
+    def configure(self, addresses: Iterable[AddressEntry], relays: Sequence[Multiaddr]) -> None:
+        """Take the configuration's addresses and relays in place of the ones before."""
+        self.relays.configure(relays)
+        for peer in self.book.configure(addresses, relays):
+            self.keeper.retry(peer)
+            self.improver.news(peer)
+
+    def learn(self, connection: Connection) -> None:
+        """A peer has said where it is, and what it is."""
+        self.book.learn(connection)
+        self.relays.learn(connection)
+        self.improver.news(connection.peer)
+
+    def addresses(self, peer: PeerId) -> tuple[Multiaddr, ...]:
+        """Where the peer may be reached: directly first, then through relays."""
+        known = self.book.addresses(peer)
+        direct = tuple(address for address in known if not address.is_relayed)
+        if peer in self.relays:
+            return direct
+        circuits = self.relays.circuits(peer, [address for address in known if address.is_relayed])
+        return direct + tuple(address for address in circuits if _relay_of(address) != self._own)
 
     async def connect(self, peer: PeerId) -> tuple[Connection, tuple[str, ...]]:
         """The connection to a peer, which is dialled if there is none, and each attempt in words.
@@ -89,7 +128,7 @@ class Reach:
 
             nursery.start_soon(peer_came_to_us)
             try:
-                dialed = await self.dialer.dial(peer, self.book.addresses(peer))
+                dialed = await self.dialer.dial(peer, self.addresses(peer))
             except SwitchboardError as error:
                 failure = error
             nursery.cancel_scope.cancel()
@@ -122,6 +161,13 @@ class Reach:
             raise why_lost(connection, ConnectionLostError(connection.end.reason))
         return connection, tried
 
+    def may_speak(self, connection: Connection, protocols: Sequence[str]) -> bool:
+        """Whether to propose this one protocol together with its first bytes before the peer says what it speaks.
+
+        Over a relay a round trip is dear, and whoever asks for a service has mostly been told of it.
+        """
+        return connection.relayed and connection.identification is None and len(protocols) == 1
+
     def known_to_speak(self, peer: PeerId, protocols: Sequence[str]) -> Connection | None:
         """The connection to a peer that has said that it speaks this one protocol."""
         connection = self._table.best(peer)
@@ -152,17 +198,83 @@ class Reach:
 
     async def _attempt(self, peer: PeerId, address: Multiaddr) -> tuple[Pipe, Upgraded]:
         began = self._context.now()
-        pipe: Pipe | None = None
         try:
-            pipe = await self._pipes.connect(address)
-            upgraded = await self._upgrader.outbound(pipe, peer)
+            if address.is_relayed:
+                won = await self._through_relay(peer, address)
+            else:
+                won = await self._upgrade(await self._pipes.connect(address), peer)
         except BaseException as error:
-            if pipe is not None:
-                pipe.close()
             self._numbers.dial(error.code if isinstance(error, PeerupError) else "cancelled")
             raise
         self._numbers.dial("connected", self._context.now() - began)
-        return pipe, upgraded
+        return won
+
+    async def _upgrade(self, pipe: Pipe, peer: PeerId) -> tuple[Pipe, Upgraded]:
+        try:
+            return pipe, await self._upgrader.outbound(pipe, peer)
+        except BaseException:
+            pipe.close()
+            raise
+
+    # ---- through relays
+
+    async def _through_relay(self, peer: PeerId, address: Multiaddr) -> tuple[Pipe, Upgraded]:
+        relay = _relay_of(address)
+        if relay is None or relay in (peer, self._own):
+            raise AddressError(f"{address} does not say which relay to use")
+        connection = await self._connect_relay(relay, address)
+        ahead = self.relays.takes_early(connection)
+        circuit = DialledCircuit(connection, peer, ahead=ahead)
+        try:
+            return await self._upgrade(circuit, peer)
+        except (SwitchboardError, LinkClosedError) as error:
+            if not ahead or not circuit.lost_early or connection.end is not None:
+                raise
+            self._context.log.info("{} may not pass on early bytes: {}", relay, error)
+        self.relays.lost_early(relay)
+        return await self._upgrade(DialledCircuit(connection, peer, ahead=False), peer)
+
+    async def _connect_relay(self, relay: PeerId, address: Multiaddr) -> Connection:
+        """A direct connection to a relay."""
+        for connection in self._table.of(relay):
+            if not connection.relayed and not connection.draining:
+                return connection
+        first = address.relay
+        assert first is not None
+        known = [known for known in self.book.addresses(relay) if not known.is_relayed]
+        try:
+            dialed = await self.dialer.dial(relay, tuple(dict.fromkeys([*known, first.without_peer_id()])))
+        except SwitchboardError as error:
+            raise RelayUnreachableError(f"the relay {relay} cannot be reached: {error}") from error
+        return dialed.connection
+
+    async def _dial_direct(self, peer: PeerId) -> None:
+        direct = [address for address in self.book.addresses(peer) if not address.is_relayed]
+        if direct:
+            await self.dialer.dial(peer, direct)
+
+    def _doubt(self, connection: Connection) -> None:
+        self._context.nursery.start_soon(self._prove, connection)
+
+    async def _prove(self, connection: Connection) -> None:
+        """End a connection whose peer does not answer."""
+        with trio.move_on_after(DOUBT), contextlib.suppress(PeerupError):
+            await ping(connection, self._context.now, self._context.random)
+            return
+        if connection.end is None:
+            connection.link.abort("connection-lost", "the peer came back through a relay, and is silent here")
+
+
+async def _resolve(address: Multiaddr) -> Sequence[Multiaddr]:
+    if address.is_relayed:
+        await trio.lowlevel.checkpoint()
+        return [address]  # the relay's own address is resolved when the relay is dialled
+    return await resolve(address)
+
+
+def _relay_of(address: Multiaddr) -> PeerId | None:
+    relay = address.relay
+    return None if relay is None else relay.peer_id
 
 
 def why_lost(connection: Connection, error: SwitchboardError) -> SwitchboardError:
