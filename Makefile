@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= auto
 PYTEST_FLAGS ?=
+PREFIX ?= /usr/local
+DESTDIR ?=
 
-.PHONY: demo test test-fast check format bench clean lock setup
+.PHONY: demo test test-fast check format bench clean lock setup install uninstall
 
 demo: $(STAMP)  ## set everything up and run the main job on two nodes
 	$(BIN)/python -m demo
@@ -31,6 +33,12 @@ bench: $(STAMP)  ## measure beside references; results in bench/results/
 	$(BIN)/python -m bench
 
 setup: $(STAMP)
+
+install:  ## install below $(DESTDIR)$(PREFIX): programs, their own Python environment, systemd units, completion
+	PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' sh deploy/install.sh install
+
+uninstall:  ## remove what `make install` put there, and nothing else
+	PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' sh deploy/install.sh uninstall
 
 $(STAMP): requirements.lock requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
