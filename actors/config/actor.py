@@ -33,6 +33,7 @@ from protocol.messages.config import (
     ProxyAdded,
     ProxyEntry,
     ReadProxies,
+    RelayService,
     ReloadConfig,
     RemoveProxy,
     Resolve,
@@ -370,6 +371,7 @@ def _serves(present: DesiredProxy, listen: str | None) -> bool:
 
 
 def _snapshot(config: NodeConfig, version: int) -> ConfigSnapshot:
+    served = config.relay_service
     return ConfigSnapshot(
         version,
         config.security.enable_connection_gating,
@@ -377,6 +379,7 @@ def _snapshot(config: NodeConfig, version: int) -> ConfigSnapshot:
         config.names,
         config.addresses,
         config.relay.addresses,
+        RelayService(served.announce_addresses, served.rules) if served.enabled else None,
     )
 
 

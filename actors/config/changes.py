@@ -6,9 +6,22 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from actors.config.relay_service import RelayServiceConfig
 from actors.config.schema import NodeConfig
 
-LIVE = frozenset({"security.enable_connection_gating", "relay.addresses"})
+_NOT_LIVE_AT_RELAYS = {"enabled", "drain_time"}
+
+LIVE = frozenset(
+    {
+        "security.enable_connection_gating",
+        "relay.addresses",
+        *(
+            f"relay_service.{field.name}"
+            for field in dataclasses.fields(RelayServiceConfig)
+            if field.name not in _NOT_LIVE_AT_RELAYS
+        ),
+    }
+)
 """Keys outside of services, names and addresses that take effect at once."""
 
 _LATER = " (takes effect when the node is started again)"
@@ -45,7 +58,7 @@ def _entries(section: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> It
 
 def _scalars(old: NodeConfig, new: NodeConfig) -> Iterable[tuple[str, Any, Any]]:
     yield "identity.key_file", old.key_file, new.key_file
-    for section in ("network", "relay", "discovery", "security", "ping", "telemetry", "log", "limits"):
+    for section in ("network", "relay", "relay_service", "discovery", "security", "ping", "telemetry", "log", "limits"):
         before, after = getattr(old, section), getattr(new, section)
         for field in dataclasses.fields(before):
             yield f"{section}.{field.name}", getattr(before, field.name), getattr(after, field.name)

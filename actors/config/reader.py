@@ -164,6 +164,28 @@ class SectionReader:
             return default
         return int(value)
 
+    def limit(
+        self, key: str, default: int | None, *, least: int = 0, most: int, parse: Callable[[str], int]
+    ) -> int | None:
+        """A whole number within these bounds, as such or in the form that `parse` takes; None for `unlimited`."""
+        value = self._take(key)
+        if value is _MISSING or value is None:
+            return default
+        if value == "unlimited":
+            return None
+        try:
+            number = parse(str(value)) if isinstance(value, str) else value
+        except InvalidValueError as error:
+            self.problem(key, f"{error}, nor unlimited")
+            return default
+        if isinstance(number, bool) or not isinstance(number, int):
+            self.problem(key, f"must be a whole number or unlimited, not {describe(value)}")
+            return default
+        if not least <= number <= most:
+            self.problem(key, f"must be from {least} to {most} or unlimited, not {describe(value)}")
+            return default
+        return int(number)
+
     def duration(self, key: str, default: float) -> float:
         """A duration as Go writes it, in seconds; must be positive."""
         value = self._take(key)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config.reader import Problem, SectionReader
+from actors.config.relay_service import RelayServiceConfig, read_relay_service
 from protocol.errors import InvalidValueError, PeerupError
 from protocol.messages.config import AddressEntry, NameEntry, ServiceEntry
 from protocol.multiaddr import Multiaddr
@@ -133,6 +134,7 @@ class NodeConfig:
     key_file: str
     network: NetworkConfig
     relay: RelayConfig
+    relay_service: RelayServiceConfig
     discovery: DiscoveryConfig
     security: SecurityConfig
     ping: PingConfig
@@ -175,6 +177,7 @@ def read_config(values: Any, file: Path) -> NodeConfig:
     key_file = identity.parsed("key_file", "identity.key", _path)
     network = _network(root.section("network"))
     relay = _relay(root.section("relay"))
+    relay_service = read_relay_service(root.section("relay_service"))
     discovery = _discovery(root.section("discovery"))
     security = _security(root.section("security"))
     ping = _ping(root.section("protocols"))
@@ -194,6 +197,7 @@ def read_config(values: Any, file: Path) -> NodeConfig:
         key_file=key_file,
         network=network,
         relay=relay,
+        relay_service=relay_service,
         discovery=discovery,
         security=security,
         ping=ping,

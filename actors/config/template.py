@@ -43,6 +43,41 @@ relay:
   # Accepted for compatibility; a place at a relay is renewed when half to three quarters of its time have passed.
   reservation_interval: "2m"
 
+# Serve as a relay for the peers in authorized_keys; on a machine that they all can reach. `peerup relay setup` makes
+# a configuration for it. Each limit may also be `unlimited`; per_network counts a /24 of IPv4, a /48 of IPv6.
+# relay_service:
+#   enabled: false
+#   # [live] Where this relay can be reached, instead of what it finds out. Default: found out
+#   announce_addresses: []
+#   drain_time: 30s                 # when the relay stops, open circuits get so long; none are added
+#   reservation_ttl: 1h             # [live] how long a place is reserved; clients renew it in time
+#   reservations:                   # [live] reserved places at a time
+#     per_peer: unlimited           # a peer has at most one
+#     per_ip: 64
+#     per_network: 128
+#     total: 1024
+#   circuits:                       # [live] relayed connections at a time; each counts for both of its ends
+#     per_peer: 64
+#     per_ip: 128
+#     per_network: 256
+#     total: 512
+#   bytes_per_second:               # [live] both directions together, such as 10MB
+#     per_peer: unlimited
+#     per_ip: unlimited
+#     per_network: unlimited
+#     total: unlimited
+#   requests_per_minute:            # [live] reservations and connections asked for
+#     per_peer: 120
+#     per_ip: 600
+#     per_network: 1200
+#     total: 6000
+#   circuit:                        # [live] one relayed connection between peers in authorized_keys
+#     duration: unlimited           # such as 2h
+#     data: unlimited               # each way, such as 64MiB
+#   guest_circuit:                  # [live] the same for others, with security.enable_connection_gating: false
+#     duration: 2m
+#     data: 128KiB
+
 discovery:
   # Name of the rendezvous point. Default: peerup-default-network
   rendezvous: peerup-default-network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from protocol.messages.codec import Message, Request, message, record
+from protocol.messages.relay import RelayRules
 from protocol.messages.system import Ok
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
@@ -34,11 +35,23 @@ class AddressEntry:
     addresses: tuple[Multiaddr, ...]
 
 
+@record
+class RelayService:
+    """This node serves as a relay, by these rules.
+
+    `announce` says where it can be reached; if it is empty, that is found out.
+    """
+
+    announce: tuple[Multiaddr, ...]
+    rules: RelayRules
+
+
 @message("config.snapshot")
 class ConfigSnapshot(Message):
     """What the running node needs of its configuration; told to each subscriber when it changes.
 
-    `relays` are those where this node keeps reservations, each address with its relay's `/p2p/…`.
+    `relays` are those where this node keeps reservations, each address with its relay's `/p2p/…`. `relay_service` is
+    None unless this node serves as a relay itself.
     """
 
     version: int
@@ -47,6 +60,7 @@ class ConfigSnapshot(Message):
     names: tuple[NameEntry, ...]
     addresses: tuple[AddressEntry, ...]
     relays: tuple[Multiaddr, ...] = ()
+    relay_service: RelayService | None = None
 
 
 @message("config.subscribe")
