@@ -25,6 +25,8 @@ PRELOAD = (
     "actors.keyring.actor",
     "actors.gate.actor",
     "actors.switchboard.actor",
+    "actors.nat.monitor",
+    "actors.relay.keeper",
     "actors.proxy.client",
     "actors.proxy.service",
     "actors.api.actor",

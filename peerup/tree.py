@@ -6,7 +6,9 @@ main                the service: watches everything, builds the tree anew if its
    ├─ keyring       the identity key
    ├─ gate          who may do what
    ├─ switchboard   sockets, connections, streams; needs the keyring's signature and the gate's policy
-   ├─ proxies       one_for_one, children come and go: proxy/<peer>/<service> and service/<name>
+   ├─ nat/monitor   tells when this machine is in another network, or has slept
+   ├─ proxies       one_for_one, children come and go: proxy/<peer>/<service>, service/<name>,
+   │                and relay/keeper while relays are configured
    ├─ metrics       only if enabled
    └─ api           the control socket; last, so that whoever finds it finds all of the node
 """
@@ -104,6 +106,7 @@ def build_tree(options: Options) -> SupervisorSpec:
             ),
             start_deadline=SWITCHBOARD_START_DEADLINE,
         ),
+        _actor("nat/monitor", "actors.nat.monitor:NetworkMonitor"),
         _proxies(),
     ]
     if config.telemetry.metrics_enabled:

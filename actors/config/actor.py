@@ -5,8 +5,9 @@ cannot be used changes nothing: the last good configuration stays in force and t
 is kept in a second file, so that a successor of this actor can go on with it even while the file is broken.
 
 What runs follows from two lists: the enabled services of the configuration, and the desired proxies in
-`state/proxies.yaml`. :class:`~actors.config.reconciler.Reconciler` makes the children of the supervisor `proxies`
-agree with them, whenever one of the lists changes or that supervisor comes (back) up.
+`state/proxies.yaml`; and, while relays are configured, the keeper of reservations runs.
+:class:`~actors.config.reconciler.Reconciler` makes the children of the supervisor `proxies` agree with that, whenever
+it changes or that supervisor comes (back) up.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from actors.config.changes import describe_changes
 from actors.config.file import parse_config, read_config_text
 from actors.config.proxies_file import DesiredProxy, ProxiesFileError, load_proxies, save_proxies
-from actors.config.reconciler import Reconciler, proxy_child, service_child
+from actors.config.reconciler import KEEPER, Reconciler, proxy_child, service_child
 from actors.config.schema import ConfigError, NodeConfig, parse_listen_address
 from actors.files import FileError, read_limited, write_atomic
 from actors.watch import watch_file
@@ -336,7 +337,8 @@ class Config(Actor):
         """Every child that the supervisor of proxies should have."""
         limit = self._config.limits.connections_per_service
         services = [service_child(service, limit) for service in self._snapshot.services if service.enabled]
-        return {child.name: child for child in (*services, *map(self._proxy_child, self._all_proxies()))}
+        keeper = [KEEPER] if self._snapshot.relays else []
+        return {child.name: child for child in (*services, *map(self._proxy_child, self._all_proxies()), *keeper)}
 
     def _proxy_child(self, proxy: DesiredProxy) -> ChildSpec:
         return proxy_child(proxy, self._config.limits.connections_per_service)

@@ -28,6 +28,9 @@ from supervisor.errors import ActorRestartingError, AskError, DeadlineExceededEr
 PROXY_FACTORY = "actors.proxy.client:ProxyClient"
 SERVICE_FACTORY = "actors.proxy.service:ServiceServer"
 
+KEEPER = ChildSpec("relay/keeper", "actors.relay.keeper:RelayKeeper", {})
+"""The child that keeps reservations at relays. It runs only where there are relays: an idle process takes 7 MB."""
+
 ANSWER_SECONDS = 3.0
 """How long the supervisor may take for an answer from memory."""
 

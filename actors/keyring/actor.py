@@ -2,7 +2,7 @@
 
 It signs three things, each built here from typed fields: the switchboard's Noise static key, this node's own
 peer record, and, for a node that serves as a relay, vouchers for reservations. It never signs bytes that somebody
-else composed, answers two actors only, and is limited in how often: a switchboard gone wrong cannot turn it into an
+else composed, answers three actors only, and is limited in how often: a switchboard gone wrong cannot turn it into an
 oracle. Vouchers have a limit of their own, so that clients of a relay cannot keep a new address from being signed.
 """
 
@@ -32,7 +32,7 @@ from protocol.token_bucket import TokenBucket
 from supervisor.actor import Actor, Checkpoint, handles
 from supervisor.errors import RefusedError
 
-ALLOWED_SENDERS = frozenset({"switchboard", "api"})
+ALLOWED_SENDERS = frozenset({"switchboard", "api", "relay/keeper"})
 """Who may ask. The transport has verified who sends."""
 
 SIGNING_SENDERS = frozenset({"switchboard"})

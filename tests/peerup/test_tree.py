@@ -34,7 +34,7 @@ def test_the_limits_of_the_configuration_reach_who_must_hold_them(home):
 
 def test_children_start_in_the_order_in_which_they_need_each_other(home):
     names = list(tree_of(home, ""))
-    assert names == ["config", "keyring", "gate", "switchboard", "proxies", "api"]
+    assert names == ["config", "keyring", "gate", "switchboard", "nat/monitor", "proxies", "api"]
 
 
 def test_metrics_run_only_where_they_are_wanted(home):

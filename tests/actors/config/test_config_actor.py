@@ -8,7 +8,7 @@ import trio
 from actors.config.actor import Config
 from actors.config.file import edit_config
 from actors.config.proxies_file import load_proxies
-from actors.config.reconciler import PROXY_FACTORY, SERVICE_FACTORY
+from actors.config.reconciler import KEEPER, PROXY_FACTORY, SERVICE_FACTORY
 from protocol.errors import PeerupError
 from protocol.messages.config import (
     AddProxy,
@@ -20,6 +20,7 @@ from protocol.messages.config import (
     SubscribeConfig,
 )
 from protocol.messages.system import ChildSpec, Restart, Strategy, SupervisorSpec
+from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 from supervisor.actor import Actor
 from supervisor.overseer import FACTORY, supervisor_arguments
@@ -88,7 +89,8 @@ class Machine:
                 machine.starts.append(f"{self.context.name} {self.arguments[1]}")
                 return {}
 
-        return Simulation(seed, classes={PROXY_FACTORY: ProxyClient, SERVICE_FACTORY: ServiceServer, "config": Config})
+        classes = {PROXY_FACTORY: ProxyClient, SERVICE_FACTORY: ServiceServer, KEEPER.factory: Actor, "config": Config}
+        return Simulation(seed, classes=classes)
 
     def tree(self):
         def supervision(*children):
@@ -110,7 +112,7 @@ def machine(tmp_path):
 
 
 def running(world):
-    return sorted(child.name for child in world.tree() if child.name.startswith(("proxy/", "service/")))
+    return sorted(child.name for child in world.tree() if child.name.startswith(("proxy/", "service/", "relay/")))
 
 
 async def settle(world, *names, seconds=30):
@@ -137,6 +139,32 @@ def test_enabled_services_run_and_follow_the_file(machine):
         assert (await world.ask("config", ReloadConfig())).changes == ()
         await trio.sleep(200)
         assert machine.starts == before
+
+    machine.run(scenario)
+
+
+def test_the_keeper_of_reservations_runs_while_there_are_relays(machine):
+    relay = Multiaddr(f"/ip4/192.0.2.1/tcp/4001/p2p/{NAS}")
+
+    async def scenario(world):
+        await settle(world, "service/ssh")
+        with edit_config(machine.path) as editor:
+            editor.add_relays([relay])
+        reloaded = await world.ask("config", ReloadConfig())
+        assert reloaded.changes == ("relay.addresses changed",)  # and nothing about the next start
+        assert (await world.ask("config", SubscribeConfig())).relays == (relay,)
+        await settle(world, "relay/keeper", "service/ssh")
+        world.kill("config")
+        await world.wait_for("config", incarnation=2)
+        await trio.sleep(100)
+        assert world.incarnation("relay/keeper") == 1
+        world.kill("proxies")
+        await trio.sleep(0.5)
+        await settle(world, "relay/keeper", "service/ssh")
+        with edit_config(machine.path) as editor:
+            editor.remove_relays(relay)
+        await world.ask("config", ReloadConfig())
+        await settle(world, "service/ssh")
 
     machine.run(scenario)
 
