@@ -17,6 +17,7 @@ from pathlib import Path
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from actors.outbox import Outbox
 from actors.reactor import Reactor
 from actors.switchboard.admission import Limits
 from actors.switchboard.admittance import Admittance
@@ -39,7 +40,7 @@ from actors.switchboard.reach import Reach, why_lost
 from actors.switchboard.reception import Reception
 from actors.switchboard.relaying import Relaying
 from actors.switchboard.stops import Stops
-from actors.switchboard.streams import Negotiation, abandoning, open_ahead
+from actors.switchboard.streams import Negotiation, abandoning, open_ahead, open_early
 from actors.switchboard.upgrade import Upgrader
 from actors.switchboard.watching import ConnectionWatchers
 from protocol import yamux
@@ -47,7 +48,7 @@ from protocol.errors import InvalidValueError, PeerupError
 from protocol.messages import Data, Descriptor, Message
 from protocol.messages.config import ConfigSnapshot
 from protocol.messages.doors import LendListener, ServeAt
-from protocol.messages.gate import Decided, PolicyPublished
+from protocol.messages.gate import PolicyPublished
 from protocol.messages.keyring import ReadIdentity, SignNoiseStaticKey
 from protocol.messages.network import NetworkChanged
 from protocol.messages.reachability import AnnounceAddresses, WatchConnections, WatchedConnections
@@ -143,13 +144,14 @@ class Switchboard(Actor):
         self._table = ConnectionTable(self._own, limit=self._max_connections)
         self._publishers = Publishers(context, self._policy_changed, self._apply_config)
         self._watchers = ConnectionWatchers(context.tell)
+        self._gate = Outbox(context, GATE)
         self._admittance = Admittance(
             context,
             self._reactor,
             own=self._own,
             publishers=self._publishers,
             table=self._table,
-            decisions=DecisionLog(self._tell_gate),
+            decisions=DecisionLog(self._gate.send),
             numbers=self._numbers,
             on_stream=self._stream_opened,
             on_opened=self._connection_opened,
@@ -252,6 +254,7 @@ class Switchboard(Actor):
             connection.link.close("shutdown", "this node is stopping")
         await self._attached.say_goodbye()
         self._admittance.flush()
+        self._gate.close()
         self._listeners.close()
 
     def describe(self) -> dict[str, Data]:
@@ -329,6 +332,9 @@ class Switchboard(Actor):
             connection = self._reach.known_to_speak(request.peer, request.protocols)
             if connection is not None and (opened := self._attach_ahead(owner, connection, request, sock)):
                 return opened
+            connection, _ = await self._reach.connect(request.peer)
+            if self._reach.may_speak(connection, request.protocols):
+                return await self._attach_early(owner, connection, request, sock)
             connection, protocol, stream = await self._reach.open(request.peer, request.protocols)
             unread = stream.take_unread()
             with abandoning(stream.channel):
@@ -613,6 +619,27 @@ class Switchboard(Actor):
         self._numbers.stream("outbound", "opened")
         return StreamAttached(stream_id, protocol, connection.way)
 
+    async def _attach_early(
+        self, owner: str, connection: Connection, request: OpenAttached, sock: socket.socket
+    ) -> StreamAttached:
+        protocol = request.protocols[0]
+        stream_id = ""
+
+        def attach(channel: Channel, negotiation: Negotiation) -> None:
+            nonlocal stream_id
+            stream_id = self._attached.open(owner, connection, protocol, channel, sock, negotiation=negotiation)
+
+        try:
+            await open_early(connection, protocol, self._reactor.call_later, attach)
+        except (ConnectionLostError, LinkClosedError) as error:
+            self._attached.disown(stream_id)
+            raise why_lost(connection, ConnectionLostError(str(error))) from error
+        except PeerupError:
+            self._attached.disown(stream_id)
+            raise
+        self._numbers.stream("outbound", "opened")
+        return StreamAttached(stream_id, protocol, connection.way)
+
     def _stream_opened(self, connection: Connection, channel: Channel) -> None:
         self._inbound.accept(connection, channel)
 
@@ -661,9 +688,6 @@ class Switchboard(Actor):
         await self._ourselves.tell_anew(
             lambda connection: self.context.nursery.start_soon(self._identify.push, connection)
         )
-
-    def _tell_gate(self, decided: Decided) -> None:
-        self.context.tell(GATE, decided)
 
     async def _noise_key(self) -> tuple[X25519PrivateKey, NoiseIdentity]:
         """A Noise key for the life of this process, signed by the node's identity."""

@@ -161,6 +161,11 @@ class AttachedStreams:
             self._plan(stream.owner)
         return stream.id
 
+    def disown(self, stream_id: str) -> None:
+        """The owner of this stream, which is over, was told so otherwise, and does not know it by its id."""
+        for owner in self._owners.values():
+            owner.ended = [each for each in owner.ended if each[0].id != stream_id]
+
     def has_room(self, owner: str, limit: int) -> bool:
         """Whether fewer than `limit` streams of this owner run or wait for a socket."""
         known = self._owners.get(owner)

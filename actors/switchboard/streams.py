@@ -148,6 +148,74 @@ def open_ahead(
     return taken
 
 
+async def open_early(
+    connection: Connection,
+    protocol: str,
+    call_later: Callable[[float, Callable[[], None]], CancellableTimer],
+    take: Callable[[Channel, Negotiation], T],
+) -> T:
+    """As `open_ahead`, for a protocol that the peer may not speak; return when it has agreed. What `take` returned.
+
+    The bytes flow meanwhile. When this raises, the stream that `take` has been given is over.
+
+    Raises:
+        ProtocolNotSupportedError, StreamRefusedError, ConnectionLostError: the peer did not agree.
+        LinkClosedError, LimitExceededError, OSError: no stream.
+    """
+    settled = trio.Event()
+    agreed = False
+    refusal: ProtocolError | None = None
+    channels: list[Channel] = []
+
+    def observe(channel: Channel, negotiation: Negotiation) -> T:
+        def answered(data: bytes) -> bytes | None:
+            nonlocal agreed, refusal
+            try:
+                rest = negotiation(data)
+            except ProtocolError as error:
+                refusal = error
+                raise
+            if rest is not None:
+                agreed = True
+                settled.set()
+            return rest
+
+        channels.append(channel)
+        return take(channel, answered)
+
+    taken = open_ahead(connection, protocol, call_later, observe)
+    (channel,) = channels
+    cancel_timer = channel.on_closed
+
+    def closed() -> None:
+        cancel_timer()
+        settled.set()
+
+    channel.on_closed = closed
+    try:
+        await settled.wait()
+    except BaseException:
+        channel.reset(ResetCode.NEGOTIATION_FAILED)
+        raise
+    if agreed:
+        return taken
+    if isinstance(refusal, multistream.ProtocolNotSupportedError):
+        raise not_offered((protocol,)) from refusal
+    if refusal is not None:
+        raise StreamRefusedError(str(refusal)) from refusal
+    if channel.ended_by is not None and channel.ended_by != ResetCode.NEGOTIATION_FAILED:
+        raise reset_error(channel.ended_by)
+    raise StreamRefusedError("the peer did not answer the proposal")
+
+
+def not_offered(protocols: Sequence[str]) -> ProtocolNotSupportedError:
+    """What it means that a peer declines these protocols."""
+    return ProtocolNotSupportedError(
+        f"the peer does not offer {', '.join(protocols)} to this node: it has no such service, or its allowed_peers"
+        " leave us out"
+    )
+
+
 async def open_negotiated(
     connection: Connection, protocols: Sequence[str], *, deadline: float = NEGOTIATION_DEADLINE
 ) -> tuple[str, ChannelStream]:
@@ -171,10 +239,7 @@ async def open_negotiated(
                     if reply := initiator.data_to_send():
                         stream.channel.send(reply)
             except multistream.ProtocolNotSupportedError as error:
-                raise ProtocolNotSupportedError(
-                    f"the peer does not offer {', '.join(protocols)} to this node: it has no such service, or its"
-                    " allowed_peers leave us out"
-                ) from error
+                raise not_offered(protocols) from error
             except ProtocolError as error:
                 raise StreamRefusedError(str(error)) from error
         if scope.cancelled_caught or initiator.result is None:

@@ -112,6 +112,7 @@ class FakeGate(Actor):
 class FakeConfig(Actor):
     def __init__(self):
         self.addresses = {}
+        self.relays = ()
         self.subscribers = set()
 
     def snapshot(self):
@@ -119,10 +120,14 @@ class FakeConfig(Actor):
             AddressEntry(peer_of(name), tuple(Multiaddr(address) for address in addresses))
             for name, addresses in self.addresses.items()
         )
-        return ConfigSnapshot(version=1, gating=True, services=(), names=(), addresses=entries)
+        relays = tuple(Multiaddr(address) for address in self.relays)
+        return ConfigSnapshot(version=1, gating=True, services=(), names=(), addresses=entries, relays=relays)
 
     def say_where(self, name, *addresses):
         self.addresses[name] = addresses
+        self.tell()
+
+    def tell(self):
         for subscriber in self.subscribers:
             self.context.tell(subscriber, self.snapshot())
 
