@@ -26,6 +26,12 @@ class EnvelopeError(ProtocolError):
     code: ClassVar[str] = "bad-envelope"
 
 
+class EnvelopeTypeError(EnvelopeError):
+    """A signed envelope, but of something else than was expected."""
+
+    code: ClassVar[str] = "other-envelope"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Envelope:
     """An envelope whose signature was verified (or just made)."""
@@ -60,7 +66,8 @@ def open_envelope(data: bytes, domain: str, payload_type: bytes) -> Envelope:
     """Parse an envelope of this payload type and verify its signature for this domain.
 
     Raises:
-        EnvelopeError: not an envelope, another payload type, or a key that is not taken.
+        EnvelopeError: not an envelope, or with a key that is not taken.
+        EnvelopeTypeError: of another payload type.
         BadSignatureError: the signature does not belong to the payload, domain and key.
         LimitExceededError: longer than `MAX_ENVELOPE`.
     """
@@ -75,7 +82,7 @@ def open_envelope(data: bytes, domain: str, payload_type: bytes) -> Envelope:
     except KeyFormatError as error:
         raise EnvelopeError(f"a signed envelope without a usable key: {error}") from None
     if message.payload_type != payload_type:
-        raise EnvelopeError(
+        raise EnvelopeTypeError(
             f"a signed envelope of the type {message.payload_type[:16].hex()}, not {payload_type.hex()}"
         )
     public_key.verify(signing_buffer(domain, payload_type, message.payload), message.signature)

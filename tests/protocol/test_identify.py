@@ -23,6 +23,7 @@ from protocol.keys import BadSignatureError, PrivateKey
 from protocol.multiaddr import Multiaddr
 from protocol.pb import identify_pb2
 from protocol.peer_record import PeerRecord, seal_peer_record
+from protocol.signed_envelope import seal_envelope
 
 KEY = PrivateKey.from_seed(b"k" * 32)
 OTHER = PrivateKey.from_seed(b"o" * 32)
@@ -156,6 +157,14 @@ def test_the_peer_record_must_be_the_peers_own():
         read(message(signed_peer_record=bytes(broken)))
     with pytest.raises(ProtocolError):
         read(message(signed_peer_record=b"\x01\x02"))
+
+
+def test_a_record_of_a_kind_that_we_do_not_know_takes_nothing_else_away():
+    """As rust-libp2p signs them, unless told otherwise."""
+    older = seal_envelope(KEY, "libp2p-routing-state", b"/libp2p/routing-state-record", b"anything").to_bytes()
+    said = read(message(signed_peer_record=older, listen_addrs=[TCP.to_bytes()], protocols=[b"/a"]))
+    assert (said.peer_record, said.signed_peer_record) == (None, None)
+    assert (said.listen_addresses, said.protocols) == ((TCP,), ("/a",))
 
 
 def test_texts_are_harmless():
