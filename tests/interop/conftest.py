@@ -12,7 +12,7 @@ import pytest
 from protocol.keys import PrivateKey
 from tests.interop.ours import our_peer
 from tests.interop.peers import ForeignPeer, Peer, foreign_peer
-from tests.interop.toolchains import BUILDERS, MissingToolError
+from tests.interop.toolchains import BUILDERS, OPTIONAL, MissingToolError
 
 StartForeign = Callable[..., AbstractAsyncContextManager[ForeignPeer]]
 Start = Callable[[str], AbstractAsyncContextManager[Peer]]
@@ -27,7 +27,7 @@ def start_foreign(request: pytest.FixtureRequest) -> StartForeign:
         try:
             command = BUILDERS[name]()
         except MissingToolError as error:
-            if required:
+            if required and name not in OPTIONAL:
                 pytest.fail(f"--interop=require, but {error}")
             pytest.skip(str(error))
         return foreign_peer(name, command, *options)
@@ -37,7 +37,7 @@ def start_foreign(request: pytest.FixtureRequest) -> StartForeign:
 
 @pytest.fixture
 def start(start_foreign: StartForeign) -> Start:
-    """Starts any peer by the name of its implementation: `peerup`, `go`, `js`."""
+    """Starts any peer by the name of its implementation: `peerup`, `go`, `js`, `rust`."""
 
     numbers = itertools.count()
 

@@ -34,9 +34,16 @@ class Pair(NamedTuple):
     listener: Peer
 
 
-OUR_PAIRS = [("peerup", "go"), ("go", "peerup"), ("peerup", "js"), ("js", "peerup")]
+OUR_PAIRS = [
+    ("peerup", "go"),
+    ("go", "peerup"),
+    ("peerup", "js"),
+    ("js", "peerup"),
+    ("peerup", "rust"),
+    ("rust", "peerup"),
+]
 FOREIGN_PAIRS = [("go", "js"), ("js", "go")]
-TELLS_CODES = {"go", "peerup"}  # js-libp2p neither sends nor reports the code of a reset
+TELLS_CODES = {"go", "peerup"}  # js-libp2p and rust-libp2p neither send nor report the code of a reset
 
 
 @pytest.fixture(params=OUR_PAIRS + FOREIGN_PAIRS, ids="-dials-".join)
@@ -89,6 +96,9 @@ async def test_identify_tells_the_truth_and_signs_it(pair, asks):
     assert said["observed"].startswith("/ip4/127.0.0.1/tcp/")
     listens = asked.address.split("/p2p/")[0]
     assert listens in [address.split("/p2p/")[0] for address in said["addresses"]]
+    if asked.name == "rust":  # its records are of an older kind, which no other implementation knows
+        assert said["record"] == "absent"
+        return
     assert said["record"] == "verified"
     assert listens in said["record_addresses"]
     assert said["record_seq"] > 0
@@ -187,6 +197,8 @@ async def stalls(peer: Peer, exchange_id: int) -> int:
 
 
 async def test_forty_streams_side_by_side(pair):
+    if pair.listener.name == "rust":
+        pytest.skip("rust-libp2p keeps one inbound stream of a protocol waiting, and drops what else comes")
     await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="echo")
     answer = await exchange(pair, send=2 * MB, seed=100, count=40)
     assert answer["ok"], answer
@@ -216,11 +228,12 @@ async def test_a_silent_service_does_not_hold_up_others_and_ends_with_the_connec
         assert (await exchange(pair, "/peerup/other/1.0.0", send=MB))["received_sha256"] == sha256(MB)
         await do(pair.listener, "disconnect", peer=pair.dialler.peer_id)
         await do(pair.dialler, "wait-closed", peer=pair.listener.peer_id)
-    assert answers[0]["ok"] == (pair.listener.name == "js")  # it finishes its streams when it hangs up; others reset
+    # js-libp2p finishes its streams when it hangs up; others reset. rust-libp2p takes either for an end.
+    assert answers[0]["ok"] == (pair.listener.name == "js" or pair.dialler.name == "rust")
     assert (answers[0]["received"], answers[0]["received_sha256"]) == (0, EMPTY)
 
 
-@pytest.mark.parametrize("implementation", ["peerup", "go", "js"])
+@pytest.mark.parametrize("implementation", ["peerup", "go", "js", "rust"])
 async def test_a_peer_that_is_somebody_else_is_refused(start, start_foreign, implementation):
     """The dialler names the peer that it wants; whoever answers with another identity is not talked to."""
     async with start(implementation) as dialler, start_foreign("js") as listener, start_foreign("go") as third:
@@ -230,7 +243,7 @@ async def test_a_peer_that_is_somebody_else_is_refused(start, start_foreign, imp
         assert (await do(dialler, "connections"))["connections"] == []
 
 
-@pytest.mark.parametrize("implementation", ["go", "js"])
+@pytest.mark.parametrize("implementation", ["go", "js", "rust"])
 async def test_we_refuse_a_caller_that_is_not_authorised(start, implementation):
     """It is hung up on once its identity is proved; it gets nothing, and others still get in."""
     async with start("peerup") as ours, start(implementation) as stranger, start("go") as friend:
@@ -246,14 +259,14 @@ async def test_we_refuse_a_caller_that_is_not_authorised(start, implementation):
         assert (await do(ours, "served", protocol=PROTOCOL))["opened"] == 1
 
 
-@pytest.mark.parametrize("implementation", ["go", "js"])
+@pytest.mark.parametrize("implementation", ["go", "js", "rust"])
 async def test_a_peer_that_is_no_longer_authorised_is_cut_off_at_once(start, implementation):
     async with start("peerup") as ours, start(implementation) as guest:
         assert isinstance(ours, OurPeer)
         await ours.authorise(guest.peer_id)
         await do(ours, "serve", protocol=PROTOCOL, behaviour="silent")
         await do(guest, "dial", address=ours.address)
-        pending = await guest.send("exchange", peer=ours.peer_id, protocol=PROTOCOL, send=1000)
+        pending = await guest.send("exchange", peer=ours.peer_id, protocol=PROTOCOL, send=1000, keep_open=True)
         await opened(ours, PROTOCOL)
         await ours.revoke(guest.peer_id)
         cut = await guest.answer_to(pending)
@@ -297,6 +310,7 @@ async def test_other_kinds_of_keys(start, start_foreign, implementation, kind, d
         await do(theirs, "ping", peer=ours.peer_id)
 
 
-async def test_a_seed_gives_the_same_peer_id_in_every_implementation(start_foreign):
-    async with start_foreign("go", "--seed", "alpha") as one, start_foreign("js", "--seed", "alpha") as other:
+@pytest.mark.parametrize("implementation", ["js", "rust"])
+async def test_a_seed_gives_the_same_peer_id_in_every_implementation(start_foreign, implementation):
+    async with start_foreign("go", "--seed", "alpha") as one, start_foreign(implementation, "--seed", "alpha") as other:
         assert one.peer_id == other.peer_id
