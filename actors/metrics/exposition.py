@@ -33,6 +33,7 @@ HELP = {
     "peerup_process_open_fds": "Open descriptors of the actor's process.",
     "peerup_messages_not_allowed": "Messages refused because their sender may not send that kind.",
     "peerup_checkpoints_refused": "Checkpoints that were over a bound or came from somebody else.",
+    "peerup_reports_lost": "Reports to another actor that were given up: too many waited, or it did not take them.",
     "peerup_auth_decisions": "Decisions about connections and streams, by rule.",
     "peerup_audit_events_lost": "Audit events that could not be written.",
     "peerup_authorized_keys_problems": "Problems in authorized_keys.",

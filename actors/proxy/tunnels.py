@@ -20,6 +20,7 @@ import sys
 import termios
 from collections.abc import Iterable
 
+from actors.outbox import Outbox
 from actors.pump import Outcome, Pump, PumpResult
 from actors.reactor import Reactor
 from actors.sockets import RESET_ON_CLOSE
@@ -86,6 +87,7 @@ class Tunnels:
     ) -> None:
         self._context = context
         self._reactor = reactor
+        self._gate = Outbox(context, GATE)
         self._service = service
         self._role = role
         self._limit = limit
@@ -238,6 +240,7 @@ class Tunnels:
             self._context.log.debug("the switchboard closes no tunnels: {}", error)
         else:
             self._note_ends(closed.ended)
+        self._gate.close()
 
     def failed(self, peer: PeerId, path: str, reason: str, outcome: str) -> None:
         """A tunnel that was reserved did not come about."""
@@ -323,7 +326,7 @@ class Tunnels:
             duration=self._context.now() - tunnel.since if duration is None else duration,
             outcome=outcome,
         )
-        self._context.tell(GATE, ended)
+        self._gate.send(ended)
 
     def _count(self) -> None:
         for tunnel in self._tunnels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from protocol.messages.codec import Message, Request, message, record
+from protocol.messages.system import Ok
 from protocol.peer_id import PeerId
 from protocol.policy import Policy
 
@@ -42,8 +43,8 @@ class Reload(Request[Reloaded]):
 
 
 @message("gate.decided")
-class Decided(Message):
-    """To the gate's audit log: one decision about a connection or stream.
+class Decided(Request[Ok]):
+    """To the gate's audit log: one decision about a connection or stream. The answer says that the gate has it.
 
     Attributes:
         subject: `connection` or the protocol id of the stream.
@@ -61,8 +62,8 @@ class Decided(Message):
 
 
 @message("gate.tunnel-ended")
-class TunnelEnded(Message):
-    """To the gate's audit log: one tunnelled connection is over.
+class TunnelEnded(Request[Ok]):
+    """To the gate's audit log: one tunnelled connection is over. The answer says that the gate has it.
 
     Attributes:
         role: `client` (we opened it to the peer's service) or `server` (the peer used ours).

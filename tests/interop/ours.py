@@ -18,7 +18,7 @@ from protocol.identify import IdentifyReader
 from protocol.keys import PrivateKey
 from protocol.messages import Message
 from protocol.messages.config import AddressEntry, ConfigSnapshot, SubscribeConfig
-from protocol.messages.gate import PolicyPublished, SubscribePolicy
+from protocol.messages.gate import Decided, PolicyPublished, SubscribePolicy
 from protocol.messages.keyring import (
     Identity,
     ReadIdentity,
@@ -39,6 +39,7 @@ from protocol.messages.switchboard import (
 )
 from protocol.multiaddr import Multiaddr
 from protocol.noise import SIGNATURE_PREFIX
+from protocol.messages.system import Ok
 from protocol.peer_id import PeerId
 from protocol.peer_record import open_peer_record, seal_peer_record
 from protocol.policy import PeerRule, Policy, ServiceRule
@@ -141,6 +142,8 @@ class OurPeer:
                 return self._policy()
             case SubscribeConfig():
                 return self._config()
+            case Decided():
+                return Ok()
         if target in {CONFIG, GATE, "keyring"}:
             raise AssertionError(f"the switchboard asked {target} for {request}")
         raise NoSuchActorError(f"there is no {target} in this test")

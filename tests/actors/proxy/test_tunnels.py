@@ -17,10 +17,11 @@ def tunnels(warned=None, **options):
     context = types.SimpleNamespace(
         metrics=Registry(),
         now=lambda: 100.0,
-        tell=lambda _, message: told.append(message),
         log=types.SimpleNamespace(warning=lambda _, reason: warned.append(reason)),
     )
-    return Tunnels(context, None, "ssh", "client", **options), told
+    made = Tunnels(context, None, "ssh", "client", **options)
+    made._gate = types.SimpleNamespace(send=told.append)
+    return made, told
 
 
 def ended(stream_id, sent=3, received=4):
