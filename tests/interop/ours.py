@@ -37,9 +37,9 @@ from protocol.messages.switchboard import (
     ReadStatus,
     ServeProtocol,
 )
+from protocol.messages.system import Ok
 from protocol.multiaddr import Multiaddr
 from protocol.noise import SIGNATURE_PREFIX
-from protocol.messages.system import Ok
 from protocol.peer_id import PeerId
 from protocol.peer_record import open_peer_record, seal_peer_record
 from protocol.policy import PeerRule, Policy, ServiceRule
