@@ -69,7 +69,7 @@ def run(
     with without_collector():
         from actors.config.file import load_config
         from peerup.systemd import ServiceManager
-        from peerup.tree import OPERATORS, VITAL, Options, build_tree
+        from peerup.tree import OPERATORS, VITAL, Options, build_tree, time_to_drain
         from supervisor.boot import LogSettings
         from supervisor.service import STOP_DEADLINE, Service
 
@@ -104,7 +104,7 @@ def run(
                 os.write(ready_fd, b"ready\n")
                 os.close(ready_fd)
 
-    within = STOP_DEADLINE
+    within = STOP_DEADLINE + time_to_drain(config)
 
     def stopping() -> None:
         # However long the configuration lets a stop take, and whatever the unit says: wait for it, and little longer.

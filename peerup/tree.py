@@ -7,6 +7,7 @@ main                the service: watches everything, builds the tree anew if its
    ├─ gate          who may do what
    ├─ switchboard   sockets, connections, streams; needs the keyring's signature and the gate's policy
    ├─ nat/monitor   tells when this machine is in another network, or has slept
+   ├─ relay/server  only if this node is a relay; stops before the switchboard, so that open circuits get their time
    ├─ proxies       one_for_one, children come and go: proxy/<peer>/<service>, service/<name>,
    │                and relay/keeper while relays are configured
    ├─ metrics       only if enabled
@@ -47,6 +48,9 @@ START_DEADLINE = 10.0
 SWITCHBOARD_START_DEADLINE = 20.0
 """The switchboard waits for up to three others in turn."""
 
+DRAIN_SLACK = 5.0
+"""Seconds that a relay may need to stop beyond the time that open circuits get."""
+
 PROXIES_STOP_DEADLINE = 10.0
 """Seconds for all proxies and services to end their tunnels, side by side."""
 
@@ -68,6 +72,12 @@ STARTERS = ("config",)
 VITAL = ("config", "keyring", "gate", "switchboard", "proxies", "api")
 """The actors that a watchdog outside waits for. Those that may fail for what no restart repairs, such as a port that
 somebody else has (metrics) or relays that cannot be reached, are their supervisor's business alone."""
+
+
+def time_to_drain(config: NodeConfig) -> float:
+    """Seconds by which the stop of this node may take longer, because it gives the circuits of a relay some time."""
+    served = config.relay_service
+    return served.drain_time + DRAIN_SLACK if served.enabled else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +117,7 @@ def build_tree(options: Options) -> SupervisorSpec:
             start_deadline=SWITCHBOARD_START_DEADLINE,
         ),
         _actor("nat/monitor", "actors.nat.monitor:NetworkMonitor"),
+        *_relay_server(config),
         _proxies(),
     ]
     if config.telemetry.metrics_enabled:
@@ -136,6 +147,13 @@ def _actor(name: str, factory: str, **arguments: Data) -> ChildSpec:
         heartbeat=HEARTBEAT,
         heartbeat_deadline=HEARTBEAT_DEADLINE,
     )
+
+
+def _relay_server(config: NodeConfig) -> list[ChildSpec]:
+    if not config.relay_service.enabled:
+        return []
+    made = _actor("relay/server", "actors.relay.server:RelayServer", drain=config.relay_service.drain_time)
+    return [dataclasses.replace(made, stop_deadline=time_to_drain(config))]
 
 
 def _proxies() -> ChildSpec:

@@ -34,7 +34,7 @@ from protocol.circuit.addresses import announced_addresses
 from protocol.circuit.messages import Refusal, Reservation, Status
 from protocol.messages import Data
 from protocol.messages.keyring import SignRelayVoucher
-from protocol.messages.relay import RelayCircuit, RelayReservation, RelayRules, RelayStatus
+from protocol.messages.relay import RelayCircuit, RelayReservation, RelayRules, RelayServiceStatus
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 from protocol.policy import Decision
@@ -165,11 +165,11 @@ class Relaying:
         self._show(served)
         self._look_for_drained()
 
-    def status(self) -> RelayStatus:
-        """What it does; see `RelayStatus`."""
+    def status(self) -> RelayServiceStatus:
+        """What it does; see `RelayServiceStatus`."""
         served = self._served
         if served is None:
-            return RelayStatus(
+            return RelayServiceStatus(
                 serving=False,
                 draining=False,
                 addresses=(),
@@ -184,7 +184,7 @@ class Relaying:
         self._count_carried(served)
         table, now = served.table, self._context.now()
         since = {number: began for began_by in (served.open, served.opening) for number, (_, began) in began_by.items()}
-        return RelayStatus(
+        return RelayServiceStatus(
             serving=True,
             draining=table.draining,
             addresses=self._own_addresses(),

@@ -112,7 +112,7 @@ class RelayCircuit:
 
 
 @message("relay.status")
-class RelayStatus(Message):
+class RelayServiceStatus(Message):
     """What the relay of this node does.
 
     Attributes:
@@ -139,5 +139,5 @@ class RelayStatus(Message):
 
 
 @message("relay.read")
-class ReadRelay(Request[RelayStatus]):
+class ReadRelay(Request[RelayServiceStatus]):
     """Ask the switchboard what the relay of this node does."""

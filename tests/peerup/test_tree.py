@@ -7,7 +7,7 @@ import pytest
 from actors.config.file import load_config
 from actors.config.init import init_node
 from actors.config.paths import node_home
-from peerup.tree import Options, build_tree
+from peerup.tree import Options, build_tree, time_to_drain
 
 
 @pytest.fixture
@@ -35,6 +35,15 @@ def test_the_limits_of_the_configuration_reach_who_must_hold_them(home):
 def test_children_start_in_the_order_in_which_they_need_each_other(home):
     names = list(tree_of(home, ""))
     assert names == ["config", "keyring", "gate", "switchboard", "nat/monitor", "proxies", "api"]
+
+
+def test_a_relay_has_its_server_and_time_to_drain(home):
+    tree = tree_of(home, "relay_service: {enabled: true, drain_time: 40s}\n")
+    names = list(tree)
+    assert names.index("switchboard") < names.index("relay/server") < names.index("proxies")
+    assert tree["relay/server"].arguments == {"drain": 40.0}
+    assert tree["relay/server"].stop_deadline == 45.0
+    assert time_to_drain(load_config(home.config_file)) == 45.0
 
 
 def test_metrics_run_only_where_they_are_wanted(home):
