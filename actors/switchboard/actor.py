@@ -52,7 +52,7 @@ from protocol.messages.gate import PolicyPublished
 from protocol.messages.keyring import ReadIdentity, SignNoiseStaticKey
 from protocol.messages.network import NetworkChanged
 from protocol.messages.reachability import AnnounceAddresses, WatchConnections, WatchedConnections
-from protocol.messages.relay import DrainRelay, ReadRelay, RelayStatus, ServeRelay, WithdrawRelay
+from protocol.messages.relay import DrainRelay, ReadRelay, RelayServiceStatus, ServeRelay, WithdrawRelay
 from protocol.messages.switchboard import (
     AdoptedStreams,
     AdoptStreams,
@@ -576,7 +576,7 @@ class Switchboard(Actor):
         await self._tell_anew()
 
     @handles(ReadRelay)
-    async def read_relay(self, request: ReadRelay) -> RelayStatus:
+    async def read_relay(self, request: ReadRelay) -> RelayServiceStatus:
         """What the relay does."""
         return self._relaying.status()
 
