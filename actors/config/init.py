@@ -32,8 +32,16 @@ class NewNode:
     kept_authorized_keys: bool
 
 
-def init_node(home: NodeHome, *, listen_addresses: Sequence[Multiaddr] = (), network: str | None = None) -> NewNode:
+def init_node(
+    home: NodeHome,
+    *,
+    listen_addresses: Sequence[Multiaddr] = (),
+    network: str | None = None,
+    text: str | None = None,
+) -> NewNode:
     """Make a new node in this home. An identity or authorized_keys found there are kept, a configuration is refused.
+
+    The configuration is `text`, or one for these addresses and this network.
 
     If anything fails, what was made is removed again.
 
@@ -65,7 +73,8 @@ def init_node(home: NodeHome, *, listen_addresses: Sequence[Multiaddr] = (), net
             create_exclusive(home.authorized_keys_file, HEADER.encode())
             undo.callback(home.authorized_keys_file.unlink, missing_ok=True)
         # The configuration comes last: where it is, everything is.
-        create_exclusive(home.config_file, render_config(listen_addresses, network).encode())
+        written = render_config(listen_addresses, network) if text is None else text
+        create_exclusive(home.config_file, written.encode())
         undo.pop_all()
     return NewNode(home, key.peer_id, kept_key, kept_authorized_keys)
 

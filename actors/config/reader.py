@@ -110,6 +110,10 @@ class SectionReader:
         """The dotted path of a key of this mapping."""
         return f"{self.path}.{key}" if self.path else str(key)
 
+    def peek(self, key: str) -> Any:
+        """The value of a key as it stands there, None without one; reading it for good is up to the other methods."""
+        return self._values.get(key)
+
     def section(self, key: str) -> SectionReader:
         """The mapping below this key; an empty one if it is absent."""
         value = self._take(key)

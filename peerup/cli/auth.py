@@ -31,7 +31,7 @@ def auth() -> None:
     """Say which peers may connect. A running node takes changes over at once."""
 
 
-def _expiry(text: str | None) -> str | None:
+def expiry(text: str | None) -> str | None:
     """The moment that `7d` from now or an ISO date means, as RFC 3339."""
     if text is None:
         return None
@@ -57,10 +57,10 @@ def add(session: Session, peer_id: str, comment: str, expires: str | None, path:
     from actors.gate.authorized_keys_file import add_peer
     from protocol.peer_id import PeerId
 
-    until = _expiry(expires)
+    until = expiry(expires)
     attributes = {} if until is None else {"expires": until}
     entry = add_peer(authorized_keys_path(session, path), PeerId.from_text(peer_id), comment, attributes)
-    report(session, f"{entry.peer} may connect", _present(entry), _tell(session, path))
+    report(session, f"{entry.peer} may connect", present(entry), _tell(session, path))
 
 
 @command("remove", json_output=True)
@@ -82,14 +82,14 @@ def list_peers(session: Session, path: Path | None) -> None:
     from actors.gate.authorized_keys_file import load_authorized_keys
 
     keys = load_authorized_keys(authorized_keys_path(session, path))
-    data = [_present(entry) for entry in keys.entries]
+    data = [present(entry) for entry in keys.entries]
     columns = (
         Column("LINE", right=True),
         Column("PEER ID", fold=True),
         Column("EXPIRES"),
         Column("COMMENT", fold=True),
     )
-    rows = [(item["line"], item["peer_id"], _when(item), item["comment"]) for item in data]
+    rows = [(item["line"], item["peer_id"], when(item), item["comment"]) for item in data]
     session.show(data, lambda: table(columns, rows, empty="nobody may connect; see `peerup auth add --help`"))
     for problem in keys.problems:
         note(f"warning: line {problem.line}: {problem.reason}")
@@ -133,7 +133,8 @@ def _tell(session: Session, given: Path | None) -> dict[str, Any]:
     return tell_node(session, AUTHORIZED_KEYS)
 
 
-def _present(entry: Entry) -> dict[str, Any]:
+def present(entry: Entry) -> dict[str, Any]:
+    """A line of authorized_keys as JSON."""
     return {
         "line": entry.line,
         "peer_id": str(entry.peer),
@@ -144,7 +145,8 @@ def _present(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _when(item: dict[str, Any]) -> str:
+def when(item: dict[str, Any]) -> str:
+    """Until when the peer of this line may connect, for people."""
     if item["expires"] is None:
         return "never"
     try:

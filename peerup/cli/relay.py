@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from protocol.multiaddr import Multiaddr
     from protocol.peer_id import PeerId
 
-SERVER_COMMANDS: dict[str, str] = {}
+SERVER_COMMANDS: dict[str, str] = {
+    name: f"peerup.cli.relay_server:{name.replace('-', '_')}"
+    for name in ("setup", "serve", "info", "authorize", "deauthorize", "list-peers", "config")
+}
 """Commands of a relay itself, as `name: module:attribute`."""
 
 STATE_STYLES = {"held": "green", "renewing": "green", "waiting": "red"}
