@@ -25,6 +25,7 @@ type relayOptions struct {
 	Seconds      int64 `json:"seconds"`      // duration of a circuit
 	Reservations int   `json:"reservations"` // so many at once
 	TTL          int64 `json:"ttl"`          // seconds that a reservation is valid
+	Announce     bool  `json:"announce"`     // tell addresses on loopback, too
 }
 
 // circuitAddresses are where our relays accept connections for us; identify tells of them.
@@ -69,7 +70,11 @@ func (n *node) relayServe(o relayOptions) error {
 		}
 		resources.Limit = &limit
 	}
-	_, err := relay.New(n.host, relay.WithResources(resources))
+	options := []relay.Option{relay.WithResources(resources)}
+	if o.Announce {
+		options = append(options, relay.WithReservationAddressFilter(func(multiaddr.Multiaddr) bool { return true }))
+	}
+	_, err := relay.New(n.host, options...)
 	return err
 }
 
@@ -87,7 +92,7 @@ func (n *node) reserve(ctx context.Context, address string) (answer, error) {
 		}
 		return nil, err
 	}
-	// A go-libp2p relay tells its public addresses alone, hence none of those on loopback.
+	// A go-libp2p relay tells its public addresses alone, unless told otherwise, hence none of those on loopback.
 	relays := reservation.Addrs
 	if len(relays) == 0 {
 		whole, err := multiaddr.NewMultiaddr(address)
