@@ -35,7 +35,7 @@ class NewNode:
 def init_node(
     home: NodeHome,
     *,
-    listen_addresses: Sequence[Multiaddr] = (),
+    listen_addresses: Sequence[Multiaddr] | None = None,
     network: str | None = None,
     text: str | None = None,
 ) -> NewNode:

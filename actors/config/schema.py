@@ -46,7 +46,10 @@ class ConfigError(PeerupError):
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-    """Where the node listens. `listen_addresses` may hold transports that this version does not serve."""
+    """Where the node listens; nowhere if there is no address: it dials, and is reached through relays.
+
+    `listen_addresses` may hold transports that this version does not serve.
+    """
 
     listen_addresses: tuple[Multiaddr, ...] = ()
     force_private_reachability: bool = False
@@ -226,10 +229,8 @@ def parse_listen_address(text: str) -> tuple[str, int]:
 
 def _network(reader: SectionReader) -> NetworkConfig:
     listen = reader.items("listen_addresses", Multiaddr)
-    if not listen and listen is not None:
-        reader.problem("listen_addresses", "names no address; give at least one, such as /ip4/0.0.0.0/tcp/0")
     made = NetworkConfig(
-        listen or (Multiaddr("/ip4/0.0.0.0/tcp/0"), Multiaddr("/ip6/::/tcp/0")),
+        (Multiaddr("/ip4/0.0.0.0/tcp/0"), Multiaddr("/ip6/::/tcp/0")) if listen is None else listen,
         reader.boolean("force_private_reachability", default=False),
         reader.boolean("resource_limits_enabled", default=False),
     )

@@ -10,9 +10,10 @@ from protocol.multiaddr import Multiaddr
 DEFAULT_LISTEN = (Multiaddr("/ip4/0.0.0.0/tcp/0"), Multiaddr("/ip6/::/tcp/0"))
 
 
-def render_config(listen_addresses: Sequence[Multiaddr] = (), network: str | None = None) -> str:
-    """The text of `config.yaml` for a new node that listens at these addresses (any free port if there are none)."""
-    listen = "".join(f"    - {json.dumps(str(address))}\n" for address in listen_addresses or DEFAULT_LISTEN)
+def render_config(listen_addresses: Sequence[Multiaddr] | None = None, network: str | None = None) -> str:
+    """The text of `config.yaml` for a new node that listens at these addresses; None: at any free port."""
+    addresses = DEFAULT_LISTEN if listen_addresses is None else listen_addresses
+    listen = "".join(f"    - {json.dumps(str(address))}\n" for address in addresses) or "    []\n"
     namespace = f"  network: {json.dumps(network)}\n" if network else '  # network: "family"\n'
     return _TEMPLATE.replace("@LISTEN@\n", listen).replace("@NETWORK@\n", namespace)
 
@@ -28,7 +29,8 @@ identity:
   key_file: identity.key
 
 network:
-  # Where peers may connect. Port 0 takes any free port, another one at each start.
+  # Where peers may connect. Port 0 takes any free port, another one at each start. With [] the node listens nowhere: it
+  # dials, and peers reach it through its relays.
   listen_addresses:
 @LISTEN@
   # Treat this node as not reachable from outside, whatever is found out about it. Default: false

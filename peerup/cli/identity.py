@@ -21,7 +21,12 @@ DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001")
     ),
 )
 @click.option("--yes", is_flag=True, help="Ask nothing; take what the options say.")
-@click.option("--listen", multiple=True, metavar="MULTIADDR", help="Where to listen for peers (repeatable).")
+@click.option(
+    "--listen",
+    multiple=True,
+    metavar="MULTIADDR",
+    help="Where to listen for peers (repeatable); `none` to listen nowhere and be reached through relays.",
+)
 @click.option("--network", metavar="NAME", help="A private network: its nodes find each other and nobody else.")
 def init(session: Session, listen: tuple[str, ...], network: str | None, *, yes: bool) -> None:
     """Make a node's home: configuration, identity key and the list of peers that may connect.
@@ -34,7 +39,7 @@ def init(session: Session, listen: tuple[str, ...], network: str | None, *, yes:
     if not listen and not yes and not session.as_json and not session.home.config_file.exists():
         answer = click.prompt("Where to listen for peers (addresses, blanks between)", default=" ".join(DEFAULT_LISTEN))
         listen = tuple(answer.split())
-    addresses = tuple(Multiaddr(text) for text in listen or DEFAULT_LISTEN)
+    addresses = () if listen == ("none",) else tuple(Multiaddr(text) for text in listen or DEFAULT_LISTEN)
     made = init_node(session.home, listen_addresses=addresses, network=network)
     home, peer_id = made.home, str(made.peer)
 

@@ -97,7 +97,6 @@ def test_every_default_that_the_template_only_mentions_is_the_default():
         ("version: one\n", "line 1: version: must be a whole number, not 'one'"),
         ("network: yes please\n", "line 1: network: must be a mapping of keys to values, not 'yes please'"),
         ("network:\n  listen_addresses: /ip4/1.2.3.4/tcp/1\n", "line 2: network.listen_addresses: must be a list"),
-        ("network:\n  listen_addresses: []\n", "line 2: network.listen_addresses: names no address"),
         (
             "network:\n  listen_addresses:\n    - /ip4/0.0.0.0/tcp/1\n    - nonsense\n",
             "line 4: network.listen_addresses[1]",
@@ -266,3 +265,9 @@ def test_files_that_cannot_be_used(tmp_path):
         load_config(path)
     path.write_bytes(b"\xef\xbb\xbfversion: 1\n")
     assert load_config(path).version == 1
+
+
+def test_a_node_may_listen_nowhere():
+    assert read("network:\n  listen_addresses: []\n").network.listen_addresses == ()
+    assert read(render_config(())).network.listen_addresses == ()
+    assert read(render_config()).network.listen_addresses == read("version: 1\n").network.listen_addresses
