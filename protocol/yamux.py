@@ -22,7 +22,10 @@ to lay out, with headers made by :meth:`Session.data_header`, for it is the call
 
 Against a peer that means harm: inbound streams are limited, all and unacknowledged ones apart; frames that cost us work
 and move nothing (pings, refused SYNs, resets of its own streams, empty frames) draw on an allowance that refills
-slowly; the queue of control frames is bounded. Who exceeds these has the session closed.
+slowly; the queue of control frames is bounded. Who exceeds these has the session closed. So do window updates of a few
+bytes, beyond one for each data frame that went out: a reader that grants what it has read, however little, is
+well-behaved, but it cannot have read what was not sent. Small data frames are not limited, since terminals send them,
+and busy services many; who feeds the session takes care that they hold up nobody else (`Session.frames_received`).
 """
 
 from __future__ import annotations
@@ -50,6 +53,9 @@ SYN: Final = 1
 ACK: Final = 2
 FIN: Final = 4
 RST: Final = 8
+
+_SMALL_UPDATE: Final = 512  # bytes; a window that moves by less makes more work than it is worth
+_UPDATES_DUE: Final = 4096  # small updates that may be waited for: more than frames are under way
 
 _HEADER: Final = struct.Struct(">BBHII")
 _MAX_STREAM_ID: Final = 0xFFFF_FFFF
@@ -232,6 +238,7 @@ class Session:
         self._inbound = 0
         self._inbound_unacknowledged = 0
         self._outbound_unacknowledged = 0
+        self._updates_due = 0  # small window updates that data frames of ours are worth
         self._grown = 0  # bytes by which windows have grown, all streams
         self._control = bytearray()
         self._announce: list[Stream] = []
@@ -290,6 +297,8 @@ class Session:
             stream.flags = 0
             self._flags_sent(stream, flags)
         stream.send_window -= length
+        if self._updates_due < _UPDATES_DUE:
+            self._updates_due += 1
         _HEADER.pack_into(buffer, offset, 0, DATA, flags, stream.id, length)
 
     def finish(self, stream: Stream) -> None:
@@ -461,14 +470,23 @@ class Session:
             if not length and flags & FIN:
                 self._end_of_frame()
             return
-        if length and stream is not None and not stream.local_finished:
-            stream.send_window += length
-            if stream.send_window > MAX_WINDOW:
-                raise YamuxError(f"the window of stream {stream_id} overflows")
-            self._consumer.window_opened(stream)
+        if length:
+            self._window_update(stream, length, now)
         if flags & FIN:
             self._body_stream = stream
             self._end_of_frame()
+
+    def _window_update(self, stream: Stream | None, length: int, now: float) -> None:
+        if length < _SMALL_UPDATE:
+            if self._updates_due:
+                self._updates_due -= 1
+            else:
+                self._spend(now)
+        if stream is not None and not stream.local_finished:
+            stream.send_window += length
+            if stream.send_window > MAX_WINDOW:
+                raise YamuxError(f"the window of stream {stream.id} overflows")
+            self._consumer.window_opened(stream)
 
     def _examine(self, stream: Stream | None, flags: int, stream_id: int, length: int, now: float) -> None:
         """Look at a frame without SYN that has flags, no stream or no length."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from actors.reactor import Reactor
+from actors.switchboard.budget import Budgets
 from actors.switchboard.connections import Connection, ConnectionTable
 from actors.switchboard.decisions import DecisionLog
 from actors.switchboard.errors import AddressError, ConnectionLostError, SwitchboardError
 from actors.switchboard.link import Channel, Link, LinkEnd
 from actors.switchboard.numbers import Numbers
 from actors.switchboard.publishers import Publishers
+from actors.switchboard.refusals import Rare, Refusals
 from actors.switchboard.upgrade import RefusedPeerError, Upgraded
 from actors.switchboard.wire import Pipe
 from protocol import yamux
@@ -27,11 +29,17 @@ from supervisor.actor import Context
 RELAY_PROTOCOLS = BASIC_PROTOCOLS | {CIRCUIT_STOP}
 """What a relay that the configuration names may use, whether the policy lists it or not."""
 
+HUNG_UP = frozenset(("remote-close", "remote-go-away", "connection-lost"))
+"""How a connection that we made looks when the peer ended it; without a word before, that means it refuses us."""
+
 CONFIGURED_RELAY = Decision(allowed=True, rule="configured-relay")
 
 
 class Admittance:
     """See the module.
+
+    Attributes:
+        refusals: who does not let us in.
 
     Args:
         own: this node's peer id, which no peer may have.
@@ -69,8 +77,11 @@ class Admittance:
         self._on_ended = on_ended
         self._is_relay = is_relay
         self._limits = limits
+        self._budgets = Budgets()
         self._count = 0
         self._closed = False
+        self.refusals = Refusals(context.now)
+        self._refused_lines: Rare[PeerId] = Rare(context.now)
         self._expiry_checked = context.wall()
 
     def close(self) -> None:
@@ -179,19 +190,41 @@ class Admittance:
             plaintext=upgraded.plaintext,
             on_stream=lambda channel: self._on_stream(connection, channel),
             on_end=lambda end: self._ended(connection, end),
+            on_gone_away=lambda: self._table.gone_away(connection, self._context.now()),
             limits=self._limits,
+            budget=self._budgets.of(upgraded.peer),
         )
         self._table.add(connection, now)
         self._numbers.connection_opened(connection)
-        self._context.log.info("connected to {} ({}, {})", upgraded.peer, connection.direction, connection.way)
+        if not outbound:
+            self.refusals.forget(upgraded.peer)
+        self._context.log.log(
+            "DEBUG" if upgraded.peer in self.refusals else "INFO",
+            "connected to {} ({}, {})", upgraded.peer, connection.direction, connection.way,
+        )  # fmt: skip
         self._on_opened(connection)
         return connection
 
     def _ended(self, connection: Connection, end: LinkEnd) -> None:
         self._table.remove(connection, end)
         self._numbers.connection_closed(connection, end.code)
-        self._context.log.info("connection to {} ended: {}", connection.peer, end.reason)
+        self._tell_end(connection, end)
         self._on_ended(connection, end)
+
+    def heard(self, peer: PeerId) -> None:
+        """The peer has said something, so it lets us in."""
+        self.refusals.forget(peer)
+        self._refused_lines.forget(peer)
+
+    def _tell_end(self, connection: Connection, end: LinkEnd) -> None:
+        more: str | None = ""
+        if connection.heard:
+            self.heard(connection.peer)
+        elif connection.outbound and end.code in HUNG_UP:
+            self.refusals.note(connection.peer)
+            more = self._refused_lines.note(connection.peer)
+        if more is not None:
+            self._context.log.info("connection to {} ended: {}{}", connection.peer, end.reason, more)
 
     # ---- enforcement
 

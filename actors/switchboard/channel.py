@@ -9,7 +9,7 @@ by callbacks and `send`. `hand_over` makes a socket pair, whose one end, the sea
     seam -> peer   The seam becomes readable: the channel stands in the link's queue; the link fetches its messages, one
                    each time round, while the peer's window lasts; when it does not, the seam is not read, nor watched.
     peer -> seam   The link delivers. What the seam does not take is kept, at most one window, since it is not reported
-                   to yamux as consumed before it has been taken.
+                   to yamux as consumed before it has been taken; and as far as the peer's budget lasts.
 
 The seam's other end may close at any time. When it does while the seam is not being read, what is left in it is read at
 once (a kernel buffer at most), so that a reset never waits behind data that the peer may never admit.
@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from actors.reactor import HANG_UP, READ, WRITE, Reactor
+from actors.switchboard.budget import Budget
 from protocol import yamux
 from protocol.errors import LimitExceededError, PeerupError, ProtocolError
 from protocol.stream_descriptor import (
@@ -38,6 +39,8 @@ from protocol.stream_descriptor import (
 
 CHANNEL_QUEUE: Final = 1024 * 1024
 """Bytes that a channel in memory may have waiting for the peer's window."""
+
+_PIECE: Final = 16 * 1024  # up to which small messages are kept as one: else a byte could cost a hundred
 
 SEAM_BUFFER: Final = 1024 * 1024
 """Bytes of kernel buffer asked for on each end of a stream descriptor; the kernel may give less."""
@@ -65,6 +68,11 @@ class Carrier(Protocol):
     @property
     def max_data(self) -> int:
         """Bytes to fetch at a time."""
+        ...
+
+    @property
+    def budget(self) -> Budget:
+        """What the peer may make us keep."""
         ...
 
     def enqueue(self, channel: Channel) -> None:
@@ -116,6 +124,7 @@ class Channel:
         sent, received: bytes of the stream's data.
         queued: it stands in the link's queue (the link's to change).
         stream: yamux's record of it.
+        ended_by: the code that the peer reset it with, or that the end of the link did; None otherwise.
     """
 
     __slots__ = (
@@ -124,6 +133,7 @@ class Channel:
         "_end",
         "_events",
         "_finishing",
+        "_kept",
         "_link",
         "_negotiation",
         "_pending",
@@ -131,6 +141,7 @@ class Channel:
         "_seam_fd",
         "_unsent",
         "_unsent_bytes",
+        "ended_by",
         "inbound",
         "on_closed",
         "on_data",
@@ -151,6 +162,7 @@ class Channel:
         self.inbound = stream.inbound
         self.sent = 0
         self.received = 0
+        self.ended_by: int | None = None
         self.stream = stream
         self.queued = False
         self.on_data = lambda _: None
@@ -163,7 +175,8 @@ class Channel:
         self._seam_fd = -1
         self._attached = False  # the reactor watches the seam
         self._events = 0  # for what
-        self._pending: deque[bytes] = deque()  # messages that the seam did not take yet
+        self._pending: deque[bytes | bytearray] = deque()  # messages that the seam did not take yet
+        self._kept = 0  # bytes of data in them
         self._unsent: deque[bytes] = deque()  # data that the peer's window does not admit yet
         self._unsent_bytes = 0
         self._finishing = False  # finish, or have finished, after `_unsent`
@@ -276,6 +289,11 @@ class Channel:
     def reactor(self) -> Reactor:
         """Where the stream's link lives."""
         return self._link.reactor
+
+    @property
+    def budget(self) -> Budget:
+        """What the peer may make us keep."""
+        return self._link.budget
 
     def enqueue(self) -> None:
         """Have `fetch` called: there may be something to send."""
@@ -431,7 +449,24 @@ class Channel:
             else:
                 self._link.session.consumed(self.stream, end - start, now)
                 return
-        self._pending.append(bytes(buffer[start - 1 : end]))
+        self._keep(buffer[start - 1 : end])
+
+    def _keep(self, message: memoryview) -> None:
+        length = len(message) - 1
+        if not self._link.budget.take(length, self._kept):
+            self.reset(ResetCode.LIMIT_EXCEEDED)
+            return
+        self._kept += length
+        last = self._pending[-1] if self._pending else None
+        if isinstance(last, bytearray) and len(last) + length <= _PIECE:
+            last += message[1:]
+        else:
+            self._pending.append(bytearray(message))
+
+    def _keep_nothing(self) -> None:
+        self._pending.clear()
+        self._link.budget.give_back(self._kept)
+        self._kept = 0
 
     def peer_finished(self) -> None:
         """The peer will send no more."""
@@ -448,6 +483,7 @@ class Channel:
     def over(self, code: int) -> None:
         """The peer reset the stream, or the link is gone."""
         handed_over = self._seam is not None or self._end is not None
+        self.ended_by = code
         self._drop(code)
         if not handed_over:
             self.on_reset(code)
@@ -508,12 +544,14 @@ class Channel:
             while pending:
                 seam.send(pending[0])
                 message = pending.popleft()
-                if message[0] == DATA:
+                if isinstance(message, bytearray):  # else it never was in a window
+                    self._kept -= len(message) - 1
+                    self._link.budget.give_back(len(message) - 1)
                     session.consumed(stream, len(message) - 1, now, behind=True)
         except BlockingIOError:
             pass
         except OSError:
-            pending.clear()
+            self._keep_nothing()
             if stream.closed:
                 self._close_seam()
             else:
@@ -542,7 +580,7 @@ class Channel:
 
     def _drop(self, code: int) -> None:
         """The stream is over: forget what waits, tell the other end of the seam, close."""
-        self._pending.clear()
+        self._keep_nothing()
         self._unsent.clear()
         self._unsent_bytes = 0
         if self._seam is not None:
@@ -561,7 +599,7 @@ class Channel:
     def _close_seam(self) -> None:
         seam, self._seam = self._seam, None
         if seam is not None:
-            self._pending.clear()
+            self._keep_nothing()
             if self._attached:
                 self._attached = False
                 self._link.reactor.unregister(self._seam_fd)

@@ -12,6 +12,9 @@ message of each at a time, until about four Noise messages are full; small frame
 message, and all go out with one `send`. What the wire does not take is kept with its buffer, and nothing more is read
 from any descriptor until it has gone. A stream whose window is used up leaves the queue until the peer grants more.
 
+Receiving. What comes in at once is bounded, so that no link holds up the others. A peer whose frames are tiny makes us
+work much more for each byte, so less is taken from it at a time until they are larger again.
+
 The life of a link: alive, until one of the ends of :class:`LinkEnd`; then it resets what is open, closes its wire and
 tells `on_end` from the loop. There is no state in between.
 """
@@ -25,6 +28,7 @@ from collections.abc import Callable
 from typing import Final
 
 from actors.reactor import WRITE, Reactor, Timer
+from actors.switchboard.budget import Budget
 from actors.switchboard.channel import Channel, LinkClosedError
 from actors.switchboard.wire import MAX_FRAME, Wire
 from protocol import yamux
@@ -52,6 +56,9 @@ _SEND_BUFFER: Final = _BATCH + 2 * _FRAME  # a message is read before it is know
 _RECEIVE: Final = 4 * _FRAME  # of one recv
 _SEND_ROUNDS: Final = 4  # batches of one round of the reactor
 _RECEIVE_ROUNDS: Final = 2
+_LEAST_RECEIVE: Final = 8 * 1024  # of one recv from a peer that sends nothing but tiny frames
+_MANY: Final = 512  # frames of one recv, if they are
+_TINY: Final = 256  # bytes on average, with their headers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +80,12 @@ class Link:
 
     `received` is ciphertext that came in with the last handshake message, `plaintext` what a Noise message held behind
     the end of the muxer's negotiation. `on_stream` is called for each stream that the peer opens; `on_end` once, from
-    the loop, when the link is gone and its wire closed.
+    the loop, when the link is gone and its wire closed; `on_gone_away` when the peer takes no more streams on it.
+    `budget` is shared by all links to the peer.
 
     Attributes:
         reactor, session: what its channels work with.
+        budget: what the peer may make us keep.
         max_data: bytes that a stream gives at a time, so that the frame goes through the wire in one piece.
         sent, received: bytes on the wire since the link was made.
         rtt: seconds, smoothed; None until measured.
@@ -95,10 +104,13 @@ class Link:
         plaintext: bytes = b"",
         on_stream: Callable[[Channel], None],
         on_end: Callable[[LinkEnd], None],
+        on_gone_away: Callable[[], None] = lambda: None,
         limits: yamux.Limits = yamux.DEFAULT_LIMITS,
+        budget: Budget | None = None,
     ) -> None:
         now = reactor.clock()
         self.reactor = reactor
+        self.budget = Budget() if budget is None else budget
         self.session = yamux.Session(role, self, now=now, limits=limits)
         self.sent = 0
         self.received = len(received) + len(plaintext)
@@ -111,10 +123,12 @@ class Link:
         self._full = wire.frame - TAG_LENGTH  # where the plaintext of a message must end that begins at 0
         self._send_cipher = send_cipher
         self._receive_cipher = receive_cipher
+        self._receive = _RECEIVE
         self._tail = received  # the beginning of a Noise message
         self._plaintext = plaintext  # to be given to yamux before anything else
         self._on_stream = on_stream
         self._on_end = on_end
+        self._on_gone_away = on_gone_away
         self._queue: deque[Channel] = deque()
         self._flush_planned = False
         self._unsent: memoryview | None = None  # sealed, not taken by the wire yet; within `_unsent_buffer`
@@ -189,12 +203,13 @@ class Link:
     def _read_wire(self) -> None:
         scratch = self._scratch
         for _ in range(_RECEIVE_ROUNDS):
+            room, frames = self._receive, self.session.frames_received
             tail = self._tail
             start = len(tail)
             if start:
                 scratch[:start] = tail
             try:
-                length = self._wire.recv_into(scratch[start : start + _RECEIVE])
+                length = self._wire.recv_into(scratch[start : start + room])
             except BlockingIOError:
                 return
             if not length:
@@ -202,7 +217,13 @@ class Link:
                 return
             self.received += length
             self._open_messages(scratch, start + length)
-            if length < _RECEIVE or self.end is not None:
+            frames = self.session.frames_received - frames
+            if frames > _MANY and frames * _TINY > length:
+                self._receive = max(_LEAST_RECEIVE, room >> 1)
+                return
+            if frames and room < _RECEIVE:
+                self._receive = min(_RECEIVE, room << 1)
+            if length < room or self.end is not None:
                 return
 
     def _open_first(self) -> None:
@@ -393,6 +414,8 @@ class Link:
         if code != GoAwayCode.NORMAL:
             reason = f"the peer ended the connection with code {code}"
             self._finish(LinkEnd("remote-go-away", reason), ResetCode.CONNECTION_LOST, None)
+        else:
+            self._on_gone_away()
 
     # ---- life and death
 

@@ -6,7 +6,7 @@ Theory of operation. Two directions, each of which is open or ended:
                      at each turn, while the peer's window lasts. While it does not, or while the link's own socket
                      takes nothing, this one is not read, and the kernel stops its client.
     peer -> socket   The link delivers. What the socket does not take is kept, at most one window, since only what the
-                     socket has taken is reported to yamux as consumed.
+                     socket has taken is reported to yamux as consumed; and as far as the peer's budget lasts.
 
 An end of file here becomes a FIN of the stream, a FIN of the stream a shutdown for writing here. Both ended: closed.
 
@@ -33,6 +33,7 @@ from actors.switchboard.channel import Channel
 from protocol.stream_descriptor import ResetCode
 
 _GATHER: Final = 16  # pieces of one send
+_PIECE: Final = 64 * 1024  # up to which small ones are kept as one: else a byte could cost some hundreds
 
 
 class SocketEnd:
@@ -59,6 +60,7 @@ class SocketEnd:
         "_drained",
         "_events",
         "_fd",
+        "_kept",
         "_on_done",
         "_outcome",
         "_peer_finished",
@@ -66,6 +68,7 @@ class SocketEnd:
         "_registered",
         "_shut",
         "_socket",
+        "_uncounted",
         "attached",
         "received",
         "sent",
@@ -92,13 +95,15 @@ class SocketEnd:
         self._events = 0
         self._registered = False
         self._drained = False  # the last read took all there was
-        self._pending: deque[tuple[memoryview, bool]] = deque()  # not taken by the socket yet; whether yamux counts it
+        self._pending: deque[bytearray] = deque()  # not taken by the socket yet
+        self._kept = 0  # bytes of it that are taken from the budget
+        self._uncounted = len(unread)  # of its first bytes: those that yamux does not count
         self._peer_finished = False
         self._shut = False  # shut down for writing
         self._done = False
         self._outcome = Outcome.STREAM_RESET  # what a reset means
         if unread:
-            self._pending.append((memoryview(unread), False))
+            self._pending.append(bytearray(unread))
         channel.join(self, negotiation)
 
     def attach(self, sock: socket.socket, *, prepared: bool = False) -> None:
@@ -186,7 +191,7 @@ class SocketEnd:
                 self._reset(Outcome.ABORTED, ResetCode.LIMIT_EXCEEDED)
                 return
             self._admitted += end - start
-        self._pending.append((memoryview(bytes(buffer[start:end])), True))
+        self._keep(buffer[start:end])
 
     def peer_finished(self) -> None:
         """See `LocalEnd`."""
@@ -204,6 +209,18 @@ class SocketEnd:
         self._finish(self._outcome, code)
 
     # ---- the socket
+
+    def _keep(self, data: memoryview) -> None:
+        length = len(data)
+        if not self._channel.budget.take(length, self._kept):
+            self._reset(Outcome.ABORTED, ResetCode.LIMIT_EXCEEDED)
+            return
+        self._kept += length
+        pending = self._pending
+        if pending and len(pending[-1]) + length <= _PIECE:
+            pending[-1] += data
+        else:
+            pending.append(bytearray(data))
 
     def _ready(self, ready: int) -> None:
         if ready & ERROR or (ready & HANG_UP and not self._shut):
@@ -229,20 +246,12 @@ class SocketEnd:
         self._lost()
 
     def _flush(self) -> None:
-        sock, pending, channel = self._socket, self._pending, self._channel
+        sock, pending = self._socket, self._pending
         assert sock is not None
-        now = channel.reactor.clock()
+        now = self._channel.reactor.clock()
         try:
             while pending:
-                taken = sock.sendmsg([piece for piece, _ in itertools.islice(pending, _GATHER)])
-                while taken:
-                    piece, counts = pending.popleft()
-                    if taken < len(piece):
-                        pending.appendleft((piece[taken:], counts))
-                    length = min(taken, len(piece))
-                    taken -= length
-                    if counts:
-                        channel.consumed(length, now, behind=True)
+                self._taken(sock.sendmsg(list(itertools.islice(pending, _GATHER))), now)
         except BlockingIOError:
             self._want(self._events | WRITE)
         except OSError:
@@ -251,6 +260,22 @@ class SocketEnd:
             self._want(self._events & ~WRITE)
             if self._peer_finished:
                 self._shut_down()
+
+    def _taken(self, length: int, now: float) -> None:
+        pending, left = self._pending, length
+        while left:
+            piece = pending[0]
+            if left < len(piece):
+                del piece[:left]
+                break
+            left -= len(piece)
+            pending.popleft()
+        uncounted = min(length, self._uncounted)
+        self._uncounted -= uncounted
+        if counted := length - uncounted:
+            self._kept -= counted
+            self._channel.budget.give_back(counted)
+            self._channel.consumed(counted, now, behind=True)
 
     def _shut_down(self) -> None:
         sock = self._socket
@@ -279,6 +304,8 @@ class SocketEnd:
             return
         self._done = True
         self._pending.clear()
+        self._channel.budget.give_back(self._kept)
+        self._kept = 0
         self._release()
         sock, self._socket = self._socket, None
         if sock is not None:

@@ -60,18 +60,18 @@ def tcp_pair():
 
 
 class Ends:
-    """Two links back to back over TCP, as after a handshake."""
+    """Two links back to back over TCP, as after a handshake. `budget` is the server's."""
 
-    def __init__(self, reactor, sockets=None, limits=yamux.DEFAULT_LIMITS):
+    def __init__(self, reactor, sockets=None, limits=yamux.DEFAULT_LIMITS, budget=None):
         near, far = sockets or tcp_pair()
         self.opened: list[Channel] = []
         self.ended: dict[Role, LinkEnd] = {}
         self.on_stream = self.opened.append
         one, other = (lambda: CipherState(b"1" * 32)), (lambda: CipherState(b"2" * 32))
-        self.client = self._link(reactor, near, Role.CLIENT, (one(), other()), limits)
-        self.server = self._link(reactor, far, Role.SERVER, (other(), one()), limits)
+        self.client = self._link(reactor, near, Role.CLIENT, (one(), other()), limits=limits)
+        self.server = self._link(reactor, far, Role.SERVER, (other(), one()), limits=limits, budget=budget)
 
-    def _link(self, reactor, sock, role, ciphers, limits):
+    def _link(self, reactor, sock, role, ciphers, **options):
         return Link(
             reactor,
             SocketWire(reactor, sock),
@@ -81,7 +81,7 @@ class Ends:
             received=b"",
             on_stream=lambda channel: self.on_stream(channel),  # noqa: PLW0108  # which may be replaced later
             on_end=lambda end: self.ended.__setitem__(role, end),
-            limits=limits,
+            **options,
         )
 
     async def pair(self):

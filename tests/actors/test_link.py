@@ -477,3 +477,37 @@ async def test_idle_streams_cost_little_memory():
         tracemalloc.stop()
         assert used < 16 * 1024  # both ends of the stream, the test's own sockets included
         close(*(stream for pair in pairs for stream in pair))
+
+
+async def test_a_peer_of_tiny_frames_is_read_in_small_bites_and_loses_nothing():
+    async with linked() as ends:
+        channel = ends.client.open_stream()
+        await until(lambda: ends.opened, "the stream's arrival")
+        received = []
+        ends.opened[0].on_data = received.append
+        server, bites = ends.server, set()
+        real = server._wire.recv_into
+
+        class Watched:
+            def recv_into(self, buffer):
+                bites.add(len(buffer))
+                return real(buffer)
+
+            def __getattr__(self, name):
+                return getattr(ends.server_wire, name)
+
+        ends.server_wire, server._wire = server._wire, Watched()
+        usual = server._receive
+        for start in range(0, 200_000, 50_000):
+            for number in range(start, start + 50_000):
+                channel.send(bytes([number & 255]))
+            await until(lambda: not channel._unsent, "sending them")
+        await until(lambda: len(received) == 200_000, "all of them")
+        assert b"".join(received) == bytes(number & 255 for number in range(200_000))
+        assert min(bites) <= 65_537 < usual, "no bite was small"
+        # and when the frames are of a usual size again, so are the bites
+        for _ in range(200):
+            channel.send(bytes(60_000))
+            await until(lambda: channel._unsent_bytes < 500_000, "sending them")
+        await until(lambda: sum(map(len, received)) == 200_000 + 200 * 60_000, "the rest")
+        assert server._receive == usual

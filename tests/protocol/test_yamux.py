@@ -322,14 +322,46 @@ def flood(raws):
         [frame(WINDOW_UPDATE, ACK, 1, 0)] * 10000,
         [frame(WINDOW_UPDATE, RST, 1, 0)] * 10000,
         [frame(GO_AWAY, 0, 0, 0)] * 10000,
+        [frame(WINDOW_UPDATE, 0, 1, 1)] * 10000,
+        [frame(WINDOW_UPDATE, 0, 1, 511)] * 10000,
     ],
-    ids=["syn", "rapid-reset", "ping", "pong", "empty-data", "empty-window", "fin", "ack", "rst", "go-away"],
+    ids=[
+        *("syn", "rapid-reset", "ping", "pong", "empty-data", "empty-window", "fin", "ack", "rst", "go-away"),
+        *("one-byte-window", "small-window"),
+    ],
 )
 def test_floods_end_the_session(raws):
     count, server = flood(raws)
     assert count is not None
     assert count <= 2100
     assert server.session.streams <= 1024
+
+
+def test_large_window_updates_are_not_counted():
+    server = End(Role.SERVER)
+    server.feed(frame(WINDOW_UPDATE, SYN, 1, 0))
+    server.feed(frame(WINDOW_UPDATE, 0, 1, 512) * 10_000)
+    assert server.opened[0].send_window == INITIAL_WINDOW + 512 * 10_000
+
+
+def test_a_reader_that_grants_each_little_frame_anew_is_well_behaved():
+    server = End(Role.SERVER)
+    server.feed(frame(WINDOW_UPDATE, SYN, 1, 0))
+    room = memoryview(bytearray(12))
+    for _ in range(20_000):
+        server.session.data_header(room, 0, server.opened[0], 1)
+        server.feed(frame(WINDOW_UPDATE, 0, 1, 1))
+    assert server.opened[0].send_window == INITIAL_WINDOW
+
+
+def test_what_was_sent_long_ago_is_no_store_of_small_updates():
+    server = End(Role.SERVER)
+    server.feed(frame(WINDOW_UPDATE, SYN, 1, 0))
+    room = memoryview(bytearray(12))
+    for _ in range(50_000):
+        server.session.data_header(room, 0, server.opened[0], 1)
+    with pytest.raises(FloodError):
+        server.feed(frame(WINDOW_UPDATE, 0, 1, 1) * 10_000)
 
 
 def test_answers_that_nobody_reads_end_the_session():
