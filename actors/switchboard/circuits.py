@@ -4,9 +4,9 @@ Theory of operation. The stream's channel is joined with a `CircuitEnd`, which i
 the link of the relay's connection (the outer one) asks it for bytes and gives it bytes. No descriptor, no task and no
 queue of its own lies between the two links of one process:
 
-    inner link -> peer   What the inner link has sealed waits in the inner link's own buffer, since `send` takes none of
-                         it. When the outer link's turn comes, `fetch` makes the inner link offer it, and moves it
-                         straight into the outer link's frame. Only small pieces are queued here, up to `QUEUE` bytes.
+    inner link -> peer   The inner link seals what it has when the outer link's turn comes: `fetch` has it do so, and
+                         moves what it sends straight into the outer link's frame. The rest waits in the inner link's
+                         own buffer. Only small pieces that come at other times are queued here, up to `QUEUE` bytes.
     peer -> inner link   What the outer link delivers is given to the inner link at once, which takes all of it; its
                          yamux windows bound what it keeps. So it counts as consumed when `deliver` returns.
 
@@ -66,6 +66,7 @@ class CircuitEnd:
         "_cut",
         "_failed",
         "_finished",
+        "_flush",
         "_incoming",
         "_news",
         "_queue",
@@ -94,7 +95,8 @@ class CircuitEnd:
         self._target: memoryview | None = None  # where the outer link wants what it fetches
         self._taken = 0
         self._rest = 0  # of the inner message whose beginning went last
-        self._wants = False  # the inner link waits to be asked
+        self._wants = False  # the inner link waits to be asked for the rest of what it has sealed
+        self._flush: Callable[[], None] | None = None  # or to seal more
         self._finished = False  # the peer will send no more
         self._closed = False
         self._cut: CircuitCutError | None = None
@@ -151,6 +153,11 @@ class CircuitEnd:
         if self.readable:
             self._channel.reactor.call_soon(self._begin)
 
+    def soon(self, function: Callable[[], None], /) -> None:
+        """See `Wire`."""
+        self._flush = function
+        self._channel.enqueue()
+
     def want_write(self, *, wanted: bool) -> None:
         """See `Wire`."""
         self._wants = wanted
@@ -192,6 +199,7 @@ class CircuitEnd:
             return
         self._closed = True
         self._wants = False
+        self._flush = None
         self._take_backlog(len(self._backlog))
         if not self._channel.closed:
             self._timer = self._channel.reactor.call_later(FAREWELL, self._expired)
@@ -206,14 +214,16 @@ class CircuitEnd:
         if self._closed:
             self._channel.finish_now()
             return 0
-        if not limit or not self._wants:
+        if not limit or not (self._wants or self._flush):
             return 0
         self._target = buffer[start : start + limit]
         self._taken = 0
-        try:
+        if self._wants:
             self._call(WRITE)
-        finally:
-            self._target = None
+        if (flush := self._flush) is not None and not self._wants:
+            self._flush = None
+            flush()
+        self._target = None
         return self._taken
 
     def deliver(self, buffer: memoryview, start: int, end: int, now: float) -> None:
@@ -286,6 +296,8 @@ class CircuitEnd:
         """Move as many whole messages as fit; if not even one does, as much of it as fits."""
         room = len(target) - self._taken
         length = self._rest
+        if not room:
+            raise BlockingIOError
         if length <= room:
             available = len(data)
             while available - length >= _PREFIX:
@@ -294,6 +306,8 @@ class CircuitEnd:
                     break
                 length = end
             if not length:
+                if self._taken:
+                    raise BlockingIOError  # a frame of its own is better than a piece of this one
                 # the first one does not fit: its beginning goes, the rest follows by itself
                 length = min(room, available)
                 self._rest = _PREFIX + (data[0] << 8 | data[1]) - length
@@ -302,8 +316,6 @@ class CircuitEnd:
         else:
             length = room
             self._rest -= room
-        if not length:
-            raise BlockingIOError
         start = self._taken
         target[start : start + length] = data[:length]
         self._taken += length

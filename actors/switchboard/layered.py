@@ -20,6 +20,7 @@ class LayeredWire:
     def __init__(self, reactor: Reactor, below: Wire) -> None:
         self.frame: int = below.frame
         self.scratch: memoryview = below.scratch
+        self.soon = below.soon
         self._reactor = reactor
         self._below = below
         self._ready: Callable[[int], None] = _nobody

@@ -190,7 +190,7 @@ class Link:
         """Something waits to be sent: do it at the end of this round."""
         if not self._flush_planned and self._unsent is None and self.end is None:
             self._flush_planned = True
-            self.reactor.call_soon(self._flush)
+            self._wire.soon(self._flush)
 
     # ---- wire -> channels
 

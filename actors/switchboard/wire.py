@@ -125,6 +125,9 @@ class Wire(Protocol):
         To be ready means that it is worth trying; level-triggered: it is called again while that is so.
         """
 
+    def soon(self, function: Callable[[], None], /) -> None:
+        """Call it when what it will send can go on, but not before this returns. One call is under way at most."""
+
     def want_write(self, *, wanted: bool) -> None:
         """Whether `ready` is to be called with WRITE."""
 
@@ -153,7 +156,7 @@ class Wire(Protocol):
 class SocketWire:
     """A connected, non-blocking stream socket, which it owns. The socket's own methods do the work."""
 
-    __slots__ = ("_fd", "_reactor", "_socket", "recv_into", "scratch", "send")
+    __slots__ = ("_fd", "_reactor", "_socket", "recv_into", "scratch", "send", "soon")
 
     frame: int = MAX_FRAME
 
@@ -161,6 +164,7 @@ class SocketWire:
         sock.setblocking(False)
         send_at_once(sock)
         self.scratch = reactor.scratch
+        self.soon = reactor.call_soon
         self._reactor = reactor
         self._socket = sock
         self._fd = sock.fileno()
