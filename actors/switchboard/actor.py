@@ -596,6 +596,7 @@ class Switchboard(Actor):
     def _connection_opened(self, connection: Connection) -> None:
         self._watchers.opened(connection)
         self._reach.improver.opened(connection)
+        self._liveness.superseded(self._table.of(connection.peer))
         self.context.nursery.start_soon(self._get_identified, connection)
 
     async def _get_identified(self, connection: Connection) -> None:

@@ -11,6 +11,9 @@ is dialled anew. Any byte of the peer's is a sign. Two things are known without 
   connection may come back, and that is another change.
 
 Needed peers that are not connected are dialled at once, whatever their back-off says.
+
+When it is the peer that has moved, nobody tells us; but it comes back over a new connection, and the old one, which
+takes no new streams from then on, is asked for a sign of life as well. A relay so ends the circuits that lead nowhere.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ SUBSCRIBE_DEADLINE: Final = 2.0
 ASK_AGAIN: Final = 5.0
 """Seconds after which a monitor that did not answer, though it is there, is asked again."""
 
-CODE: Final = "network-changed"
+CODE: Final = "no-sign-of-life"
 
 
 class Liveness:
@@ -90,22 +93,28 @@ class Liveness:
             # What was asked before this change proves nothing now.
             if (earlier := self._checks.pop(connection, None)) is not None:
                 earlier.cancel()
-            scope = self._checks[connection] = trio.CancelScope()
-            self._context.nursery.start_soon(self._check, connection, scope)
-        self._dial_missing()
-
-    def _dial_missing(self) -> None:
+            self._begin(connection, "after the network has changed")
         for peer in self._keeper.peers():
             self._keeper.retry(peer)
 
-    async def _check(self, connection: Connection, scope: trio.CancelScope) -> None:
+    def superseded(self, connections: Iterable[Connection]) -> None:
+        """A new connection of a peer is there; these are all of its connections."""
+        for connection in connections:
+            if connection.draining and connection not in self._checks:
+                self._begin(connection, "after the peer has made another connection")
+
+    def _begin(self, connection: Connection, when: str) -> None:
+        scope = self._checks[connection] = trio.CancelScope()
+        self._context.nursery.start_soon(self._check, connection, scope, when)
+
+    async def _check(self, connection: Connection, scope: trio.CancelScope, when: str) -> None:
         with scope:
             async with self._room:
                 verdict = path_of(connection)
                 if verdict == "moved":
                     self._end(connection, "this machine no longer has the address that it was made from")
                 elif verdict == "unknown" and not await self._alive(connection):
-                    self._end(connection, f"no sign of life within {SIGN_OF_LIFE:g} s after the network has changed")
+                    self._end(connection, f"no sign of life within {SIGN_OF_LIFE:g} s {when}")
         if self._checks.get(connection) is scope:
             del self._checks[connection]
 

@@ -35,6 +35,7 @@ class FakeConnection:
     """What a check uses of a connection."""
 
     path = "direct"
+    draining = False
 
     def __init__(self, name, local=FAR, remote=FAR):
         self.id = name
@@ -112,7 +113,7 @@ async def test_only_what_gives_no_sign_of_life_is_ended(world, autojump_clock):
     await trio.sleep(SIGN_OF_LIFE - 1.01)
     assert silent.link.aborted is None
     await trio.sleep(0.02)
-    assert silent.link.aborted[0] == "network-changed"
+    assert silent.link.aborted[0] == "no-sign-of-life"
     assert "no sign of life" in silent.link.aborted[1]
     await trio.sleep(60)
     assert [each.link.aborted for each in (well, busy, refusing)] == [None] * 3
@@ -140,6 +141,20 @@ async def test_another_change_asks_anew(world, autojump_clock):
     assert connection.link.aborted is None
     await trio.sleep(1.01)
     assert connection.link.aborted is not None
+
+
+async def test_only_connections_that_were_superseded_are_asked_when_another_one_comes(world, autojump_clock):
+    new, old, well = world.add("new"), world.add("old"), world.add("well", answers)
+    old.draining = well.draining = True
+    world.liveness.superseded([new, old, well])
+    await trio.sleep(2)
+    world.liveness.superseded([new, old, well])  # does not begin anew
+    await trio.sleep(SIGN_OF_LIFE - 1.99)
+    assert old.link.aborted is not None
+    assert "another connection" in old.link.aborted[1]
+    await trio.sleep(60)
+    assert new.link.aborted is None
+    assert well.link.aborted is None
 
 
 async def test_needed_peers_are_dialled_at_once(world, nursery, autojump_clock):
