@@ -77,6 +77,8 @@ class ClientOpening:
         Raises:
             OpeningError: it did not agree.
         """
+        if not data:
+            raise OpeningError("no WebSocket is here: the other side closed the connection")
         try:
             self._http.receive_data(data)
             while True:
@@ -94,7 +96,7 @@ class ClientOpening:
         if isinstance(event, h11.Response):
             reason = event.reason.decode("ascii", "replace")
             raise OpeningError(f"no WebSocket is here: the web server answers {event.status_code} {reason}".rstrip())
-        raise OpeningError("no WebSocket is here: the other side closed the connection")
+        raise OpeningError("no WebSocket is here: the answer is none to our request")
 
     def _check(self, response: h11.InformationalResponse) -> None:
         headers = response.headers

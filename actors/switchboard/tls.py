@@ -213,8 +213,6 @@ class TlsPipe:
                 return self._tls.read(_READ_SIZE)
             except ssl.SSLWantReadError:
                 await self._send_outgoing()
-            except ssl.SSLZeroReturnError:
-                return b""
             data = await self._pipe.receive()
             if not data:
                 return b""  # cut off, perhaps by an attacker; what is inside notices that by itself
@@ -273,12 +271,12 @@ class TlsWire(LayeredWire):
     def _decrypt(self, buffer: memoryview) -> int:
         length = 0
         try:
-            while length < len(buffer):
-                length += cast("int", self._tls.read(len(buffer) - length, buffer[length:]))  # the stubs forget this
+            while length < len(buffer) and not self._ended:
+                taken = cast("int", self._tls.read(len(buffer) - length, buffer[length:]))  # the stubs forget this
+                length += taken
+                self._ended = not taken  # the other side has said goodbye
         except ssl.SSLWantReadError:
             self._say_idle()
-        except ssl.SSLZeroReturnError:
-            self._ended = True
         return length
 
     def send(self, data: memoryview, /) -> int:
