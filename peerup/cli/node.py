@@ -9,6 +9,7 @@ import click
 
 from peerup.cli.framework import Failure, Session, command
 from peerup.cli.output import good, span
+from protocol.errors import PeerupError
 
 STOP_SECONDS = 40.0
 """How long `stop` waits for the node to end: a little longer than the node itself gives its actors."""
@@ -57,12 +58,26 @@ def stop(session: Session) -> None:
     answer = session.client.post("/v1/shutdown")
     pid = int(answer["pid"])
     session.wait_message("stopping...")
-    deadline = time.monotonic() + STOP_SECONDS
+    began, seconds = time.monotonic(), STOP_SECONDS
     while _lives(pid):
-        if time.monotonic() > deadline:
-            raise Failure(f"process {pid} still runs after {STOP_SECONDS:g} seconds", "see the node's log")
+        if time.monotonic() > began + seconds:
+            if seconds == STOP_SECONDS:
+                seconds += _time_to_drain(session)
+            if time.monotonic() > began + seconds:
+                raise Failure(f"process {pid} still runs after {seconds:g} seconds", "see the node's log")
         time.sleep(0.02)
     session.show({"stopped": True, "pid": pid}, lambda: good("stopped"))
+
+
+def _time_to_drain(session: Session) -> float:
+    """Seconds that the circuits of a relay get to end; 0 for a node that is none, and where that cannot be read."""
+    from peerup.cli.files import read_config
+
+    try:
+        served = read_config(session).relay_service
+    except PeerupError:
+        return 0.0
+    return served.drain_time if served.enabled else 0.0
 
 
 def _lives(pid: int) -> bool:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from actors.config.relay_service import RelayServiceConfig
 from peerup.cli import cli
 from peerup.daemon import STOP_GRACE
+from peerup.tree import DRAIN_SLACK
 from supervisor.service import STOP_DEADLINE
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
@@ -59,7 +61,8 @@ def test_it_waits_for_what_the_program_says_and_for_its_stop(unit):
     assert settings["NotifyAccess"] == ["main"]
     assert settings["KillMode"] == ["mixed"]
     assert settings["Restart"] == ["on-failure"]
-    assert float(settings["TimeoutStopSec"][0]) >= STOP_DEADLINE + STOP_GRACE
+    drain = RelayServiceConfig().drain_time + DRAIN_SLACK if unit == RELAY else 0
+    assert float(settings["TimeoutStopSec"][0]) >= STOP_DEADLINE + drain + STOP_GRACE
     # A hung actor is found out after five seconds; its replacement must fit in well before anything worse happens.
     assert float(settings["WatchdogSec"][0]) >= 20
 
