@@ -30,6 +30,8 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]  # the first test m
 MB = 1_000_000
 PROTOCOL = "/peerup/test/1.0.0"
 FOREIGN = ("go", "js")
+BEHIND = "--no-listen"
+"""Peers at the ends of a chain accept nothing but circuits, or a direct connection might take the place of one."""
 FOREIGN_CHAINS = [
     *((client, relay, listener) for client in FOREIGN for relay in FOREIGN for listener in FOREIGN),
     *(("rust", "go", "js"), ("go", "rust", "js"), ("go", "go", "rust"), ("rust", "rust", "rust")),
@@ -59,8 +61,8 @@ async def foreign_chain(start: StartForeign, names: tuple[str, str, str], **limi
     async with (
         # rust-libp2p takes no reservation from a relay that tells no address.
         foreign_relay(start, relay_name, announce=listener_name == "rust", **limits) as relay,
-        start(listener_name) as listener,
-        start(client_name) as client,
+        start(listener_name, BEHIND) as listener,
+        start(client_name, BEHIND) as client,
     ):
         await do(listener, "reserve", address=relay.address)
         yield Chain(client, relay, listener, circuit(relay, listener))
@@ -125,8 +127,8 @@ async def test_a_foreign_relay_refuses_a_circuit_to_a_peer_without_a_reservation
 ):
     async with (
         foreign_relay(start_foreign, relay_name) as relay,
-        start_foreign(client_name) as client,
-        start_foreign("go") as listener,
+        start_foreign(client_name, BEHIND) as client,
+        start_foreign("go", BEHIND) as listener,
     ):
         await do(listener, "dial", address=relay.address)  # being connected is not enough
         refused = await client.ask("dial", address=circuit(relay, listener))
@@ -138,8 +140,8 @@ async def test_a_foreign_relay_refuses_a_circuit_to_a_peer_without_a_reservation
 async def test_a_foreign_relay_that_is_full_refuses_a_reservation(start_foreign, relay_name):
     async with (
         foreign_relay(start_foreign, relay_name, reservations=1) as relay,
-        start_foreign("go") as first,
-        start_foreign("go") as second,
+        start_foreign("go", BEHIND) as first,
+        start_foreign("go", BEHIND) as second,
     ):
         await do(first, "reserve", address=relay.address)
         refused = await second.ask("reserve", address=relay.address)
@@ -151,8 +153,8 @@ async def test_a_foreign_relay_tells_its_limits_and_keeps_to_them(start_foreign,
     limits = {"data": 1_000_000, "seconds": 600}
     async with (
         foreign_relay(start_foreign, relay_name, ttl=1800, **limits) as relay,
-        start_foreign("go") as listener,
-        start_foreign("go") as client,
+        start_foreign("go", BEHIND) as listener,
+        start_foreign("go", BEHIND) as client,
     ):
         # js-libp2p tells the duration in its own unit, milliseconds, where the specification has seconds.
         told = limits | ({"seconds": 600_000} if relay_name == "js" else {})
@@ -200,7 +202,7 @@ async def test_a_foreign_relay_keeps_bytes_that_come_before_its_answer(
     """Our client sends the opening of the inner connection straight behind CONNECT, which saves a round trip."""
     async with (
         foreign_relay(start_foreign, relay_name) as relay,
-        start_foreign(listener_name) as listener,
+        start_foreign(listener_name, BEHIND) as listener,
         start("peerup") as ours,
     ):
         assert isinstance(ours, OurPeer)
@@ -217,7 +219,7 @@ async def test_a_foreign_relay_keeps_bytes_that_come_before_its_answer(
 async def test_a_foreign_relay_that_refuses_says_why_to_a_client_that_has_sent_more(start, start_foreign, relay_name):
     async with (
         foreign_relay(start_foreign, relay_name) as relay,
-        start_foreign("go") as listener,
+        start_foreign("go", BEHIND) as listener,
         start("peerup") as ours,
     ):
         assert isinstance(ours, OurPeer)
@@ -282,7 +284,7 @@ class Cells:
     async def we_dial(self, relay_name: str, foreign: str) -> AsyncIterator[tuple[Node, ForeignPeer]]:
         """Our node, and a foreign peer behind a relay which it knows as `friend`."""
         ours = await self._new_node()
-        async with self.relay(relay_name) as relay, self._start_foreign(foreign) as listener:
+        async with self.relay(relay_name) as relay, self._start_foreign(foreign, BEHIND) as listener:
             await relay.authorize(listener.peer_id, ours.peer_id)
             await do(listener, "reserve", address=relay.address)
             commands = (
@@ -298,7 +300,7 @@ class Cells:
         ours = await self._new_node()
         async with (
             self.relay(relay_name) as relay,
-            self._start_foreign(foreign) as client,
+            self._start_foreign(foreign, BEHIND) as client,
             nodes.tcp_service(serve) as port,
         ):
             await relay.authorize(client.peer_id, ours.peer_id)
@@ -318,6 +320,12 @@ class Cells:
         return node
 
 
+async def only_relayed(ours: Node, peer: str) -> None:
+    """Our node must not have found another way: what was measured went through the relay."""
+    paths = [each["path"] for each in await nodes.run_json(ours, "paths") if each["peer_id"] == peer]
+    assert paths == ["relayed"]
+
+
 @pytest.fixture
 def cells(start_foreign, tmp_path) -> Cells:
     return Cells(start_foreign, tmp_path)
@@ -333,8 +341,7 @@ async def test_we_reach_a_foreign_listener_behind_a_relay(cells, relay_name, for
         await do(friend, "serve", protocol=WEB, behaviour="echo")
         port = await nodes.proxy_port(ours, "friend", SERVICE)
         assert await nodes.round_trip(port, 3 * MB, 8) == (3 * MB, sha256(3 * MB, 8))
-        (path,) = await nodes.run_json(ours, "paths")
-        assert path["path"] == "relayed"
+        await only_relayed(ours, friend.peer_id)
         assert (await do(friend, "identify", peer=ours.peer_id))["record"] == "verified"
         assert len((await do(friend, "ping", peer=ours.peer_id, count=2))["seconds"]) == 2
 
@@ -347,6 +354,7 @@ async def test_a_foreign_client_reaches_us_behind_a_relay(cells, relay_name, for
         ours,
     ):
         answer = await do(friend, "exchange", peer=ours.peer_id, protocol=WEB, send=3 * MB, seed=9)
+        await only_relayed(ours, friend.peer_id)
         assert (answer["received"], answer["received_sha256"]) == (3 * MB, sha256(3 * MB, 9))
         assert (await do(friend, "identify", peer=ours.peer_id))["record"] == "verified"
         assert len((await do(friend, "ping", peer=ours.peer_id, count=2))["seconds"]) == 2
@@ -363,6 +371,7 @@ async def test_a_hundred_megabytes_to_a_foreign_listener(cells, relay_name, fore
         await do(friend, "serve", protocol=WEB, behaviour="sink")
         with waiting_for("100 MB to go through", friend, 90):
             answer = await nodes.upload(await nodes.proxy_port(ours, "friend", SERVICE), 100 * MB, 2)
+        await only_relayed(ours, friend.peer_id)
         assert answer == {"received": 100 * MB, "sha256": sha256(100 * MB, 2)}
 
 
@@ -375,6 +384,7 @@ async def test_a_hundred_megabytes_from_a_foreign_client(cells, relay_name, fore
         ours,
     ):
         answer = await do(friend, "exchange", peer=ours.peer_id, protocol=WEB, send=100 * MB, seed=3, timeout=90)
+        await only_relayed(ours, friend.peer_id)
         assert json.loads(head(answer)) == {"received": 100 * MB, "sha256": sha256(100 * MB, 3)}
 
 
@@ -383,8 +393,8 @@ async def test_a_hundred_megabytes_from_a_foreign_client(cells, relay_name, fore
 async def test_foreign_peers_reach_each_other_through_our_relay(cells, start_foreign, client_name, listener_name):
     async with (
         cells.relay(OURS) as relay,
-        start_foreign(client_name) as client,
-        start_foreign(listener_name) as listener,
+        start_foreign(client_name, BEHIND) as client,
+        start_foreign(listener_name, BEHIND) as listener,
     ):
         await relay.authorize(client.peer_id, listener.peer_id)
         granted = await do(listener, "reserve", address=relay.address)
@@ -411,8 +421,8 @@ async def test_a_hundred_megabytes_between_foreign_peers_through_our_relay(
 ):
     async with (
         cells.relay(OURS) as relay,
-        start_foreign(client_name) as client,
-        start_foreign(listener_name) as listener,
+        start_foreign(client_name, BEHIND) as client,
+        start_foreign(listener_name, BEHIND) as listener,
     ):
         await relay.authorize(client.peer_id, listener.peer_id)
         await do(listener, "reserve", address=relay.address)

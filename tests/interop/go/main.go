@@ -257,15 +257,20 @@ func libraryVersion() string {
 func main() {
 	kind := flag.String("key", "ed25519", "kind of identity key: ed25519, rsa, ecdsa, secp256k1")
 	seed := flag.String("seed", "", "derive the identity key from this text")
+	noListen := flag.Bool("no-listen", false, "accept no connections but through relays")
 	flag.Parse()
 	key, err := makeKey(*kind, *seed)
 	if err != nil {
 		fatal(err)
 	}
+	listen := libp2p.ListenAddrStrings("/ip4/127.0.0.1/tcp/0")
+	if *noListen {
+		listen = libp2p.NoListenAddrs
+	}
 	n := &node{services: map[string]*service{}, running: map[int]*progress{}}
 	h, err := libp2p.New(
 		libp2p.Identity(key),
-		libp2p.ListenAddrStrings("/ip4/127.0.0.1/tcp/0"),
+		listen,
 		libp2p.Transport(tcp.NewTCPTransport),
 		libp2p.Security(noise.ID, noise.New),
 		libp2p.Muxer(yamux.ID, yamux.DefaultTransport),

@@ -24,7 +24,11 @@ import { exchange, newProgress, serve } from './streams.mjs'
 
 const AGENT = 'peerup-interop-js'
 const { values: options } = parseArgs({
-  options: { key: { type: 'string', default: 'ed25519' }, seed: { type: 'string', default: '' } }
+  options: {
+    key: { type: 'string', default: 'ed25519' },
+    seed: { type: 'string', default: '' },
+    'no-listen': { type: 'boolean', default: false }
+  }
 })
 
 function makeKey (kind, seed) {
@@ -48,7 +52,7 @@ function say (value) {
 const node = await createLibp2p({
   privateKey: await makeKey(options.key, options.seed),
   nodeInfo: { userAgent: AGENT },
-  addresses: { listen: ['/ip4/127.0.0.1/tcp/0'] },
+  addresses: { listen: options['no-listen'] ? [] : ['/ip4/127.0.0.1/tcp/0'] },
   transports: [tcp(), circuitRelayTransport()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],

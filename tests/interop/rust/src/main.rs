@@ -224,19 +224,27 @@ fn address(request: &Request) -> Result<Multiaddr, String> {
         .map_err(|error| format!("{}: {error}", request.address))
 }
 
-/// A new key, or the one that comes of this text, the same at each start.
-fn make_key(arguments: &[String]) -> Result<Keypair, Box<dyn std::error::Error>> {
-    match arguments {
-        [] => Ok(Keypair::generate_ed25519()),
-        [option, seed] if option == "--seed" => Ok(Keypair::ed25519_from_bytes(Sha256::digest(seed))?),
-        _ => Err("usage: peer [--seed TEXT]".into()),
+/// The key, new or made of a text, and whether to listen.
+fn read_options() -> Result<(Keypair, bool), Box<dyn std::error::Error>> {
+    let (mut key, mut listen) = (Keypair::generate_ed25519(), true);
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--no-listen" => listen = false,
+            "--seed" => {
+                let seed = arguments.next().ok_or("--seed needs a text")?;
+                key = Keypair::ed25519_from_bytes(Sha256::digest(seed))?;
+            }
+            _ => return Err("usage: peer [--seed TEXT] [--no-listen]".into()),
+        }
     }
+    Ok((key, listen))
 }
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let (node, addresses) = Node::start(make_key(&arguments)?).await?;
+    let (key, listen) = read_options()?;
+    let (node, addresses) = Node::start(key, listen).await?;
     let whole: Vec<String> = addresses
         .iter()
         .map(|address| format!("{address}/p2p/{}", node.peer))

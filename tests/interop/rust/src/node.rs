@@ -68,8 +68,8 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a node that listens on loopback; gives back where.
-    pub async fn start(key: Keypair) -> Result<(Self, Vec<Multiaddr>), Box<dyn std::error::Error>> {
+    /// Starts a node that may listen on loopback; gives back where.
+    pub async fn start(key: Keypair, listen: bool) -> Result<(Self, Vec<Multiaddr>), Box<dyn std::error::Error>> {
         let peer = key.public().to_peer_id();
         let mut swarm = SwarmBuilder::with_existing_identity(key)
             .with_tokio()
@@ -92,12 +92,15 @@ impl Node {
             })?
             .with_swarm_config(|config| config.with_idle_connection_timeout(LONG))
             .build();
-        swarm.listen_on("/ip4/127.0.0.1/tcp/0".parse()?)?;
-        let addresses = loop {
-            if let SwarmEvent::NewListenAddr { address, .. } = swarm.select_next_some().await {
-                break vec![address];
+        let mut addresses = Vec::new();
+        if listen {
+            swarm.listen_on("/ip4/127.0.0.1/tcp/0".parse()?)?;
+            while addresses.is_empty() {
+                if let SwarmEvent::NewListenAddr { address, .. } = swarm.select_next_some().await {
+                    addresses.push(address);
+                }
             }
-        };
+        }
         let control = swarm.behaviour().stream.new_control();
         let (orders, incoming) = mpsc::unbounded_channel();
         let (sender, known) = watch::channel(Known::default());
