@@ -113,6 +113,7 @@ def build_tree(options: Options) -> SupervisorSpec:
                 max_connections=limits.connections,
                 max_streams=limits.streams_per_connection,
                 admission={"concurrent": limits.handshakes},
+                tls=_tls_files(config),
             ),
             start_deadline=SWITCHBOARD_START_DEADLINE,
         ),
@@ -136,6 +137,12 @@ def build_tree(options: Options) -> SupervisorSpec:
         )
     )
     return _supervision(INTENSITY, tuple(children))
+
+
+def _tls_files(config: NodeConfig) -> dict[str, Data]:
+    tls = config.network.tls
+    named = {"certificate": tls.certificate_file, "key": tls.key_file, "trusted": tls.trusted_file}
+    return {name: str(config.path(written)) for name, written in named.items() if written}
 
 
 def _actor(name: str, factory: str, **arguments: Data) -> ChildSpec:

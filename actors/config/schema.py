@@ -45,6 +45,20 @@ class ConfigError(PeerupError):
 
 
 @dataclasses.dataclass(frozen=True)
+class TlsConfig:
+    """Files in PEM form, as written; see :meth:`NodeConfig.path`. Empty: none.
+
+    Attributes:
+        certificate_file, key_file: the node's own, for listen addresses with `/tls/ws`.
+        trusted_file: roots that are believed besides the system's when dialling such addresses.
+    """
+
+    certificate_file: str = ""
+    key_file: str = ""
+    trusted_file: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class NetworkConfig:
     """Where the node listens; nowhere if there is no address: it dials, and is reached through relays.
 
@@ -54,6 +68,7 @@ class NetworkConfig:
     listen_addresses: tuple[Multiaddr, ...] = ()
     force_private_reachability: bool = False
     resource_limits_enabled: bool = False
+    tls: TlsConfig = TlsConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,11 +244,29 @@ def parse_listen_address(text: str) -> tuple[str, int]:
 
 def _network(reader: SectionReader) -> NetworkConfig:
     listen = reader.items("listen_addresses", Multiaddr)
+    tls = _tls(reader.section("tls"))
+    secure = next((address for address in listen or () if address.value("tls") is not None), None)
+    if secure is not None and not tls.certificate_file:
+        reader.problem(
+            "listen_addresses",
+            f"has {secure}, which needs a certificate; name its files as tls.certificate_file and tls.key_file",
+        )
     made = NetworkConfig(
         (Multiaddr("/ip4/0.0.0.0/tcp/0"), Multiaddr("/ip6/::/tcp/0")) if listen is None else listen,
         reader.boolean("force_private_reachability", default=False),
         reader.boolean("resource_limits_enabled", default=False),
+        tls,
     )
+    reader.finish()
+    return made
+
+
+def _tls(reader: SectionReader) -> TlsConfig:
+    keys = ("certificate_file", "key_file", "trusted_file")
+    made = TlsConfig(*(reader.parsed(key, "", lambda text: _path(text) if text else text) for key in keys))
+    if bool(made.certificate_file) != bool(made.key_file):
+        missing = "key_file" if made.certificate_file else "certificate_file"
+        reader.problem(keys[0] if made.certificate_file else keys[1], f"is of no use without {missing}; name both")
     reader.finish()
     return made
 

@@ -14,8 +14,19 @@ def render_config(listen_addresses: Sequence[Multiaddr] | None = None, network: 
     """The text of `config.yaml` for a new node that listens at these addresses; None: at any free port."""
     addresses = DEFAULT_LISTEN if listen_addresses is None else listen_addresses
     listen = "".join(f"    - {json.dumps(str(address))}\n" for address in addresses) or "    []\n"
+    secure = any(address.value("tls") is not None for address in addresses)
     namespace = f"  network: {json.dumps(network)}\n" if network else '  # network: "family"\n'
-    return _TEMPLATE.replace("@LISTEN@\n", listen).replace("@NETWORK@\n", namespace)
+    tls = _TLS.replace("@", "") if secure else _TLS.replace("@", "# ")
+    return _TEMPLATE.replace("@LISTEN@\n", listen).replace("@TLS@\n", tls).replace("@NETWORK@\n", namespace)
+
+
+_TLS = """\
+  # Certificates for WebSocket in TLS: PEM files, read again when they have changed. Default: none
+  @tls:
+  @  certificate_file: tls/fullchain.pem  # the node's own, for addresses with /tls/ws
+  @  key_file: tls/privkey.pem
+  #  trusted_file: tls/authority.pem      # an authority to believe besides the system's when dialling such addresses
+"""
 
 
 _TEMPLATE = """\
@@ -30,9 +41,11 @@ identity:
 
 network:
   # Where peers may connect. Port 0 takes any free port, another one at each start. With [] the node listens nowhere: it
-  # dials, and peers reach it through its relays.
+  # dials, and peers reach it through its relays. /ws at the end is WebSocket and /tls/ws WebSocket in TLS, which passes
+  # for HTTPS; addresses may share a port.
   listen_addresses:
 @LISTEN@
+@TLS@
   # Treat this node as not reachable from outside, whatever is found out about it. Default: false
   # force_private_reachability: false
   # Accepted for compatibility; limits are always in force here (see `limits`). Default: false

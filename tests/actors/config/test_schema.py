@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from actors.config.file import load_config
 from actors.config.reader import parse_duration
-from actors.config.schema import ConfigError, check_peer_name, parse_listen_address, read_config
+from actors.config.schema import ConfigError, TlsConfig, check_peer_name, parse_listen_address, read_config
 from actors.config.template import render_config
 from actors.config.yaml_text import YamlSyntaxError, parse_yaml
 from actors.files import FileMissingError, PermissionsError
@@ -87,12 +87,29 @@ def test_every_default_that_the_template_only_mentions_is_the_default():
     for name, value in dataclasses.asdict(read("version: 1\n").limits).items():
         assert f"#   {name}: {value} " in text
     for name, value in dataclasses.asdict(read("version: 1\n").network).items():
-        assert name == "listen_addresses" or f"# {name}: {str(value).lower()}\n" in text
+        assert name in {"listen_addresses", "tls"} or f"# {name}: {str(value).lower()}\n" in text
+
+
+def test_the_template_names_files_where_addresses_need_a_certificate(tmp_path):
+    plain = render_config([Multiaddr("/ip4/0.0.0.0/tcp/443/ws")])
+    assert read(plain).network.tls == TlsConfig()
+    assert read(plain.replace("  # tls:", "  tls:").replace("  #  trusted", "    trusted")).network.tls == TlsConfig(
+        trusted_file="tls/authority.pem"
+    )
+    secure = render_config([Multiaddr("/ip4/0.0.0.0/tcp/443"), Multiaddr("/ip4/0.0.0.0/tcp/443/wss")])
+    assert read(secure).network.tls == TlsConfig("tls/fullchain.pem", "tls/privkey.pem")
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (
+            "network:\n  listen_addresses:\n    - /ip4/0.0.0.0/tcp/443/wss\n",
+            "line 2: network.listen_addresses: has /ip4/0.0.0.0/tcp/443/tls/ws, which needs a certificate",
+        ),
+        ("network:\n  tls:\n    key_file: a\n", "line 3: network.tls.key_file: is of no use without certificate_file"),
+        ("network:\n  tls:\n    certificate_file: a\n", "network.tls.certificate_file: is of no use without key_file"),
+        ("network:\n  tls: a.pem\n", "line 2: network.tls: must be a mapping"),
         ("version: 2\n", "line 1: version: is 2, but this peerup knows versions up to 1; update peerup"),
         ("version: one\n", "line 1: version: must be a whole number, not 'one'"),
         ("network: yes please\n", "line 1: network: must be a mapping of keys to values, not 'yes please'"),
