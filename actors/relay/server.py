@@ -95,6 +95,7 @@ class RelayServer(Actor):
         for name in (CONFIG, GATE, SWITCHBOARD):
             self.context.watch(name)
         await self._bring_up_to_date()
+        self._news.set()
         self.context.nursery.start_soon(self._keep_up_to_date)
         return {"serving": self._told_rules is not None}
 

@@ -11,7 +11,7 @@ cross a further process. `RelayTable` decides, `HopExchange` talks with clients 
     the last direct connection of a peer ends -> so does its reservation
 
 Nothing waits without a bound: exchanges are limited for each connection and in all, each has its deadlines, what a
-circuit keeps is bounded by windows, and all windows together by a budget.
+circuit keeps is bounded by windows, and the growth of all windows together has a limit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from actors.switchboard.errors import UnreachableError
 from actors.switchboard.hop_streams import HopExchange
 from actors.switchboard.pacing import Pacer
 from actors.switchboard.protocols import CancellableTimer, ProtocolTable
-from actors.switchboard.splice import Budget, Splice
+from actors.switchboard.splice import Growth, Splice
 from protocol.circuit.addresses import announced_addresses
 from protocol.circuit.messages import Refusal, Reservation, Status
 from protocol.messages import Data
@@ -53,7 +53,7 @@ MAX_EXCHANGES: Final = 1024
 MAX_EXCHANGES_PER_CONNECTION: Final = 64
 """So that one client cannot take all the room."""
 
-WINDOW_BUDGET: Final = 64 * 1024 * 1024
+WINDOW_GROWTH: Final = 64 * 1024 * 1024
 """Bytes by which the windows of all circuits together may grow: some long fat paths at full speed."""
 
 MAX_TOLD: Final = 256
@@ -110,7 +110,7 @@ class Relaying:
         self._served: _Served | None = None
         self._exchanges: dict[Connection, set[HopExchange]] = defaultdict(set)
         self._exchange_count = 0
-        self._budget = Budget(WINDOW_BUDGET)
+        self._growth = Growth(WINDOW_GROWTH)
         self._requests: Counter[str] = Counter()
         self._carried = [0, 0]  # in all, by direction; the pacer's part since `_told` is missing
         self._told = [0, 0]
@@ -222,7 +222,7 @@ class Relaying:
             "circuits": len(served.table.circuits),
             "exchanges": self._exchange_count,
             "waiting_for_rate": served.pacer.waiting,
-            "windows_grown_by": self._budget.grown,
+            "windows_grown_by": self._growth.grown,
         }
 
     # ---- what happens elsewhere in the switchboard
@@ -315,7 +315,7 @@ class Relaying:
             source,
             destination,
             meter=served.pacer,
-            budget=self._budget,
+            growth=self._growth,
             on_over=lambda code: self._circuit_over(served, circuit, code),
             to_source=exchange.stop.leftover,
             to_destination=exchange.hop.leftover,

@@ -7,8 +7,9 @@ as large as may be. So each direction is::
     link of one peer -> deliver -> kept -> fetch -> link of the other peer
 
 What is kept is bounded by the window of the stream that it came from: only what was fetched counts as consumed, and
-only that is granted anew. Windows grow with the speed of the circuit, as long as all circuits together keep within a
-budget (`Budget`): else those who send fast to peers that do not read could fill the memory.
+only that is granted anew; and by what the peer may make us keep in all (`actors.switchboard.budget`). Windows grow with
+the speed of the circuit, as long as all circuits together keep within a limit (`Growth`): else those who send fast to
+peers that do not read could fill the memory.
 
 How many bytes may go on, and when, is asked of a `Meter` before they are fetched (limits and rates of the relay).
 
@@ -28,9 +29,10 @@ from protocol.stream_descriptor import ResetCode
 from protocol.yamux import INITIAL_WINDOW
 
 _ROUNDS: Final = 2  # of the reactor, in which bytes go on from one link to another that keeps up
+_PIECE: Final = 16 * 1024  # up to which small ones are kept as one: else a byte could cost a hundred
 
 
-class Budget:
+class Growth:
     """The memory by which the windows of all circuits together may have grown beyond their start.
 
     Attributes:
@@ -64,6 +66,7 @@ class Half:
         channel: the stream.
         circuit, direction: what the bytes to this half's peer count for.
         cut: the circuit's limit of bytes is reached: reset it as soon as what was taken has been sent.
+        length: bytes that are kept.
         credit: bytes that the meter has taken for this half and not given yet.
         wanted: bytes that the meter was asked for; 0 when this half does not wait for it.
     """
@@ -72,7 +75,6 @@ class Half:
         "_early",
         "_finish",
         "_kept",
-        "_length",
         "_round",
         "_splice",
         "_window",
@@ -81,6 +83,7 @@ class Half:
         "credit",
         "cut",
         "direction",
+        "length",
         "other",
         "wanted",
     )
@@ -95,14 +98,14 @@ class Half:
         self.credit = 0
         self.wanted = 0
         self._splice = splice
-        self._kept: deque[memoryview] = deque()
-        self._length = len(early)  # of what is kept
+        self._kept: deque[bytearray] = deque()
+        self.length = len(early)
         self._early = len(early)  # of that, what came with the negotiation and counts for no window
         self._round = 0  # of the reactor, in which the first of what is kept came
         self._finish = False  # the other peer has finished: finish after what is kept
         self._window = INITIAL_WINDOW
         if early:
-            self._kept.append(memoryview(early))
+            self._kept.append(bytearray(early))
 
     # ---- to this half's peer
 
@@ -118,7 +121,7 @@ class Half:
             return 0
         if not limit:
             return 0
-        length = self._splice.meter.take(self, min(limit, self._length))
+        length = self._splice.meter.take(self, min(limit, self.length))
         if not length:
             if self.cut:
                 self._splice.reset(ResetCode.LIMIT_EXCEEDED)
@@ -133,10 +136,10 @@ class Half:
                 start = stop
             else:
                 room = end - start
-                buffer[start:end] = piece[:room]
-                kept[0] = piece[room:]
+                buffer[start:end] = memoryview(piece)[:room]
+                del piece[:room]
                 start = end
-        self._length -= length
+        self.length -= length
         counted = length
         if self._early:
             early = min(self._early, length)
@@ -150,26 +153,38 @@ class Half:
         """So many bytes of this half's peer, which came in that round of the reactor, went to the other one."""
         channel = self.channel
         reactor = channel.reactor
-        budget = self._splice.budget
-        behind = reactor.rounds - came > _ROUNDS or budget.grown >= budget.most
+        growth = self._splice.growth
+        behind = reactor.rounds - came > _ROUNDS or growth.grown >= growth.most
+        channel.budget.give_back(length)
         channel.consumed(length, reactor.clock(), behind=behind)
         window = channel.stream.window
         if window != self._window:
-            budget.grown += window - self._window
+            growth.grown += window - self._window
             self._window = window
+
+    def keep(self, data: memoryview, came: int) -> None:
+        """Something for this half's peer has come, in that round of the reactor."""
+        kept, length = self._kept, len(data)
+        if not kept:
+            self._round = came
+            kept.append(bytearray(data))
+        elif length < _PIECE and len(kept[-1]) + length <= _PIECE:
+            kept[-1] += data
+        else:
+            kept.append(bytearray(data))
+        self.length += length
+        self.channel.enqueue()
 
     # ---- from this half's peer
 
     def deliver(self, buffer: memoryview, start: int, end: int, now: float) -> None:
         """See `LocalEnd`."""
         other = self.other
-        if other.channel.closed:
-            return
-        if not other._kept:  # noqa: SLF001  # the other half
-            other._round = self.channel.reactor.rounds  # noqa: SLF001  # likewise
-        other._kept.append(memoryview(bytes(buffer[start:end])))  # noqa: SLF001  # likewise
-        other._length += end - start  # noqa: SLF001  # likewise
-        other.channel.enqueue()
+        if not other.channel.closed:
+            if self.channel.budget.take(end - start, other.length):
+                other.keep(buffer[start:end], self.channel.reactor.rounds)
+            else:
+                self._splice.reset(ResetCode.LIMIT_EXCEEDED)
 
     def peer_finished(self) -> None:
         """See `LocalEnd`."""
@@ -187,8 +202,9 @@ class Half:
     def drop(self) -> None:
         """The streams are over: forget what is kept."""
         self._kept.clear()
-        self._length = 0
-        self._splice.budget.grown -= self._window - INITIAL_WINDOW
+        self.other.channel.budget.give_back(self.length - self._early)
+        self.length = self._early = 0
+        self._splice.growth.grown -= self._window - INITIAL_WINDOW
         self._window = INITIAL_WINDOW
 
 
@@ -202,7 +218,7 @@ class Splice:
         LinkClosedError: one of them is over; both are now.
     """
 
-    __slots__ = ("_code", "_on_over", "_over", "_resetting", "budget", "destination", "meter", "source")
+    __slots__ = ("_code", "_on_over", "_over", "_resetting", "destination", "growth", "meter", "source")
 
     def __init__(
         self,
@@ -211,13 +227,13 @@ class Splice:
         destination: Channel,
         *,
         meter: Meter,
-        budget: Budget,
+        growth: Growth,
         on_over: Callable[[int], None],
         to_source: bytes = b"",
         to_destination: bytes = b"",
     ) -> None:
         self.meter = meter
-        self.budget = budget
+        self.growth = growth
         self._on_over = on_over
         self._resetting = False
         self._over = False

@@ -235,29 +235,30 @@ async def test_guests_have_limits_of_their_own():
 
 
 async def test_rates_are_kept_and_shared_evenly():
-    async with relaying(rules(bytes_per_second=scoped(total=4_000_000))) as world:
+    async with relaying(rules(bytes_per_second=scoped(total=16_000_000))) as world:
         home = world.connect("home")
         await home.reserve()
         circuits = [await world.connect(f"client {number}").circuit(home) for number in range(8)]
         began = time.monotonic()
+        sent = content(8_000_000)
         for near, _ in circuits:
-            sends(near, content(4_000_000))
+            sends(near, sent)
 
         def got():
             return [len(far.data) for _, far in circuits]
 
         # what may come at once goes to whoever comes first; from then on everybody gets the same
-        await until(lambda: sum(got()) > 2_000_000, "the burst")
+        await until(lambda: sum(got()) > 6_000_000, "the burst")
         before = got()
-        await until(lambda: sum(got()) > 6_000_000, "a second's worth")
+        await until(lambda: sum(got()) > 22_000_000, "a second's worth")
         elapsed = time.monotonic() - began
         shares = [after - earlier for after, earlier in zip(got(), before, strict=True)]
         assert min(shares) > 0.8 * max(shares), shares
-        assert sum(got()) <= 4_000_000 * elapsed + 1_000_000 + 8 * 65_507
+        assert sum(got()) <= 16_000_000 * elapsed + 4_000_000 + 8 * 65_507
         # limits that change apply at once
         world.room.serve(rules())
         await until(lambda: all(far.finished for _, far in circuits), "all of it, without a limit")
-        assert all(len(far.data) == 4_000_000 for _, far in circuits)
+        assert all(len(far.data) == len(sent) for _, far in circuits)
 
 
 async def test_one_who_waits_for_a_budget_of_its_own_holds_up_nobody():
@@ -290,7 +291,7 @@ async def test_a_peer_that_does_not_read_costs_no_more_than_a_window():
 
 
 async def test_windows_of_all_circuits_together_keep_within_the_budget(monkeypatch):
-    monkeypatch.setattr(actors.switchboard.relaying, "WINDOW_BUDGET", 300_000)
+    monkeypatch.setattr(actors.switchboard.relaying, "WINDOW_GROWTH", 300_000)
     async with relaying() as world:
         home, laptop = await pair(world)
         circuits = [await laptop.circuit(home) for _ in range(4)]
