@@ -258,12 +258,14 @@ func main() {
 	kind := flag.String("key", "ed25519", "kind of identity key: ed25519, rsa, ecdsa, secp256k1")
 	seed := flag.String("seed", "", "derive the identity key from this text")
 	noListen := flag.Bool("no-listen", false, "accept no connections but through relays")
+	var sockets webSockets
+	sockets.flags()
 	flag.Parse()
 	key, err := makeKey(*kind, *seed)
 	if err != nil {
 		fatal(err)
 	}
-	listen := libp2p.ListenAddrStrings("/ip4/127.0.0.1/tcp/0")
+	listen := libp2p.ListenAddrStrings(sockets.listen)
 	if *noListen {
 		listen = libp2p.NoListenAddrs
 	}
@@ -272,6 +274,7 @@ func main() {
 		libp2p.Identity(key),
 		listen,
 		libp2p.Transport(tcp.NewTCPTransport),
+		sockets.transport(),
 		libp2p.Security(noise.ID, noise.New),
 		libp2p.Muxer(yamux.ID, yamux.DefaultTransport),
 		libp2p.UserAgent(agent),

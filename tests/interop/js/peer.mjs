@@ -21,13 +21,15 @@ import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
 import { describeCircuit, reserve, serveRelay } from './relay.mjs'
 import { exchange, newProgress, serve } from './streams.mjs'
+import { webSocketOptions, webSocketTransport } from './websocket.mjs'
 
 const AGENT = 'peerup-interop-js'
 const { values: options } = parseArgs({
   options: {
     key: { type: 'string', default: 'ed25519' },
     seed: { type: 'string', default: '' },
-    'no-listen': { type: 'boolean', default: false }
+    'no-listen': { type: 'boolean', default: false },
+    ...webSocketOptions
   }
 })
 
@@ -52,8 +54,8 @@ function say (value) {
 const node = await createLibp2p({
   privateKey: await makeKey(options.key, options.seed),
   nodeInfo: { userAgent: AGENT },
-  addresses: { listen: options['no-listen'] ? [] : ['/ip4/127.0.0.1/tcp/0'] },
-  transports: [tcp(), circuitRelayTransport()],
+  addresses: { listen: options['no-listen'] ? [] : [options.listen] },
+  transports: [tcp(), webSocketTransport(options), circuitRelayTransport()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
   // The default lets one host connect five times a second; here every peer is on one host.
