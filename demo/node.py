@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,7 +40,10 @@ class Node:
         home: its directory.
         address: the multiaddr that it listens on.
         peer_id: its identity, once initialised.
+        serve: the words that run it.
     """
+
+    serve: tuple[str, ...] = ("daemon",)
 
     def __init__(self, name: str, directory: Path) -> None:
         self.name = name
@@ -59,7 +63,15 @@ class Node:
         Raises:
             DemoError: it failed; the text says what it said.
         """
-        done = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=60, check=False)
+        columns = {"COLUMNS": str(shutil.get_terminal_size().columns)}
+        done = subprocess.run(
+            self.command(*arguments),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env=os.environ | columns,
+        )
         if done.returncode != 0:
             raise DemoError(f"`peerup {' '.join(arguments)}` on {self.name} failed:\n{done.stdout}{done.stderr}")
         return done.stdout
@@ -88,7 +100,7 @@ class Node:
         """Start the daemon with these further options; how many seconds it took until it said `ready`."""
         began = time.monotonic()
         self._daemon = subprocess.Popen(
-            self.command("daemon", *options), stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
+            self.command(*self.serve, *options), stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
         )
         assert self._daemon.stdout is not None
         os.set_blocking(self._daemon.stdout.fileno(), False)
