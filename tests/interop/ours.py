@@ -111,13 +111,13 @@ class OurPeer:
     library = LIBRARY
     last_words = ""
 
-    def __init__(self, nursery: trio.Nursery, key: PrivateKey) -> None:
+    def __init__(self, nursery: trio.Nursery, key: PrivateKey, listen: str, tls: dict[str, str] | None) -> None:
         self.key = key
         self.peer_id = str(key.peer_id)
         self.address = ""
         self.authorised: set[PeerId] = set()
         self.on_stream: Callable[[], None] = lambda: None
-        self.actor = Switchboard(["/ip4/127.0.0.1/tcp/0"])
+        self.actor = Switchboard([listen], tls=tls)
         self.stage: LoneContext
         self._nursery = nursery
         self._services: dict[str, Service] = {}
@@ -472,10 +472,12 @@ def _outcome(error: ResetError | None) -> Answer:
 
 
 @contextlib.asynccontextmanager
-async def our_peer(key: PrivateKey) -> AsyncIterator[OurPeer]:
-    """Our peer while the context lasts."""
+async def our_peer(
+    key: PrivateKey, *, listen: str = "/ip4/127.0.0.1/tcp/0", tls: dict[str, str] | None = None
+) -> AsyncIterator[OurPeer]:
+    """Our peer while the context lasts; `tls` is what the switchboard takes."""
     async with trio.open_nursery() as nursery:
-        peer = OurPeer(nursery, key)
+        peer = OurPeer(nursery, key, listen, tls)
         async with lone_actor(peer.actor, "switchboard", answer=peer.answer, audience=peer.audience) as stage:
             peer.stage = stage
             status = await stage.deliver(peer.actor, ReadStatus())
