@@ -1,4 +1,4 @@
-"""`peerup ping`, `paths`, `connect`, `disconnect` and `resolve`: other peers and the ways to them."""
+"""`peerup ping`, `connect`, `disconnect` and `resolve`: other peers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from peerup.cli.framework import DURATION, EXIT_FAILURE, EXIT_INTERRUPTED, Session, command, examples
-from peerup.cli.output import Column, good, short_id, size, table
+from peerup.cli.output import good
+from peerup.cli.paths import way_words
 from peerup.cli.trace import raise_for_error
 
 
@@ -70,7 +71,8 @@ def _ping_line(line: dict[str, Any]) -> str:
         advice = f" (to do: {line['error']['action']})" if line["error"]["action"] else ""
         return f"seq={line['seq']} lost: {line['error']['reason']}{advice}"
     connected = f" (connected in {line['connected_in_ms']:.1f} ms)" if line["connected_in_ms"] is not None else ""
-    return f"seq={line['seq']} rtt={line['rtt_ms']:.2f} ms {line['path']} {line['address']}{connected}"
+    way = way_words(line["path"], line["transport"], line["relay"], line["relay_name"])
+    return f"seq={line['seq']} rtt={line['rtt_ms']:.2f} ms {way} {line['address']}{connected}"
 
 
 def _ping_statistics(stats: dict[str, Any]) -> str:
@@ -78,34 +80,6 @@ def _ping_statistics(stats: dict[str, Any]) -> str:
     if not stats["received"]:
         return head
     return f"{head}; min/avg/max {stats['min_ms']:.2f}/{stats['avg_ms']:.2f}/{stats['max_ms']:.2f} ms"
-
-
-@command("paths", json_output=True)
-def paths(session: Session) -> None:
-    """Show each live connection: to whom, over which path, and what passed."""
-    data = session.client.get("/v1/paths")
-    columns = (
-        Column("PEER"),
-        Column("PATH"),
-        Column("ADDRESS", fold=True),
-        Column("RTT", right=True),
-        Column("STRM", right=True),
-        Column("SENT", right=True),
-        Column("RECEIVED", right=True),
-    )
-    rows = [
-        (
-            path["name"] or short_id(path["peer_id"]),
-            f"{path['path']} {path['transport']} {'<-' if path['direction'] == 'inbound' else '->'}",
-            path["remote_address"],
-            "-" if path["rtt"] is None else f"{path['rtt'] * 1000:.1f}ms",
-            path["streams"],
-            size(path["sent"]),
-            size(path["received"]),
-        )
-        for path in data
-    ]
-    session.show(data, lambda: table(columns, rows, empty="not connected to any peer"))
 
 
 @command("connect", json_output=True)
@@ -117,7 +91,7 @@ def connect(session: Session, peer: str) -> None:
     session.wait_message(f"connecting to {peer}...")
     data = session.client.post(f"/v1/peers/{segment(peer)}/connect")
     path = data["connection"]
-    way = f"{path['path']} {path['transport']} {path['remote_address']}"
+    way = f"{way_words(path['path'], path['transport'], path['relay'], path['relay_name'])} {path['remote_address']}"
     text = f"connected to {peer}: {way} in {data['elapsed'] * 1000:.0f} ms"
     session.show(data, lambda: good(text))
 

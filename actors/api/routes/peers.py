@@ -1,7 +1,8 @@
 """Routes about other peers: who is connected over which path, and how far they are.
 
 GET    /v1/peers                what the switchboard knows of each peer
-GET    /v1/paths                one object per live connection
+GET    /v1/paths?peer=          one object per live connection, each measured
+GET    /v1/peers/{peer}/traceroute  the hops to the peer, each measured
 POST   /v1/peers/{peer}/connect     be connected
 POST   /v1/peers/{peer}/disconnect  close the connections
 GET    /v1/peers/{peer}/ping?count=&interval=&timeout=   NDJSON, one line per ping, then the statistics
@@ -17,12 +18,16 @@ from actors.api.node import ANSWER_DEADLINE, Node
 from actors.api.present import plain
 from actors.api.routing import Answer, Call, Routes, data_response, error_object, lines_response
 from protocol.messages import Data
+from protocol.messages.paths import MeasuredPath, MeasurePaths, TracePath
 from protocol.messages.switchboard import Connect, ConnectionInfo, Disconnect, PeerStatus, PingPeer, ReadStatus
 from protocol.peer_id import PeerId
 from supervisor.errors import AskError
 
 CONNECT_DEADLINE = 45.0
 """Seconds for a connection to come up over any path; the switchboard's own dial deadlines are shorter."""
+
+MEASURE_DEADLINE = 15.0
+"""Seconds to measure all paths; the switchboard gives each one five, and many run side by side."""
 
 PING_DEADLINE = 20.0
 """Seconds for one ping, the connection that it may need first included."""
@@ -39,9 +44,32 @@ async def peers(node: Node, call: Call) -> Answer:
 
 @routes.on("GET", "/v1/paths")
 async def paths(node: Node, call: Call) -> Answer:
-    """One object per live connection."""
-    status = await node.context.ask("switchboard", ReadStatus(), timeout=ANSWER_DEADLINE)
-    return data_response([_path(node, connection) for peer in status.peers for connection in peer.connections])
+    """One object per live connection, each measured."""
+    name = call.optional_text("peer")
+    peer = None if name is None else (await node.resolve(name)).peer
+    measured = await node.context.ask("switchboard", MeasurePaths(peer), timeout=MEASURE_DEADLINE)
+    return data_response([_measured(node, path) for path in measured.paths])
+
+
+@routes.on("GET", "/v1/peers/{peer}/traceroute")
+async def traceroute(node: Node, call: Call) -> Answer:
+    """The hops to this peer, each measured."""
+    found = await node.resolve(call.text("peer"))
+    traced = await node.context.ask("switchboard", TracePath(found.peer), timeout=CONNECT_DEADLINE)
+    hops: list[Data] = [
+        {
+            "hop": number,
+            "role": hop.role,
+            "peer_id": str(hop.peer),
+            "name": node.name_of(hop.peer),
+            "address": plain(hop.address),
+            "transport": hop.transport,
+            "rtt_ms": _milliseconds(hop.rtt),
+            "failure": hop.failure,
+        }
+        for number, hop in enumerate(traced.hops)
+    ]
+    return data_response({"path": traced.path, "connected_in_ms": _milliseconds(traced.connected_in), "hops": hops})
 
 
 @routes.on("POST", "/v1/peers/{peer}/connect")
@@ -89,9 +117,12 @@ async def _pings(node: Node, peer: PeerId, count: int, interval: float, timeout:
             line |= {
                 "rtt_ms": round(pinged.rtt * 1000, 3),
                 "path": pinged.connection.path,
+                "transport": pinged.connection.transport,
+                "relay": plain(pinged.connection.relay),
+                "relay_name": _relay_name(node, pinged.connection),
                 "address": str(pinged.connection.remote_address),
                 "protocol": pinged.protocol,
-                "connected_in_ms": None if pinged.connected_in is None else round(pinged.connected_in * 1000, 3),
+                "connected_in_ms": _milliseconds(pinged.connected_in),
             }
         yield line
     yield {"stats": _statistics(sent, times)}
@@ -125,4 +156,21 @@ def _path(node: Node, connection: ConnectionInfo) -> dict[str, Data]:
     values: dict[str, Data] = plain(connection)
     del values["peer"]
     identity = {"peer_id": str(connection.peer), "name": node.name_of(connection.peer)}
-    return identity | values
+    return identity | values | {"relay_name": _relay_name(node, connection)}
+
+
+def _measured(node: Node, path: MeasuredPath) -> dict[str, Data]:
+    return _path(node, path.connection) | {
+        "rtt": path.rtt,
+        "in_use": path.in_use,
+        "failure": path.failure,
+        "no_direct": path.no_direct,
+    }
+
+
+def _relay_name(node: Node, connection: ConnectionInfo) -> str:
+    return "" if connection.relay is None else node.name_of(connection.relay)
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)

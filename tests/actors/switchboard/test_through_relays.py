@@ -14,6 +14,7 @@ import actors.switchboard.upgrade
 from actors.relay.hop import exchange
 from protocol.circuit.hop_client import ConnectClient, ReserveClient
 from protocol.circuit.stop import StopInitiator
+from protocol.messages.paths import MeasurePaths, TracePath
 from protocol.messages.relay import CircuitLimit, ServeRelay
 from protocol.messages.switchboard import Connect, Disconnect, OpenStream, PingPeer
 from protocol.multiaddr import Multiaddr
@@ -289,3 +290,24 @@ async def test_the_source_that_a_relay_claims_must_be_the_one_that_is_proven(mon
             await alice.ask("switchboard", Connect(bob.peer))
         assert not bob.connections("alice")
         assert not [one for one in bob.gate.decided if one.peer == alice.peer], "it was not even judged"
+
+
+async def test_paths_are_measured_and_hops_are_traced():
+    async with world() as (alice, middle, bob):
+        traced = await alice.ask("switchboard", TracePath(bob.peer))
+        assert [(hop.role, hop.peer) for hop in traced.hops] == [
+            ("node", alice.peer),
+            ("relay", middle.peer),
+            ("peer", bob.peer),
+        ]
+        assert traced.connected_in is not None
+        assert traced.path.startswith(f"relayed via {middle.peer}")
+        assert all(hop.rtt is not None and not hop.failure for hop in traced.hops)
+        again = await alice.ask("switchboard", TracePath(bob.peer))
+        assert again.connected_in is None
+        measured = await alice.ask("switchboard", MeasurePaths(None))
+        assert {path.connection.peer for path in measured.paths} == {middle.peer, bob.peer}
+        assert all(path.rtt is not None and path.in_use for path in measured.paths)
+        (to_bob,) = (await alice.ask("switchboard", MeasurePaths(bob.peer))).paths
+        assert to_bob.connection.relay == middle.peer
+        assert (await alice.ask("switchboard", MeasurePaths(peer_of("nobody")))).paths == ()
