@@ -3,7 +3,7 @@
 Theory of operation. A circuit for which no rate is limited is answered at once; only the limit of bytes of the circuit
 itself is looked at. The others stand in line: whenever one has something to send, and whenever the budgets have
 been filled up a little, once a round of the reactor, the line is gone through from its front, and each takes at most
-one frame. Who got something goes to the back when it comes again; who got nothing keeps its place. So those who share a
+`TURN` bytes, or a whole frame if it is alone. Who got something goes to the back when it comes again; who got nothing keeps its place. So those who share a
 budget get even shares of it, and one that waits for a budget of its own holds up nobody else.
 """
 
@@ -17,6 +17,9 @@ from typing import Final
 from actors.switchboard.protocols import CancellableTimer
 from actors.switchboard.splice import Half
 from protocol.reservations import RelayTable
+
+TURN: Final = 16 * 1024
+"""Bytes that one of several takes at a time: small, for shares differ by what is taken at once."""
 
 SHORTEST_WAIT: Final = 0.002
 """Seconds between two times of going through the line, at least: a fast rate is not a reason to spin."""
@@ -92,12 +95,12 @@ class Pacer:
             self._timer.cancel()
             self._timer = None
         waiting, self._line = self._line, deque()
-        shortest = math.inf
+        alone, shortest = len(waiting) == 1, math.inf
         for half in waiting:
             if half.channel.closed:
                 half.wanted = 0
                 continue
-            half.credit, wait = self._ask(half, half.wanted)
+            half.credit, wait = self._ask(half, half.wanted if alone else min(half.wanted, TURN))
             if half.credit or half.cut:
                 half.wanted = 0
                 half.channel.enqueue()
