@@ -58,6 +58,10 @@ class Muxed(Protocol):
         """Open a stream."""
         ...
 
+    def acknowledged_ago(self) -> float | None:
+        """Seconds since the peer's machine last acknowledged anything; None where nobody knows."""
+        ...
+
     def close(self, code: str = ..., reason: str = ...) -> None:
         """Close in good order."""
         ...

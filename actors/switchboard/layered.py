@@ -41,6 +41,10 @@ class LayeredWire:
         self._wanted = wanted
         self._below.want_write(wanted=wanted or bool(self._unsent))
 
+    def acknowledged_ago(self) -> float | None:
+        """See `Wire`."""
+        return self._below.acknowledged_ago()
+
     def close(self) -> None:
         """See `Wire`."""
         if not self._closed:

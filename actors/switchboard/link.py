@@ -170,6 +170,10 @@ class Link:
         self.plan_flush()
         return channel
 
+    def acknowledged_ago(self) -> float | None:
+        """Seconds since the peer's machine last acknowledged anything that was sent; None where nobody knows."""
+        return self._wire.acknowledged_ago()
+
     def close(self, code: str = "local-close", reason: str = "closed by this node") -> None:
         """Say go away, reset what is open, close the wire. `on_end` follows from the loop. Twice is once."""
         self._finish(LinkEnd(code, reason), ResetCode.SHUTDOWN, GoAwayCode.NORMAL)

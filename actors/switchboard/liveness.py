@@ -3,12 +3,14 @@
 Theory of operation. TCP hears nothing when this machine is in another network now, or has slept: what it sends goes
 nowhere, and silence is noticed by keepalives after half a minute. So when the monitor of networks tells of a change
 each connection is asked for a sign of life, and one that gives none within `SIGN_OF_LIFE` seconds is ended, so that it
-is dialled anew. Any byte of the peer's is a sign. Two things are known without asking:
+is dialled anew. Any byte of the peer's is a sign, and so is an acknowledgement by its kernel: an answer may have to
+wait behind a lot of data on a slow line. Three things are known without asking:
 
 - a connection whose own address this machine does not have any more is dead at once, if the peer can be reached from
   another one;
 - where the peer cannot be reached at all (there is no network at the moment) nothing is ended: with the network the
-  connection may come back, and that is another change.
+  connection may come back, and that is another change;
+- a connection through a relay depends on this machine's networks only as far as the one to the relay does.
 
 Needed peers that are not connected are dialled at once, whatever their back-off says.
 
@@ -39,6 +41,9 @@ MONITOR: Final = "nat/monitor"
 
 SIGN_OF_LIFE: Final = 3.0
 """Seconds: a lost packet is sent again within one, and a person waits no longer."""
+
+SIGN_OF_LIFE_RELAYED: Final = 10.0
+"""The same through a relay, where nobody knows what waits before an answer."""
 
 AT_ONCE: Final = 256
 """Connections that are asked side by side."""
@@ -90,6 +95,8 @@ class Liveness:
     def network_changed(self) -> None:
         """Find out about every connection anew, and dial who is missing."""
         for connection in self._connections():
+            if connection.relayed:
+                continue
             # What was asked before this change proves nothing now.
             if (earlier := self._checks.pop(connection, None)) is not None:
                 earlier.cancel()
@@ -114,22 +121,28 @@ class Liveness:
                 if verdict == "moved":
                     self._end(connection, "this machine no longer has the address that it was made from")
                 elif verdict == "unknown" and not await self._alive(connection):
-                    self._end(connection, f"no sign of life within {SIGN_OF_LIFE:g} s {when}")
+                    self._end(connection, f"no sign of life {when}")
         if self._checks.get(connection) is scope:
             del self._checks[connection]
 
     async def _alive(self, connection: Connection) -> bool:
-        received = connection.link.received
-        with trio.move_on_after(SIGN_OF_LIFE):
+        link = connection.link
+        received = link.received
+        began = self._context.now()
+        patience = SIGN_OF_LIFE_RELAYED if connection.relayed else SIGN_OF_LIFE
+        with trio.move_on_after(patience):
             try:
                 await self._ping(connection)
             except PeerupError:
                 # A refusal is a sign of life. What says nothing leaves the time for one, or the connection has ended.
-                while connection.end is None and connection.link.received == received:
+                while connection.end is None and link.received == received:
                     with trio.move_on_after(SIGN_OF_LIFE / 10):
                         await connection.ended.wait()
             return True
-        return connection.end is not None or connection.link.received != received
+        if connection.end is not None or link.received != received:
+            return True
+        acknowledged = link.acknowledged_ago()
+        return acknowledged is not None and acknowledged < self._context.now() - began
 
     def _end(self, connection: Connection, reason: str) -> None:
         if connection.end is None:

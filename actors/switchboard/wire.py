@@ -11,9 +11,11 @@ A TCP socket is one, a circuit through a relay another, WebSocket messages a thi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import select
 import socket
+import sys
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -32,8 +34,16 @@ __all__ = ["HANG_UP", "MAX_FRAME", "READ", "WRITE", "Pipe", "SocketPipe", "Socke
 MAX_FRAME: Final = 2 + MAX_MESSAGE
 """Bytes of the longest Noise message with its length before it."""
 
+UNACKNOWLEDGED: Final = 20.0
+"""Seconds in which what was sent must be acknowledged by the other end's kernel: as long as a link waits for the
+answer to a ping, so that a dead way that is used is noticed no later than one that is not."""
+
 _READ_SIZE = 4096
 """More than any honest handshake message; what a stranger can make us keep in one read."""
+
+
+_LAST_ACK_RECEIVED: Final = 56  # of `struct tcp_info`: milliseconds, four bytes
+_TCP_INFO: Final = _LAST_ACK_RECEIVED + 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -149,6 +159,10 @@ class Wire(Protocol):
         """
         ...
 
+    def acknowledged_ago(self) -> float | None:
+        """Seconds since the other end last acknowledged anything that was sent; None where nobody knows."""
+        ...
+
     def close(self) -> None:
         """End it in both directions; what was taken is still sent as far as that is possible without waiting."""
 
@@ -163,6 +177,8 @@ class SocketWire:
     def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
         sock.setblocking(False)
         send_at_once(sock)
+        with contextlib.suppress(OSError):  # not a TCP socket
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNACKNOWLEDGED * 1000))
         self.scratch = reactor.scratch
         self.soon = reactor.call_soon
         self._reactor = reactor
@@ -181,6 +197,16 @@ class SocketWire:
     def want_write(self, *, wanted: bool) -> None:
         """See `Wire`."""
         self._reactor.modify(self._fd, READ | WRITE if wanted else READ)
+
+    def acknowledged_ago(self) -> float | None:
+        """See `Wire`."""
+        try:
+            told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+        except OSError:
+            return None
+        if len(told) < _TCP_INFO:
+            return None
+        return int.from_bytes(told[_LAST_ACK_RECEIVED:], sys.byteorder) / 1000
 
     def close(self) -> None:
         """See `Wire`."""

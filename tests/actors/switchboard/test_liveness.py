@@ -24,6 +24,10 @@ class FakeLink:
         self.received = 1000
         self.connection = connection
         self.aborted = None
+        self.acknowledged = None
+
+    def acknowledged_ago(self):
+        return None if self.acknowledged is None else trio.current_time() - self.acknowledged
 
     def abort(self, code, reason):
         self.aborted = code, reason
@@ -35,6 +39,7 @@ class FakeConnection:
     """What a check uses of a connection."""
 
     path = "direct"
+    relayed = False
     draining = False
 
     def __init__(self, name, local=FAR, remote=FAR):
@@ -51,7 +56,7 @@ class World:
     """Connections, and how pings to them go: an awaitable function by the connection's id."""
 
     def __init__(self, nursery):
-        context = types.SimpleNamespace(nursery=nursery, log=loguru.logger)
+        context = types.SimpleNamespace(nursery=nursery, log=loguru.logger, now=trio.current_time)
         self.connections = []
         self.pings = {}
         self.dials = []
@@ -130,6 +135,31 @@ async def test_a_ping_that_cannot_be_sent_proves_nothing_by_itself(world, autoju
     await trio.sleep(10)
     assert silent.link.aborted is not None
     assert busy.link.aborted is None
+
+
+async def test_a_peer_whose_kernel_acknowledges_is_alive_however_long_its_answer_waits(world, autojump_clock):
+    slow, dead = world.add("slow"), world.add("dead")
+    dead.link.acknowledged = trio.current_time() - 0.1  # just before the change
+    world.liveness.network_changed()
+    await trio.sleep(1)
+    slow.link.acknowledged = trio.current_time()
+    await trio.sleep(60)
+    assert slow.link.aborted is None
+    assert dead.link.aborted is not None
+
+
+async def test_what_is_relayed_depends_on_the_connection_to_the_relay_alone(world, autojump_clock):
+    relayed = world.add("far")
+    relayed.relayed, relayed.path = True, "relayed"
+    world.liveness.network_changed()
+    await trio.sleep(60)
+    assert relayed.link.aborted is None
+    relayed.draining = True
+    world.liveness.superseded([relayed])
+    await trio.sleep(9.9)
+    assert relayed.link.aborted is None
+    await trio.sleep(0.2)
+    assert relayed.link.aborted is not None
 
 
 async def test_another_change_asks_anew(world, autojump_clock):
