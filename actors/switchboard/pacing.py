@@ -3,8 +3,9 @@
 Theory of operation. A circuit for which no rate is limited is answered at once; only the limit of bytes of the circuit
 itself is looked at. The others stand in line: whenever one has something to send, and whenever the budgets have
 been filled up a little, once a round of the reactor, the line is gone through from its front, and each takes at most
-`TURN` bytes, or a whole frame if it is alone. Who got something goes to the back when it comes again; who got nothing keeps its place. So those who share a
-budget get even shares of it, and one that waits for a budget of its own holds up nobody else.
+`TURN` bytes, or a whole frame if it is alone. Who got something goes to the back when it comes again; who got nothing
+keeps its place. So those who share a budget get even shares of it, and one that waits for a budget of its own holds up
+nobody else.
 """
 
 from __future__ import annotations
