@@ -114,8 +114,7 @@ class Stops:
             elif reply := responder.data_to_send():
                 deadline.cancel()
                 self._refused("circuit-malformed")
-                channel.send(reply)
-                channel.finish()
+                _answer_last(channel, reply)
 
         def give_up() -> None:
             deadline.cancel()
@@ -138,9 +137,7 @@ class Stops:
         if scope is None:
             responder.refuse(Status.RESOURCE_LIMIT_EXCEEDED, "too many handshakes are under way", rule="handshakes")
             self._refused("circuit-queue-full")
-            channel.on_data, channel.on_finish = _ignore, channel.finish
-            channel.send(responder.data_to_send())
-            channel.finish()
+            _answer_last(channel, responder.data_to_send())
             return
         responder.accept()
         channel.send(responder.data_to_send())
@@ -198,6 +195,13 @@ class Stops:
             if not handed_over:
                 pipe.close()
             self._leave(place)
+
+
+def _answer_last(channel: Channel, answer: bytes) -> None:
+    """Send the answer that ends the stream, whatever the relay sends or closes meanwhile."""
+    channel.on_data, channel.on_finish = _ignore, channel.finish
+    channel.send(answer)
+    channel.finish()
 
 
 def _ignore(_: bytes) -> None:
