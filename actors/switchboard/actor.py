@@ -477,7 +477,7 @@ class Switchboard(Actor):
         began = self.context.now()
         fresh = self._table.best(request.peer) is None
         try:
-            connection, _ = await self._reach.connect(request.peer)
+            connection, _ = await self._reach.connect(request.peer, anyway=True)
             connected_in = self.context.now() - began if fresh else None
             try:
                 rtt, protocol = await ping(connection, self.context.now, self.context.random)
@@ -677,6 +677,7 @@ class Switchboard(Actor):
     # ---- what has changed
 
     def _policy_changed(self) -> None:
+        self._admittance.refusals.clear()
         self._relaying.policy_changed()
         self._admittance.enforce()
 

@@ -11,7 +11,8 @@ most of all when both sides dial at the same moment; then both sides must keep t
   connection to it, the direct one is doubted: whoever `on_doubt` tells has it answer, or ends it.
 
 The one that goes is *drained*: it takes no new streams of ours, still accepts the peer's (which may not know yet), and
-is closed when it has had no stream for `LINGER` seconds. So nothing that runs is cut by the decision.
+is closed when it has had no stream for `LINGER` seconds. So nothing that runs is cut by the decision. The same happens
+to a connection on which the peer says that it takes no more streams; who needs the peer then dials it anew.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Connection:
         was_allowed: the policy has at some time allowed the peer; when it no longer does, the connection goes.
         identification: what the peer said of itself; None until then. `identify_failure` says why it did not.
         inbound_streams: streams of the peer that were handed out or are used here, with their protocol.
+        gone_away: the peer takes no more streams on it, so it never becomes the best again.
         drained_since: since when it has been without a stream while draining; None when it is not draining.
     """
 
@@ -94,6 +96,7 @@ class Connection:
     identification: Identification | None = None
     identify_failure: str = ""
     draining: bool = False
+    gone_away: bool = False
     drained_since: float | None = None
     end: LinkEnd | None = None
     inbound_streams: dict[Channel, str] = dataclasses.field(default_factory=dict)
@@ -265,12 +268,33 @@ class ConnectionTable:
         connection.ended.set()
         if not known:
             del self._by_peer[connection.peer]
-            if (lost := self._lost.pop(connection.peer, None)) is not None:
-                lost.set()
+            self._tell_lost(connection.peer)
         elif not any(not other.draining for other in known):
-            heir = max(known, key=lambda other: (not other.relayed, other.opened))
-            heir.draining = False
-            heir.drained_since = None
+            self._inherit(known)
+
+    def _inherit(self, known: list[Connection]) -> None:
+        """None of these takes new streams: the best of those that the peer still serves does from now on."""
+        heirs = [other for other in known if not other.gone_away]
+        if not heirs:
+            self._tell_lost(known[0].peer)
+            return
+        heir = max(heirs, key=lambda other: (not other.relayed, other.opened))
+        heir.draining = False
+        heir.drained_since = None
+
+    def gone_away(self, connection: Connection, now: float) -> None:
+        """The peer takes no more streams on this connection: drain it, and let another of the peer's take its place."""
+        if connection.gone_away or connection.end is not None:
+            return
+        connection.gone_away = connection.draining = True
+        connection.drained_since = now
+        known = self._by_peer.get(connection.peer, [])
+        if connection in known and self.best(connection.peer) is None:
+            self._inherit(known)
+
+    def _tell_lost(self, peer: PeerId) -> None:
+        if (lost := self._lost.pop(peer, None)) is not None:
+            lost.set()
 
     def drained(self, now: float) -> list[Connection]:
         """Draining connections that nobody has used for `LINGER` seconds: close these."""
@@ -285,15 +309,15 @@ class ConnectionTable:
         return over
 
     async def until_lost(self, peer: PeerId) -> None:
-        """Return when there is no connection to this peer."""
-        if peer in self._by_peer:
+        """Return when there is no connection to this peer that takes streams."""
+        if self.best(peer) is not None:
             await self._lost.setdefault(peer, trio.Event()).wait()
         else:
             await trio.lowlevel.checkpoint()
 
     async def until_found(self, peer: PeerId) -> None:
-        """Return when there is a connection to this peer."""
-        if peer in self._by_peer:
+        """Return when there is a connection to this peer that takes streams."""
+        if self.best(peer) is not None:
             await trio.lowlevel.checkpoint()
             return
         found = self._found.setdefault(peer, trio.Event())

@@ -15,6 +15,7 @@ from actors.switchboard.dialer import Dialed, Dialer
 from actors.switchboard.errors import (
     AddressError,
     ConnectionLostError,
+    NotAuthorisedError,
     RelayUnreachableError,
     SwitchboardError,
     UnreachableError,
@@ -25,6 +26,7 @@ from actors.switchboard.link import LinkClosedError
 from actors.switchboard.numbers import Numbers
 from actors.switchboard.ping import ping
 from actors.switchboard.pipes import Pipes
+from actors.switchboard.refusals import Rare
 from actors.switchboard.relays import RelayBook
 from actors.switchboard.streams import ChannelStream, open_negotiated
 from actors.switchboard.transports import resolve
@@ -49,6 +51,7 @@ class Reach:
         improver: looks for direct ways to peers that are connected through a relay.
         dialer: dials under way.
         keeper: who needs whom.
+        refusals: who does not let us in.
 
     Args:
         own: this node's peer id, which cannot be dialled.
@@ -70,6 +73,7 @@ class Reach:
         self._pipes = pipes
         self._upgrader = upgrader
         self._table = table
+        self._admittance = admittance
         self._numbers = numbers
         self.book = AddressBook()
         self.relays = RelayBook()
@@ -81,12 +85,15 @@ class Reach:
             discard=lambda late: late[0].close(),
             now=context.now,
         )
-        self.keeper = Keeper(context.nursery, self.connect_proven, table.until_lost, context.now, context.random)
+        self.keeper = Keeper(context.nursery, self._keep_connected, table.until_lost, context.now, context.random)
+        self.refusals = admittance.refusals
+        self._failures: Rare[PeerId] = Rare(context.now)
         self.improver = Improver(context.nursery, table, self._dial_direct, context.random)
         table.on_doubt = self._doubt
 
     def configure(self, addresses: Iterable[AddressEntry], relays: Sequence[Multiaddr]) -> None:
         """Take the configuration's addresses and relays in place of the ones before."""
+        self.refusals.clear()
         self.relays.configure(relays)
         for peer in self.book.configure(addresses, relays):
             self.keeper.retry(peer)
@@ -94,6 +101,7 @@ class Reach:
 
     def learn(self, connection: Connection) -> None:
         """A peer has said where it is, and what it is."""
+        self._admittance.heard(connection.peer)
         self.book.learn(connection)
         self.relays.learn(connection)
         self.improver.news(connection.peer)
@@ -107,8 +115,10 @@ class Reach:
         circuits = self.relays.circuits(peer, [address for address in known if address.is_relayed])
         return direct + tuple(address for address in circuits if _relay_of(address) != self._own)
 
-    async def connect(self, peer: PeerId) -> tuple[Connection, tuple[str, ...]]:
+    async def connect(self, peer: PeerId, *, anyway: bool = False) -> tuple[Connection, tuple[str, ...]]:
         """The connection to a peer, which is dialled if there is none, and each attempt in words.
+
+        `anyway`: also where it has refused us just now.
 
         Raises:
             SwitchboardError: there is no way, and why.
@@ -118,6 +128,8 @@ class Reach:
             return connection, ()
         if peer == self._own:
             raise UnreachableError("that is this node itself")
+        if not anyway:
+            self.refusals.check(peer)
         dialed: Dialed[Connection] | None = None
         failure: SwitchboardError | None = None
         async with trio.open_nursery() as nursery:
@@ -131,6 +143,8 @@ class Reach:
                 dialed = await self.dialer.dial(peer, self.addresses(peer))
             except SwitchboardError as error:
                 failure = error
+                if isinstance(error, NotAuthorisedError):
+                    self.refusals.note(peer)
             nursery.cancel_scope.cancel()
         connection = self._table.best(peer)
         if connection is not None:
@@ -146,7 +160,7 @@ class Reach:
         Raises:
             SwitchboardError: as there; NotAuthorisedError where the peer hung up when it knew who we are.
         """
-        connection, tried = await self.connect(peer)
+        connection, tried = await self.connect(peer, anyway=True)
         with trio.move_on_after(PROOF_DEADLINE):
             while not connection.identified.is_set() and connection.end is None:
                 async with trio.open_nursery() as nursery:
@@ -160,6 +174,16 @@ class Reach:
         if connection.end is not None:
             raise why_lost(connection, ConnectionLostError(connection.end.reason))
         return connection, tried
+
+    async def _keep_connected(self, peer: PeerId) -> None:
+        try:
+            await self.connect_proven(peer)
+        except PeerupError as error:
+            more = self._failures.note(peer)
+            if more is not None:
+                self._context.log.warning("not connected to {}: {}{}", peer, error, more)
+            raise
+        self._failures.forget(peer)
 
     def may_speak(self, connection: Connection, protocols: Sequence[str]) -> bool:
         """Whether to propose this one protocol together with its first bytes before the peer says what it speaks.

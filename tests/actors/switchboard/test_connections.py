@@ -2,6 +2,7 @@
 
 import pytest
 import trio
+import trio.testing
 
 from actors.switchboard.connections import LINGER, SIMULTANEOUS, Connection, ConnectionTable
 from actors.switchboard.errors import TooManyError
@@ -146,3 +147,69 @@ def test_info_and_way():
     assert (info.direction, info.agent, info.protocols, info.received) == ("outbound", "", (), 10)
     assert made.heard
     assert made.way == f"direct tcp {ADDRESS}"
+
+
+def test_a_connection_whose_peer_goes_away_takes_no_new_streams_and_is_closed_when_it_is_unused():
+    table = ConnectionTable(US)
+    only = connection("only", outbound=True)
+    only.link.streams = 2
+    table.add(only, 0)
+    table.gone_away(only, 5)
+    assert table.best(THEM) is None
+    assert table.drained(100) == []
+    only.link.streams = 0
+    assert table.drained(100 + LINGER) == [only]
+    table.gone_away(only, 200)  # said twice
+    assert table.drained(200) == [only]
+
+
+def test_another_connection_takes_the_place_of_one_that_goes_away():
+    table = ConnectionTable(US)
+    loser, winner = connection("loser", outbound=False), connection("winner", outbound=True)
+    table.add(loser, 0)
+    table.add(winner, 0)
+    table.gone_away(winner, 1)
+    assert table.best(THEM) is loser
+    assert not loser.draining
+    table.gone_away(loser, 2)
+    assert table.best(THEM) is None
+    table.remove(winner, END)
+    assert table.best(THEM) is None, "the one that is left does not come back into use"
+    new = connection("new", outbound=True, opened=3.0)
+    table.add(new, 3)
+    assert table.best(THEM) is new
+    assert not new.draining
+
+
+async def test_a_peer_that_has_gone_away_counts_as_lost_until_a_new_connection_is_there(autojump_clock):
+    table = ConnectionTable(US)
+    old = connection("old", outbound=True)
+    table.add(old, 0)
+    events = []
+
+    async def follow():
+        await table.until_lost(THEM)
+        events.append("lost")
+        await table.until_found(THEM)
+        events.append("found")
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(follow)
+            await trio.testing.wait_all_tasks_blocked()
+            assert events == []
+            table.gone_away(old, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            assert events == ["lost"]
+            table.add(connection("new", outbound=True, opened=2.0), 2)
+    assert events == ["lost", "found"]
+
+
+def test_the_going_away_of_what_is_not_there_is_nothing():
+    table = ConnectionTable(US)
+    early, ended = connection("early", outbound=True), connection("ended", outbound=True)
+    table.gone_away(early, 0)
+    table.add(ended, 0)
+    table.remove(ended, END)
+    table.gone_away(ended, 1)
+    assert list(table) == []
