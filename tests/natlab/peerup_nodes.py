@@ -48,13 +48,15 @@ def wait_for(condition: Callable[[], Any], what: str, within: float = PATIENCE) 
 class Peerup:
     """One node in one host of the laboratory. It may also be a relay."""
 
-    def __init__(self, host: Machine, home: Path, *, port: int = 4001) -> None:
+    def __init__(self, host: Machine, home: Path, *, port: int = 4001, transport: str = "") -> None:
+        """`transport` is what stands behind the port in the address that others dial, such as `/ws`."""
         self.host = host
         self.port = port
+        self.transport = transport
         self.home = home
         self.log = home.with_suffix(".log")
         self.daemon: subprocess.Popen[bytes] | None = None
-        self("init", "--yes", "--listen", f"/ip4/0.0.0.0/tcp/{port}")
+        self("init", "--yes", "--listen", f"/ip4/0.0.0.0/tcp/{port}{transport}")
         self.peer_id = self("whoami").strip()
         self.client = Client(home / "run" / "control.sock", timeout=60)
 
@@ -213,7 +215,7 @@ class Pair:
 
 def relay_address(relay: Peerup) -> str:
     """Where a relay is, in the core."""
-    return f"/ip4/{relay.host.address}/tcp/{relay.port}/p2p/{relay.peer_id}"
+    return f"/ip4/{relay.host.address}/tcp/{relay.port}{relay.transport}/p2p/{relay.peer_id}"
 
 
 @contextlib.contextmanager
