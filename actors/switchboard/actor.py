@@ -32,6 +32,7 @@ from actors.switchboard.listeners import Listeners
 from actors.switchboard.liveness import MONITOR, Liveness
 from actors.switchboard.numbers import Numbers
 from actors.switchboard.ourselves import KEYRING, KEYRING_DEADLINE, Ourselves
+from actors.switchboard.paths import Paths
 from actors.switchboard.ping import PingServer, ping
 from actors.switchboard.pipes import Pipes, TlsFiles
 from actors.switchboard.protocols import Agreed, InboundStreams, ProtocolTable
@@ -51,6 +52,7 @@ from protocol.messages.doors import LendListener, ServeAt
 from protocol.messages.gate import PolicyPublished
 from protocol.messages.keyring import ReadIdentity, SignNoiseStaticKey
 from protocol.messages.network import NetworkChanged
+from protocol.messages.paths import MeasurePaths, PathsMeasured, Traced, TracePath
 from protocol.messages.reachability import AnnounceAddresses, WatchConnections, WatchedConnections
 from protocol.messages.relay import DrainRelay, ReadRelay, RelayServiceStatus, ServeRelay, WithdrawRelay
 from protocol.messages.switchboard import (
@@ -180,6 +182,7 @@ class Switchboard(Actor):
             admittance=self._admittance,
             numbers=self._numbers,
         )
+        self._paths = Paths(context, self._own, self._table, self._reach)
         self._inbound = InboundStreams(
             self._protocols,
             self._reactor.call_later,
@@ -487,6 +490,19 @@ class Switchboard(Actor):
             raise refusal(error) from error
         return Pinged(rtt, protocol, connection.info(), connected_in)
 
+    @handles(MeasurePaths, concurrent=True)
+    async def measure_paths(self, request: MeasurePaths) -> PathsMeasured:
+        """A round trip over each connection."""
+        return await self._paths.measure(request.peer)
+
+    @handles(TracePath, concurrent=True)
+    async def trace_path(self, request: TracePath) -> Traced:
+        """A round trip to each hop."""
+        try:
+            return await self._paths.trace(request.peer)
+        except PeerupError as error:
+            raise refusal(error) from error
+
     # ---- what is published to us, and who comes and goes
 
     @handles(PolicyPublished)
@@ -591,6 +607,7 @@ class Switchboard(Actor):
 
     def _connection_ended(self, connection: Connection, end: LinkEnd) -> None:
         self._watchers.closed(connection, end)
+        self._reach.improver.ended(connection.peer)
         self._relaying.connection_ended(connection)
 
     def _connection_opened(self, connection: Connection) -> None:

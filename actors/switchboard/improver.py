@@ -51,6 +51,12 @@ class Improver:
             self._wake[connection.peer] = trio.Event()
             self._nursery.start_soon(self._improve, connection.peer)
 
+    def ended(self, peer: PeerId) -> None:
+        """A connection to this peer is gone; what is left may be relayed."""
+        best = self._table.best(peer)
+        if best is not None:
+            self.opened(best)
+
     def news(self, peer: PeerId | None = None) -> None:
         """Something has changed that may let a direct dial succeed; of all peers, or of this one."""
         for waiting in self._wake if peer is None else (peer,):

@@ -170,7 +170,7 @@ async def test_a_peer_that_may_not_connect_is_refused_on_its_proven_id():
     [
         (b"\x03abc", Status.MALFORMED_MESSAGE),
         (b"\xff" * 10, Status.MALFORMED_MESSAGE),
-        (b"\x02\x08\x01", Status.UNEXPECTED_MESSAGE),
+        (b"\x04\x08\x01\x20\x64", Status.UNEXPECTED_MESSAGE),
     ],
 )
 async def test_bad_requests_are_answered_and_closed(request_bytes, status):
