@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -18,7 +19,15 @@ READY = 30.0
 
 
 class RelayNode(Node):
-    """A relay of ours in one directory."""
+    """A relay of ours in one directory.
+
+    Attributes:
+        limits: settings of `relay_service`, each as `key=value`.
+    """
+
+    def __init__(self, name: str, directory: Path, *limits: str) -> None:
+        super().__init__(name, directory)
+        self.limits = limits
 
     def command(self, *arguments: str) -> list[str]:
         """As of any node; the daemon is another."""
@@ -26,7 +35,8 @@ class RelayNode(Node):
 
     def initialise(self) -> None:
         """Make the home directory, the key and the configuration."""
-        self.run("relay", "setup", "--yes", "--listen", self.address)
+        limits = [word for limit in self.limits for word in ("--limit", limit)]
+        self.run("relay", "setup", "--yes", "--listen", self.address, *limits)
         self.peer_id = self.run_json("relay", "info")["peer_id"]
 
 

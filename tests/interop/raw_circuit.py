@@ -20,6 +20,7 @@ from tests.interop.ours import OurPeer
 
 Timing = Literal["late", "behind", "together"]
 """When the circuit's first bytes are sent: after the relay's answer, straight behind CONNECT, in one piece with it."""
+TIMINGS: tuple[Timing, ...] = ("late", "behind", "together")
 
 
 class RefusedError(Exception):

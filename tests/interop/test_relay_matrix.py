@@ -192,7 +192,7 @@ async def test_our_reading_of_a_reservation_at_a_foreign_relay(start, start_fore
         assert grant.limit.data == MB
 
 
-@pytest.mark.parametrize("timing", ["late", "behind", "together"])
+@pytest.mark.parametrize("timing", raw_circuit.TIMINGS)
 @pytest.mark.parametrize(("relay_name", "listener_name"), [*itertools.product(FOREIGN, FOREIGN), ("rust", "go")])
 async def test_a_foreign_relay_keeps_bytes_that_come_before_its_answer(
     start, start_foreign, relay_name, listener_name, timing
@@ -262,10 +262,10 @@ class Cells:
         self._directory = directory
 
     @contextlib.asynccontextmanager
-    async def relay(self, name: str) -> AsyncIterator[AnyRelay]:
-        """A relay by the name of its implementation."""
+    async def relay(self, name: str, *limits: str) -> AsyncIterator[AnyRelay]:
+        """A relay by the name of its implementation; the limits are for ours."""
         if name == OURS:
-            async with nodes.running(nodes.RelayNode("relay", self._directory)) as node:
+            async with nodes.running(nodes.RelayNode("relay", self._directory, *limits)) as node:
                 yield AnyRelay(nodes.whole_address(node), node.peer_id, node)
         else:
             async with foreign_relay(self._start_foreign, name) as relay:
@@ -377,3 +377,54 @@ async def test_our_relay_refuses_strangers_on_either_side(cells, start_foreign, 
         nobody = await listed.ask("dial", address=relay.circuit_to(stranger.peer_id))
         assert not nobody["ok"]
         assert (await do(listed, "connections"))["connections"]  # it is still connected to the relay
+
+
+@pytest.mark.slow
+async def test_our_relay_tells_its_limits_and_keeps_to_them(cells, start_foreign):
+    limits = ("circuit.data=1MB", "circuit.duration=10m", "reservation_ttl=30m", "reservations.total=1")
+    async with (
+        cells.relay(OURS, *limits) as relay,
+        start_foreign("go", BEHIND) as listener,
+        start_foreign("js", BEHIND) as client,
+        start_foreign("go", BEHIND) as late,
+    ):
+        await relay.authorize(listener.peer_id, client.peer_id, late.peer_id)
+        granted = await do(listener, "reserve", address=relay.address)
+        assert (granted["data"], granted["seconds"], granted["voucher"]) == (MB, 600, True)
+        assert 1750 < granted["expire"] - time.time() < 1850
+        refused = await late.ask("reserve", address=relay.address)
+        assert (refused["ok"], refused["status"]) == (False, "RESERVATION_REFUSED")
+        await do(listener, "serve", protocol=PROTOCOL, behaviour="sink")
+        await do(client, "dial", address=relay.circuit_to(listener.peer_id))
+        seen = await relayed_connection(client, listener)
+        assert seen["limited"]
+        assert (0 < seen["data"] <= MB, 590 < seen["seconds"] <= 600) == (True, True)
+        seen = await relayed_connection(listener, client)
+        assert (seen["limited"], seen["data"], seen["seconds"]) == (True, MB, 600)
+        chain = Chain(client, listener, listener, "")
+        assert (await exchange(chain, send=500_000))["ok"]
+        beyond = await exchange(chain, send=2 * MB)
+        assert not beyond["ok"], beyond
+        (first, second) = await finished(listener, PROTOCOL, count=2)
+        assert (first["received"], second["reset"]) == (500_000, True)
+        assert second["received"] < 500_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("listener_name", FOREIGN)
+async def test_our_relay_keeps_bytes_that_come_before_its_answer(cells, start, start_foreign, listener_name):
+    async with (
+        cells.relay(OURS) as relay,
+        start_foreign(listener_name, BEHIND) as listener,
+        start("peerup") as ours,
+    ):
+        assert isinstance(ours, OurPeer)
+        await relay.authorize(listener.peer_id, ours.peer_id)
+        await do(listener, "reserve", address=relay.address)
+        await do(ours, "dial", address=relay.address)
+        for timing in raw_circuit.TIMINGS:
+            with waiting_for(f"a circuit with its first bytes {timing}", listener, 20):
+                async with raw_circuit.connect(ours, relay.peer_id, listener.peer_id, timing) as (client, result):
+                    assert (str(result.peer_id), client.limit) == (listener.peer_id, None)
+                    await relayed_connection(listener, ours)
+            await do(listener, "wait-closed", peer=ours.peer_id)
