@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from protocol import authorized_keys as keys_file
-from protocol import delimited, multistream, ping, service, signed_envelope, varint
+from protocol import delimited, multistream, ping, service, signed_envelope, varint, websocket, websocket_opening
 from protocol.circuit.addresses import announced_addresses, circuit_addresses
 from protocol.circuit.exchange import MAX_EARLY, Exchange
 from protocol.circuit.hop_client import ConnectClient, ReserveClient
@@ -154,6 +154,41 @@ def fuzz_multistream_initiator(data: bytes) -> None:
 
 def fuzz_multistream_responder(data: bytes) -> None:
     _run_negotiation(multistream.Responder({"/peerup/ssh/1.0.0", "/b"}), data)
+
+
+def fuzz_websocket_frames(data: bytes) -> None:
+    """In both roles, in two pieces cut where the first byte says."""
+    cut = 1 + (data[0] if data else 0)
+    for client in (True, False):
+        frames = websocket.Frames(client=client, random_key=lambda: b"abcd")
+        try:
+            for piece in (data[1:cut], data[cut:]):
+                buffer = memoryview(bytearray(frames.held + piece))
+                length = frames.decode(buffer, len(buffer))
+                assert length <= len(buffer)
+                assert len(frames.held) <= websocket.MAX_HELD
+                frames.pong()
+        except PeerupError:
+            continue
+
+
+def fuzz_websocket_request(data: bytes) -> None:
+    opening = websocket_opening.ServerOpening("now")
+    try:
+        opening.receive_data(data)
+    except PeerupError:
+        return
+    assert bool(opening.answer) or len(data) <= websocket_opening.MAX_REQUEST
+    assert opening.accepted == opening.answer.startswith(b"HTTP/1.1 101 ")
+
+
+def fuzz_websocket_response(data: bytes) -> None:
+    opening = websocket_opening.ClientOpening("example.org", bytes(16))
+    try:
+        rest = opening.receive_data(data)
+    except PeerupError:
+        return
+    assert rest is None or data.endswith(rest)
 
 
 def fuzz_envelope(data: bytes) -> None:
@@ -342,6 +377,13 @@ _STOP_MESSAGES = [
     StopMessage(StopType.STATUS, status=Status.OK),
 ]
 
+
+def _switching() -> bytes:
+    server = websocket_opening.ServerOpening("now")
+    server.receive_data(websocket_opening.ClientOpening("example.org", bytes(16)).request)
+    return server.answer
+
+
 SEEDS: dict[str, list[bytes]] = {
     "varint": [b"\x80\x01", b"\xff" * 8 + b"\x7f"],
     "base58": [str(OURS.peer_id).encode()],
@@ -358,6 +400,15 @@ SEEDS: dict[str, list[bytes]] = {
     "private_key": [bytes.fromhex(halves["private"]) for kind, halves in KEY_VECTORS.items() if kind != "rsa"],
     "multistream_initiator": [b"\x07" + _ANSWERS],
     "multistream_responder": [b"\x07" + _NEGOTIATION, b"\x01" + multistream.HEADER + b"\x03ls\n" * 40],
+    "websocket_frames": [
+        b"\x05" + websocket.Frames(client=True, random_key=lambda: b"abcd").encode(b"hello") * 3,
+        b"\x02\x82\x05hello\x89\x01a\x88\x02\x03\xe8",
+    ],
+    "websocket_request": [
+        websocket_opening.ClientOpening("example.org", bytes(16)).request,
+        b"HEAD / HTTP/1.0\r\n\r\n",
+    ],
+    "websocket_response": [_switching(), b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"],
     "envelope": [seal_peer_record(OURS, [ADDRESS], 1)],
     "peer_record": [seal_peer_record(OURS, [ADDRESS], 1), PeerRecord(OURS.peer_id, 1, (ADDRESS,)).to_bytes()],
     "identify": [

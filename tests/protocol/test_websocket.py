@@ -243,7 +243,7 @@ def test_a_browser_is_let_in_without_what_it_offers():
     assert opening.accepted
     assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in opening.answer
     assert b"Extensions" not in opening.answer
-    assert b"Protocol" not in opening.answer
+    assert b"WebSocket-Protocol" not in opening.answer
 
 
 @pytest.mark.parametrize(
