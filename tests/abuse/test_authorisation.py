@@ -387,6 +387,35 @@ def test_every_decision_and_tunnel_is_in_the_audit_log_with_its_rule(world: Worl
     )
 
 
+def test_nothing_is_missing_from_the_audit_log_though_the_gate_is_killed(world: World) -> None:
+    """What is decided and what ends while there is no gate is told to its successor."""
+    before, worked, kills = len(audit(world)), 0, 0
+
+    def gate() -> int | None:
+        return next((actor["pid"] for actor in world.home.actors() if actor["name"] == "gate"), None)
+
+    for number in range(40):
+        if number % 8 == 3:
+            os.kill(wait_until(gate, within=15, what="the gate"), 9)
+            kills += 1
+        worked += echo_works(world.tunnel, 10)
+    assert worked == 40, "tunnels do not need the gate"
+
+    def events() -> list[dict[str, Any]]:
+        return [event for event in audit(world)[before:] if event["peer"] == world.laptop.peer_id]
+
+    def ended() -> int:
+        return sum(event["event"] == "tunnel" and event["outcome"] == "finished" for event in events())
+
+    def decided() -> int:
+        return sum(event["count"] for event in events() if event["event"] == "decision" and event["subject"] == ECHO)
+
+    wait_until(lambda: ended() >= worked and decided() >= worked, within=15, what="all of it in the log")
+    # What the gate had written but not answered when it was killed is there twice.
+    assert ended() <= worked + kills
+    assert decided() <= worked + kills * 16
+
+
 def secrets_of(node: Node) -> list[bytes]:
     """The node's private key in every form in which it could slip out."""
     private = load_key(node.home / "identity.key")
