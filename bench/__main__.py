@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 import click
 
-from bench import references, runtime
+from bench import references, relay, runtime
 from bench.candidate import NodePair, lone_node, peerup
 from bench.catalogue import CATALOGUE
 from bench.load import Load, LoadError
@@ -69,6 +69,9 @@ def main(patterns: tuple[str, ...], rounds: int, quick: bool, candidates: tuple[
             ours, floor = runtime.measure()
             samples.add(OURS, ours)
             samples.add(runtime.FLOOR, floor)
+        if OURS in chosen and any(name.startswith("relay") for name in wanted):
+            _say(f"round {number + 1} of {rounds}: a relay")
+            _measure_relay(scale, samples, quick=quick)
     found = [measurement(value, samples) for value in CATALOGUE if value.name in wanted]
     measurements = [each for each in found if each is not None]
     print_table(measurements, samples)
@@ -100,6 +103,18 @@ def _measure_tunnel(
             samples.absent[name] = str(error)
         except (LoadError, DemoError) as error:
             samples.failures.append(f"{name}: {error}")
+
+
+def _measure_relay(scale: Scale, samples: Samples, *, quick: bool) -> None:
+    try:
+        ours, direct = relay.measure(scale, quick=quick)
+    except AbsentError as error:
+        samples.absent[relay.DIRECT] = str(error)
+    except (LoadError, DemoError) as error:
+        samples.failures.append(f"a relay: {error}")
+    else:
+        samples.add(OURS, ours)
+        samples.add(relay.DIRECT, direct)
 
 
 def _measure_lone_node(load: Load, scale: Scale, samples: Samples) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from bench.relay import DIRECT
 from bench.runtime import FLOOR
 
 Better = Literal["higher", "lower", "neither"]
@@ -55,6 +56,19 @@ CATALOGUE: tuple[Value, ...] = (
     Value("idle_cpu", "%", "lower", "CPU of the whole idle tunnel (peerup: two nodes), of one core"),
     Value("idle_node_memory", "MiB", "lower", "PSS of one idle node", reference="", limit=120.0),
     Value("idle_node_cpu", "%", "lower", "CPU of one idle node, of one core", reference="", limit=0.5),
+    Value("relayed_bulk_up", "MB/s", "higher", "one stream through a relay, client to server", DIRECT, at_least=0.6),
+    Value("relayed_bulk_down", "MB/s", "higher", "one stream through a relay, server to client", DIRECT, at_least=0.6),
+    Value("relayed_round_trip_p50", "µs", "lower", "one byte there and back through a relay, median", DIRECT),
+    Value("relay_cpu_up", "s/GB", "lower", "CPU of the relay for that, up", reference=""),
+    Value("relay_cpu_down", "s/GB", "lower", "CPU of the relay for that, down", reference=""),
+    Value("relay_reservation_failures", "", "lower", "500 reservations: not granted, or lost", reference="", limit=0.0),
+    Value("relay_reservation_memory", "KiB", "lower", "memory of each of them, with its connection", reference=""),
+    Value("relay_circuit_failures", "", "lower", "200 busy circuits on one core: not opened, or broken", "", limit=0.0),
+    Value("relay_circuit_memory", "KiB", "lower", "memory of each of them", reference=""),
+    Value("relay_circuit_round_trips", "1/s", "higher", "round trips of 4 KiB on them, all together", reference=""),
+    Value("relay_circuit_fairness", "", "higher", "Jain's index of them, 1 is perfectly fair", reference=""),
+    Value("relay_circuit_worst", "ms", "lower", "the longest round trip of them", reference=""),
+    Value("relay_circuit_cpu", "%", "lower", "CPU of the relay meanwhile, of one core", reference=""),
     Value("runtime_round_trip_p50", "µs", "lower", "message to an actor and its answer, median", FLOOR),
     Value("runtime_round_trip_p99", "µs", "lower", "message to an actor and its answer, 99th percentile", FLOOR),
     Value("runtime_messages", "1/s", "higher", "messages to one actor, one way", reference=""),
