@@ -210,7 +210,11 @@ class KeptReservation:
         new = connection.id not in self._connections
         self._connections[connection.id] = connection
         self._measured(connection)
-        if new and self.last_outcome == "failed":
+        if not new:
+            return
+        if self._machine.state in ("held", "renewing") and connection.id != self._used:
+            self.network_changed()  # the relay may take the older one for dead, or we do
+        elif self.last_outcome == "failed":
             self.retry()
 
     def connection_closed(self, connection: ConnectionInfo) -> None:

@@ -231,7 +231,7 @@ class Switchboard(Actor):
             call_later=self._reactor.call_later,
         )
         self._liveness = Liveness(
-            context, self._reach.keeper, lambda: self._table, lambda each: ping(each, context.now, context.random)
+            context, self._reach.keeper, self._table, lambda each: ping(each, context.now, context.random)
         )
         self._serve_own_protocols()
         context.nursery.start_soon(self._reactor.run)
@@ -725,6 +725,7 @@ class Switchboard(Actor):
                 self._relaying.policy_changed()
             self._relaying.tick()
             self._attached.tick()
+            self._liveness.tick()
             self._publishers.tick()
             self._numbers.measure(self._table, self._names)
 

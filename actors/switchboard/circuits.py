@@ -35,6 +35,7 @@ import trio
 from actors.reactor import READ, WRITE, Timer
 from actors.switchboard.channel import Channel
 from actors.switchboard.errors import CircuitCutError
+from actors.switchboard.wire import Acknowledgement
 from protocol.errors import PeerupError
 from protocol.stream_descriptor import MAX_DATA, ResetCode
 
@@ -164,7 +165,7 @@ class CircuitEnd:
         if wanted:
             self._channel.enqueue()
 
-    def acknowledged_ago(self) -> float | None:
+    def acknowledgement(self) -> Acknowledgement | None:
         """See `Wire`. The relay acknowledges what we send, and that says nothing of the peer."""
         return None
 

@@ -25,7 +25,7 @@ import trio
 
 from actors.switchboard.errors import TooManyError
 from actors.switchboard.link import Channel, LinkEnd
-from actors.switchboard.wire import Way
+from actors.switchboard.wire import Acknowledgement, Way
 from protocol.identify import Identification
 from protocol.messages import Data
 from protocol.messages.switchboard import ConnectionInfo
@@ -59,8 +59,8 @@ class Muxed(Protocol):
         """Open a stream."""
         ...
 
-    def acknowledged_ago(self) -> float | None:
-        """Seconds since the peer's machine last acknowledged anything; None where nobody knows."""
+    def acknowledgement(self) -> Acknowledgement | None:
+        """How the peer's machine acknowledges what is sent; None where nobody knows."""
         ...
 
     def close(self, code: str = ..., reason: str = ...) -> None:

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable
 
 from actors.reactor import READ, WRITE, Reactor
-from actors.switchboard.wire import Wire
+from actors.switchboard.wire import Acknowledgement, Wire
 from protocol.errors import PeerupError
 
 
@@ -41,9 +41,9 @@ class LayeredWire:
         self._wanted = wanted
         self._below.want_write(wanted=wanted or bool(self._unsent))
 
-    def acknowledged_ago(self) -> float | None:
+    def acknowledgement(self) -> Acknowledgement | None:
         """See `Wire`."""
-        return self._below.acknowledged_ago()
+        return self._below.acknowledgement()
 
     def close(self) -> None:
         """See `Wire`."""

@@ -30,7 +30,7 @@ from typing import Final
 from actors.reactor import WRITE, Reactor, Timer
 from actors.switchboard.budget import Budget
 from actors.switchboard.channel import Channel, LinkClosedError
-from actors.switchboard.wire import MAX_FRAME, Wire
+from actors.switchboard.wire import MAX_FRAME, Acknowledgement, Wire
 from protocol import yamux
 from protocol.errors import PeerupError, ProtocolError
 from protocol.noise import TAG_LENGTH, CipherState, NoiseError
@@ -170,9 +170,9 @@ class Link:
         self.plan_flush()
         return channel
 
-    def acknowledged_ago(self) -> float | None:
-        """Seconds since the peer's machine last acknowledged anything that was sent; None where nobody knows."""
-        return self._wire.acknowledged_ago()
+    def acknowledgement(self) -> Acknowledgement | None:
+        """How the peer's machine acknowledges what is sent; None where nobody knows."""
+        return self._wire.acknowledgement()
 
     def close(self, code: str = "local-close", reason: str = "closed by this node") -> None:
         """Say go away, reset what is open, close the wire. `on_end` follows from the loop. Twice is once."""

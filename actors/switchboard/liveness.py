@@ -16,11 +16,17 @@ Needed peers that are not connected are dialled at once, whatever their back-off
 
 When it is the peer that has moved, nobody tells us; but it comes back over a new connection, and the old one, which
 takes no new streams from then on, is asked for a sign of life as well. A relay so ends the circuits that lead nowhere.
+
+Where nothing tells of a change at all (a NAT was restarted, a relay's line was cut), the kernel still knows whether
+what is sent is acknowledged. A connection where that has not been so for `DOUBT` seconds takes no new streams, nor does
+what runs over it through a relay: the peer is dialled anew, another way if need be. Nothing is ended by that; TCP's own
+patience and keepalives decide.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import ipaddress
 import socket
@@ -29,7 +35,7 @@ from typing import Final
 
 import trio
 
-from actors.switchboard.connections import Connection
+from actors.switchboard.connections import Connection, ConnectionTable
 from actors.switchboard.keeper import Keeper
 from protocol.errors import PeerupError
 from protocol.messages.network import WatchNetwork
@@ -57,11 +63,34 @@ ASK_AGAIN: Final = 5.0
 CODE: Final = "no-sign-of-life"
 
 
+DOUBT: Final = 4.0
+"""Seconds without an acknowledgement of what was sent, after which new streams go another way. Even where one packet in
+three is lost, TCP needs more than this only once in hundreds of times."""
+
+CLOCK_SLACK: Final = 0.01
+"""Seconds by which the kernel's account of one and the same acknowledgement may differ between two looks."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Waiting:
+    """What was seen of a connection at the last look.
+
+    Attributes:
+        sent: bytes.
+        last: when the last acknowledgement had come.
+        since: since when another one has been waited for; None if nothing waits.
+    """
+
+    sent: int
+    last: float
+    since: float | None
+
+
 class Liveness:
     """See the module.
 
     Args:
-        connections: all live connections.
+        table: all live connections.
         ping: one round trip to the peer of a connection; raises a :class:`PeerupError` if there is none.
     """
 
@@ -69,12 +98,13 @@ class Liveness:
         self,
         context: Context,
         keeper: Keeper,
-        connections: Callable[[], Iterable[Connection]],
+        table: ConnectionTable,
         ping: Callable[[Connection], Awaitable[object]],
     ) -> None:
         self._context = context
         self._keeper = keeper
-        self._connections = connections
+        self._table = table
+        self._waiting: dict[Connection, _Waiting] = {}
         self._ping = ping
         self._checks: dict[Connection, trio.CancelScope] = {}
         self._room = trio.CapacityLimiter(AT_ONCE)
@@ -94,7 +124,7 @@ class Liveness:
 
     def network_changed(self) -> None:
         """Find out about every connection anew, and dial who is missing."""
-        for connection in self._connections():
+        for connection in self._table:
             if connection.relayed:
                 continue
             # What was asked before this change proves nothing now.
@@ -109,6 +139,44 @@ class Liveness:
         for connection in connections:
             if connection.draining and connection not in self._checks:
                 self._begin(connection, "after the peer has made another connection")
+
+    def tick(self) -> None:
+        """Look at every connection; call it about once a second."""
+        now = self._context.now()
+        for gone in [connection for connection in self._waiting if connection.end is not None]:
+            del self._waiting[gone]
+        for connection in self._table:
+            if connection.relayed or connection.gone_away:
+                continue
+            waiting = self._waiting.get(connection)
+            if waiting is not None and waiting.since is None and waiting.sent == connection.link.sent:
+                continue  # everything was acknowledged, and nothing has been sent since
+            acknowledgement = connection.link.acknowledgement()
+            if acknowledgement is None:
+                continue
+            last = now - acknowledgement.ago
+            if not acknowledgement.outstanding:
+                since = None
+            elif waiting is None or waiting.since is None or last > waiting.last + CLOCK_SLACK:
+                since = now
+            else:
+                since = waiting.since
+            self._waiting[connection] = _Waiting(connection.link.sent, last, since)
+            if since is not None and now - since >= DOUBT:
+                self._doubt(connection, now)
+
+    def _doubt(self, connection: Connection, now: float) -> None:
+        """Let new streams go another way; what runs goes on if the connection lives after all."""
+        del self._waiting[connection]
+        self._context.log.info(
+            "nothing that was sent to {} is acknowledged; streams go another way from now on", connection.peer
+        )
+        self._table.gone_away(connection, now)
+        for other in self._table:
+            if other.via.relay == connection.peer:
+                self._table.gone_away(other, now)
+                self._keeper.retry(other.peer)
+        self._keeper.retry(connection.peer)
 
     def _begin(self, connection: Connection, when: str) -> None:
         scope = self._checks[connection] = trio.CancelScope()
@@ -141,8 +209,8 @@ class Liveness:
             return True
         if connection.end is not None or link.received != received:
             return True
-        acknowledged = link.acknowledged_ago()
-        return acknowledged is not None and acknowledged < self._context.now() - began
+        acknowledgement = link.acknowledgement()
+        return acknowledgement is not None and acknowledgement.ago < self._context.now() - began
 
     def _end(self, connection: Connection, reason: str) -> None:
         if connection.end is None:

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import select
 import socket
-import sys
+import struct
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -29,7 +29,18 @@ from protocol.multiaddr import Multiaddr
 from protocol.noise import MAX_MESSAGE
 from protocol.peer_id import PeerId
 
-__all__ = ["HANG_UP", "MAX_FRAME", "READ", "WRITE", "Pipe", "SocketPipe", "SocketWire", "Way", "Wire"]
+__all__ = [
+    "HANG_UP",
+    "MAX_FRAME",
+    "READ",
+    "WRITE",
+    "Acknowledgement",
+    "Pipe",
+    "SocketPipe",
+    "SocketWire",
+    "Way",
+    "Wire",
+]
 
 MAX_FRAME: Final = 2 + MAX_MESSAGE
 """Bytes of the longest Noise message with its length before it."""
@@ -42,8 +53,22 @@ _READ_SIZE = 4096
 """More than any honest handshake message; what a stranger can make us keep in one read."""
 
 
-_LAST_ACK_RECEIVED: Final = 56  # of `struct tcp_info`: milliseconds, four bytes
-_TCP_INFO: Final = _LAST_ACK_RECEIVED + 4
+_UNACKNOWLEDGED: Final = 24  # within `struct tcp_info`: the segment count; eight numbers on, the milliseconds
+_TCP_INFO_END: Final = struct.Struct("=9I")
+_TCP_INFO: Final = _UNACKNOWLEDGED + _TCP_INFO_END.size
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Acknowledgement:
+    """What the kernel knows of the other end's.
+
+    Attributes:
+        ago: seconds since the last one.
+        outstanding: something that was sent has not been acknowledged.
+    """
+
+    ago: float
+    outstanding: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,8 +184,8 @@ class Wire(Protocol):
         """
         ...
 
-    def acknowledged_ago(self) -> float | None:
-        """Seconds since the other end last acknowledged anything that was sent; None where nobody knows."""
+    def acknowledgement(self) -> Acknowledgement | None:
+        """How the other end acknowledges what is sent; None where nobody knows."""
         ...
 
     def close(self) -> None:
@@ -198,7 +223,7 @@ class SocketWire:
         """See `Wire`."""
         self._reactor.modify(self._fd, READ | WRITE if wanted else READ)
 
-    def acknowledged_ago(self) -> float | None:
+    def acknowledgement(self) -> Acknowledgement | None:
         """See `Wire`."""
         try:
             told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
@@ -206,7 +231,8 @@ class SocketWire:
             return None
         if len(told) < _TCP_INFO:
             return None
-        return int.from_bytes(told[_LAST_ACK_RECEIVED:], sys.byteorder) / 1000
+        outstanding, *_, ago = _TCP_INFO_END.unpack_from(told, _UNACKNOWLEDGED)
+        return Acknowledgement(ago / 1000, outstanding=bool(outstanding))
 
     def close(self) -> None:
         """See `Wire`."""

@@ -1,5 +1,6 @@
 """Which connections are ended when the network has changed."""
 
+import dataclasses
 import random
 import types
 
@@ -10,7 +11,8 @@ import trio
 from actors.switchboard.errors import StreamRefusedError
 from actors.switchboard.keeper import Keeper
 from actors.switchboard.link import LinkEnd
-from actors.switchboard.liveness import SIGN_OF_LIFE, Liveness, path_of
+from actors.switchboard.liveness import DOUBT, SIGN_OF_LIFE, Liveness, path_of
+from actors.switchboard.wire import Acknowledgement, Way
 from protocol.multiaddr import Multiaddr
 from tests.actors.switchboard.support import peer_of
 
@@ -25,9 +27,13 @@ class FakeLink:
         self.connection = connection
         self.aborted = None
         self.acknowledged = None
+        self.outstanding = False
+        self.sent = 1000
 
-    def acknowledged_ago(self):
-        return None if self.acknowledged is None else trio.current_time() - self.acknowledged
+    def acknowledgement(self):
+        if self.acknowledged is None:
+            return None
+        return Acknowledgement(trio.current_time() - self.acknowledged, outstanding=self.outstanding)
 
     def abort(self, code, reason):
         self.aborted = code, reason
@@ -40,7 +46,8 @@ class FakeConnection:
 
     path = "direct"
     relayed = False
-    draining = False
+    draining = gone_away = False
+    via = Way("direct", "tcp", FAR, FAR)
 
     def __init__(self, name, local=FAR, remote=FAR):
         self.id = name
@@ -52,17 +59,24 @@ class FakeConnection:
         self.link = FakeLink(self)
 
 
+class FakeTable(list):
+    """What is used of a table of connections."""
+
+    def gone_away(self, connection, now):
+        connection.gone_away = True
+
+
 class World:
     """Connections, and how pings to them go: an awaitable function by the connection's id."""
 
     def __init__(self, nursery):
         context = types.SimpleNamespace(nursery=nursery, log=loguru.logger, now=trio.current_time)
-        self.connections = []
+        self.connections = FakeTable()
         self.pings = {}
         self.dials = []
         keeper = Keeper(nursery, self._dial, self._until_lost, trio.current_time, random.Random(1))
         self.keeper = keeper
-        self.liveness = Liveness(context, keeper, lambda: list(self.connections), self._ping)
+        self.liveness = Liveness(context, keeper, self.connections, self._ping)
 
     async def _dial(self, peer):
         self.dials.append((trio.current_time(), peer))
@@ -160,6 +174,48 @@ async def test_what_is_relayed_depends_on_the_connection_to_the_relay_alone(worl
     assert relayed.link.aborted is None
     await trio.sleep(0.2)
     assert relayed.link.aborted is not None
+
+
+async def ticks(world, seconds):
+    for _ in range(seconds):
+        await trio.sleep(1)
+        world.liveness.tick()
+
+
+async def test_new_streams_go_another_way_where_nothing_is_acknowledged(world, autojump_clock):
+    relay, well, far = world.add("relay"), world.add("well"), world.add("far")
+    far.relayed, far.path = True, "relayed"
+    far.via = dataclasses.replace(far.via, path="relayed", relay=relay.peer)
+    idle = world.add("idle")
+    for each in (relay, well, idle):
+        each.link.acknowledged = trio.current_time()
+    await ticks(world, 100)  # long since nothing had to be acknowledged
+    for each in (relay, well):
+        each.link.sent += 1
+        each.link.outstanding = True
+    began = trio.current_time()
+    while not relay.gone_away:
+        well.link.acknowledged = trio.current_time()  # there is always something outstanding, but it goes on
+        assert trio.current_time() - began < DOUBT + 2.1
+        await ticks(world, 1)
+    assert trio.current_time() - began >= DOUBT
+    assert far.gone_away
+    well.link.outstanding = False
+    await ticks(world, 60)
+    assert not well.gone_away
+    assert not idle.gone_away
+    assert [each.link.aborted for each in world.connections] == [None] * 4
+
+
+async def test_an_acknowledgement_ends_the_doubt(world, autojump_clock):
+    connection = world.add("slow")
+    connection.link.acknowledged = trio.current_time()
+    connection.link.sent += 1
+    connection.link.outstanding = True
+    for _ in range(20):
+        await ticks(world, 3)
+        connection.link.acknowledged = trio.current_time()
+    assert not connection.gone_away
 
 
 async def test_another_change_asks_anew(world, autojump_clock):
