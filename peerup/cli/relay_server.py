@@ -413,7 +413,7 @@ def list_peers(session: Session) -> None:
                 item["comment"] or ("" if item["authorized"] else "(guest)"),
                 when(item) if item["authorized"] else "-",
                 _yes(item["connected"]),
-                _left(item["reserved_until"]) if item["connected"] is not None else "-",
+                _left(item["reserved_until"]) if item["reserved"] else _yes(item["reserved"]),
                 "-" if item["circuits"] is None else item["circuits"],
                 "-" if item["bytes"] is None else size(item["bytes"]),
             )
@@ -422,6 +422,10 @@ def list_peers(session: Session) -> None:
         table(columns, rows, empty="nobody may use this relay; see `peerup relay authorize --help`")
         if relay is None:
             click.echo("the relay is not running, so nothing is known of connections and circuits")
+        elif relay["reservations"] > len(relay["held"]) or relay["circuits"] > len(relay["open"]):
+            click.echo(
+                f"{relay['reservations']} reservations and {relay['circuits']} circuits are too many to tell all"
+            )
 
     session.show(data, human)
     for problem in keys.problems:
@@ -429,18 +433,17 @@ def list_peers(session: Session) -> None:
 
 
 def _use(peer_id: str, relay: dict[str, Any] | None, connected: set[str], *, authorized: bool) -> dict[str, Any]:
-    """What a peer uses of the relay now; all None if that cannot be known."""
-    if relay is None:
-        use: dict[str, Any] = dict.fromkeys(("connected", "reserved_until", "circuits", "bytes"))
-    else:
-        circuits = [item for item in relay["open"] if peer_id in (item["source"], item["destination"])]
-        until = next((item["expires"] for item in relay["held"] if item["peer_id"] == peer_id), None)
-        use = {
-            "connected": peer_id in connected,
-            "reserved_until": until,
-            "circuits": len(circuits),
-            "bytes": sum(item["to_destination"] + item["to_source"] for item in circuits),
-        }
+    """What a peer uses of the relay now; None where that is not known, as a large relay does not tell all one by one."""
+    use: dict[str, Any] = dict.fromkeys(("connected", "reserved", "reserved_until", "circuits", "bytes"))
+    if relay is not None:
+        use["connected"] = peer_id in connected
+        use["reserved_until"] = next((item["expires"] for item in relay["held"] if item["peer_id"] == peer_id), None)
+        if use["reserved_until"] is not None or relay["reservations"] <= len(relay["held"]):
+            use["reserved"] = use["reserved_until"] is not None
+        if relay["circuits"] <= len(relay["open"]):
+            circuits = [item for item in relay["open"] if peer_id in (item["source"], item["destination"])]
+            use["circuits"] = len(circuits)
+            use["bytes"] = sum(item["to_destination"] + item["to_source"] for item in circuits)
     return use | {"authorized": authorized}
 
 
@@ -455,10 +458,10 @@ def _yes(value: bool | None) -> str:  # noqa: FBT001  # a value to print, not a 
     return "-" if value is None else "yes" if value else "no"
 
 
-def _left(until: float | None) -> str:
+def _left(until: float) -> str:
     import time
 
-    return "no" if until is None else span(max(0.0, until - time.time()))
+    return span(max(0.0, until - time.time()))
 
 
 # config

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from actors.config.file import load_config
 from peerup.cli import cli
+from peerup.cli.relay_server import _use
 from protocol.peer_id import PeerId
 
 PEERS = [str(PeerId.from_public_key(bytes.fromhex("08011220") + bytes([n] * 32))) for n in range(1, 4)]
@@ -378,3 +379,26 @@ def test_every_command_has_help_that_fits(shell):
         output = shell("relay", *command, "--help").stdout
         assert "Usage:" in output
         assert max(map(len, output.splitlines())) <= 80, command
+
+
+def told(held: int, circuits: int) -> dict:
+    """What a relay tells that has these numbers of reservations and circuits and names one of each."""
+    circuit = {"source": PEERS[0], "destination": PEERS[1], "to_destination": 3, "to_source": 4}
+    return {
+        "reservations": held,
+        "circuits": circuits,
+        "held": [{"peer_id": PEERS[0], "expires": 4e9}],
+        "open": [circuit],
+    }
+
+
+def test_what_a_large_relay_does_not_tell_one_by_one_is_not_made_up():
+    small, large = told(1, 1), told(500, 300)
+    used = {"authorized": True, "connected": False}
+    first = used | {"reserved": True, "reserved_until": 4e9}
+    assert _use(PEERS[0], small, set(), authorized=True) == first | {"circuits": 1, "bytes": 7}
+    assert _use(PEERS[0], large, set(), authorized=True) == first | {"circuits": None, "bytes": None}
+    second = _use(PEERS[1], small, {PEERS[1]}, authorized=True)
+    assert (second["connected"], second["reserved"], second["circuits"]) == (True, False, 1)
+    assert _use(PEERS[1], large, set(), authorized=True)["reserved"] is None
+    assert set(_use(PEERS[0], None, set(), authorized=True).values()) == {None, True}

@@ -154,6 +154,7 @@ def test_the_owner_sees_what_the_relay_does_and_changes_count_at_once(three, web
         assert peer["connected"] is True
         assert peer["circuits"] == 1
         assert peer["bytes"] > len(CONTENT)
+        assert peer["reserved"] is True
         assert peer["reserved_until"] is not None
     listing = relay.run("relay", "list-peers").stdout
     assert max(map(len, listing.splitlines())) <= 80
