@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,11 @@ def _file_problems(config: NodeConfig) -> list[Problem]:
         load_key(config.key_path)
     except (FileError, KeyFileError) as error:
         problems.append(Problem("identity.key_file", str(error)))
+    if any(address.value("tls") is not None for address in config.network.listen_addresses):
+        for name in ("certificate_file", "key_file"):
+            path = config.path(getattr(config.network.tls, name))
+            if not os.access(path, os.R_OK):
+                problems.append(Problem(f"network.tls.{name}", f"{path} is not there, or cannot be read"))
     try:
         keys = load_authorized_keys(config.authorized_keys_path)
     except FileError as error:

@@ -433,7 +433,7 @@ def list_peers(session: Session) -> None:
 
 
 def _use(peer_id: str, relay: dict[str, Any] | None, connected: set[str], *, authorized: bool) -> dict[str, Any]:
-    """What a peer uses of the relay now; None where that is not known, as a large relay does not tell all one by one."""
+    """What a peer uses of the relay now; None where that is not known: a large relay does not tell all one by one."""
     use: dict[str, Any] = dict.fromkeys(("connected", "reserved", "reserved_until", "circuits", "bytes"))
     if relay is not None:
         use["connected"] = peer_id in connected

@@ -294,6 +294,16 @@ def test_validate_wants_a_relay_with_its_files(relay, tmp_path):
     assert relay.json("config", "validate", str(tmp_path / "broken.yaml"), status=1)["problems"][0]["line"]
 
 
+def test_validate_misses_the_certificate(shell):
+    shell("relay", "setup", "--yes", "--listen", "/ip4/0.0.0.0/tcp/443/tls/ws")
+    found = shell.json("config", "validate", status=1)
+    assert [item["key"] for item in found["problems"]] == ["network.tls.certificate_file", "network.tls.key_file"]
+    (shell.home / "tls").mkdir()
+    for name in ("fullchain.pem", "privkey.pem"):
+        (shell.home / "tls" / name).write_text("")
+    assert shell.json("config", "validate")["valid"] is True
+
+
 # The other commands
 
 
