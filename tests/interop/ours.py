@@ -48,7 +48,7 @@ from protocol.service import service_of_protocol
 from supervisor.errors import AskError, NoSuchActorError
 from tests.interop.content import blocks
 from tests.interop.descriptors import DescriptorStream, ResetError
-from tests.interop.lone_actor import LoneContext, lone_actor
+from tests.interop.lone_actor import LoneActor, lone_actor
 from tests.interop.peers import COMMAND_TIMEOUT, GRACE, Answer, Pending, answered, waiting_for
 
 LIBRARY = "peerup"
@@ -118,7 +118,7 @@ class OurPeer:
         self.authorised: set[PeerId] = set()
         self.on_stream: Callable[[], None] = lambda: None
         self.actor = Switchboard([listen], tls=tls)
-        self.stage: LoneContext
+        self.stage: LoneActor
         self._nursery = nursery
         self._services: dict[str, Service] = {}
         self._running: dict[int, Progress] = {}
@@ -160,7 +160,7 @@ class OurPeer:
         self._version += 1
         peers = tuple(PeerRule(peer, line, None, "") for line, peer in enumerate(sorted(self.authorised), 1))
         names = {name for protocol in self._services if (name := service_of_protocol(protocol)) is not None}
-        services = tuple(ServiceRule(name, None) for name in sorted(names))
+        services = tuple(ServiceRule(name, None) for name in sorted(map(str, names)))
         return PolicyPublished(Policy(self._version, gating=True, peers=peers, services=services))
 
     def _config(self) -> ConfigSnapshot:
@@ -180,11 +180,11 @@ class OurPeer:
 
     async def _publish_policy(self) -> None:
         with waiting_for("a policy to be taken in", self, GRACE):
-            await self.stage.deliver(self.actor, self._policy(), GATE)
+            await self.stage.deliver(self._policy(), GATE)
 
     async def open(self, peer: str, protocol: str) -> DescriptorStream:
         """A stream of any protocol to a peer that we are connected to, for tests that speak it themselves."""
-        opened = await self.stage.deliver(self.actor, OpenStream(PeerId.from_text(peer), (protocol,)))
+        opened = await self.stage.deliver(OpenStream(PeerId.from_text(peer), (protocol,)))
         return DescriptorStream(opened.stream)
 
     # ---- commands
@@ -236,15 +236,15 @@ class OurPeer:
         assert whole.peer_id == peer
         self._addresses[peer] = Multiaddr(text)
         await self.authorise(peer_text)
-        await self.stage.deliver(self.actor, self._config(), CONFIG)
-        connected = await self.stage.deliver(self.actor, Connect(peer))
+        await self.stage.deliver(self._config(), CONFIG)
+        connected = await self.stage.deliver(Connect(peer))
         return _describe(connected.connection)
 
     async def _disconnect(self, peer: str) -> None:
-        await self.stage.deliver(self.actor, Disconnect(PeerId.from_text(peer)))
+        await self.stage.deliver(Disconnect(PeerId.from_text(peer)))
 
     async def _all_connections(self) -> list[ConnectionInfo]:
-        status = await self.stage.deliver(self.actor, ReadStatus())
+        status = await self.stage.deliver(ReadStatus())
         return [connection for peer in status.peers for connection in peer.connections]
 
     async def _connections(self) -> Answer:
@@ -257,7 +257,7 @@ class OurPeer:
             await trio.sleep(0.01)
 
     async def _ping(self, peer: str, count: int = 1) -> Answer:
-        pings = [await self.stage.deliver(self.actor, PingPeer(PeerId.from_text(peer))) for _ in range(count)]
+        pings = [await self.stage.deliver(PingPeer(PeerId.from_text(peer))) for _ in range(count)]
         return {"seconds": [each.rtt for each in pings]}
 
     async def _identify(self, peer: str) -> Answer:
@@ -324,7 +324,7 @@ class OurPeer:
         hold: bool = False,
     ) -> Answer:
         try:
-            opened = await self.stage.deliver(self.actor, OpenStream(PeerId.from_text(peer), (protocol,)))
+            opened = await self.stage.deliver(OpenStream(PeerId.from_text(peer), (protocol,)))
         except AskError as error:
             return {"opened": False, "error": str(error)}
         transfer = Transfer(DescriptorStream(opened.stream))
@@ -390,7 +390,7 @@ class OurPeer:
     async def _serve(self, protocol: str, behaviour: str, bytes: int = 0, code: int = 0) -> None:  # noqa: A002 - the command's
         self._services[protocol] = Service(behaviour, bytes, code)
         await self._publish_policy()
-        await self.stage.deliver(self.actor, ServeProtocol(protocol), f"service{protocol}")
+        await self.stage.deliver(ServeProtocol(protocol), f"service{protocol}")
 
     async def _served(self, protocol: str) -> Answer:
         service = self._services[protocol]
@@ -478,9 +478,11 @@ async def our_peer(
     """Our peer while the context lasts; `tls` is what the switchboard takes."""
     async with trio.open_nursery() as nursery:
         peer = OurPeer(nursery, key, listen, tls)
-        async with lone_actor(peer.actor, "switchboard", answer=peer.answer, audience=peer.audience) as stage:
+        async with lone_actor(
+            peer.actor, "switchboard", others=(CONFIG, GATE, "keyring"), answer=peer.answer, audience=peer.audience
+        ) as stage:
             peer.stage = stage
-            status = await stage.deliver(peer.actor, ReadStatus())
+            status = await stage.deliver(ReadStatus())
             peer.address = f"{status.listen_addresses[0]}/p2p/{peer.peer_id}"
             yield peer
         nursery.cancel_scope.cancel()

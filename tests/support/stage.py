@@ -17,11 +17,11 @@ import random
 import trio
 import trio.testing
 
-from protocol.messages import Descriptor
+from protocol.messages import Descriptor, Request
 from protocol.messages.system import LastWords, Overflow, Ready, SaveCheckpoint
 from supervisor.actor import Checkpoint
 from supervisor.cell import Cell
-from supervisor.errors import AskError
+from supervisor.errors import AskError, RefusedError
 from supervisor.exchange import Exchange
 from supervisor.mailbox import Mailbox
 from supervisor.port import NameState, NotDeliveredError
@@ -56,11 +56,16 @@ class _Port:
 
 
 class Visitor:
-    """Somebody outside of every cell: it can ask, tell, and sees what it is told in `inbox`."""
+    """Somebody outside of every cell: it can ask, tell, and sees what it is told in `inbox`.
 
-    def __init__(self, stage, name):
+    `answer(request)` is awaited for the answer of each request; `audience(message)` takes what is told, if it says so.
+    """
+
+    def __init__(self, stage, name, *, answer=None, audience=None):
         self.name = name
         self.inbox = []
+        self._answer = answer
+        self._audience = audience
         self._stage = stage
         self._arrived = trio.Event()
         port = _Port(stage)
@@ -77,9 +82,20 @@ class Visitor:
 
     def _took(self):
         while (item := self.exchange.take()) is not None:
-            self.inbox.append(item.message)
+            if self._answer is not None and isinstance(item.message, Request):
+                self._stage.start_soon(self._answer_request, item)
+            elif self._audience is None or not self._audience(item.message):
+                self.inbox.append(item.message)
         self._arrived.set()
         self._arrived = trio.Event()
+
+    async def _answer_request(self, item):
+        try:
+            answer = await self._answer(item.message)
+        except RefusedError as refusal:
+            self.exchange.refuse(item.envelope, refusal)
+        else:
+            self.exchange.answer(item.envelope, answer)
 
     async def ask(self, target, request, *, seconds=5.0):
         done, outcome = trio.Event(), []
@@ -156,10 +172,14 @@ class Stage:
             for descriptor in checkpoint.descriptors:
                 descriptor.close()
 
-    def visitor(self, name="test"):
-        """Somebody of this name, who is ready from now on."""
+    def start_soon(self, function, *arguments):
+        """Run this beside everything else; its failure is the test's."""
+        self._nursery.start_soon(function, *arguments)
+
+    def visitor(self, name="test", **behaviour):
+        """Somebody of this name, who is ready from now on; `behaviour` as for `Visitor`, when it is a new one."""
         if name not in self._visitors:
-            made = self._visitors[name] = Visitor(self, name)
+            made = self._visitors[name] = Visitor(self, name, **behaviour)
             self.receivers[name] = made.exchange
             self._up(name)
         return self._visitors[name]
