@@ -80,6 +80,8 @@ class Pipes:
         Raises:
             AddressError: one of them needs a certificate, and there is none that can be used.
         """
+        if any(parse_route(address).transport != TCP for address in listen):
+            import actors.switchboard.websocket  # noqa: F401  # now, and not while the first caller waits
         secure = next((address for address in listen if parse_route(address).transport == SECURE_WEBSOCKET), None)
         if secure is None:
             return None
