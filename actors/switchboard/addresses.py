@@ -54,7 +54,7 @@ class AddressBook:
             return
         addresses = told.peer_record.addresses if told.peer_record is not None else told.listen_addresses
         here = connection.remote_address.ip
-        same_machine = here is not None and here.is_loopback
+        same_machine = here is not None and here.is_loopback and not connection.relayed  # else it is the relay's
         usable = [
             address.without_peer_id()
             for address in addresses

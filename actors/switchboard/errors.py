@@ -107,7 +107,12 @@ def refusal(error: PeerupError) -> RefusedError:
         return error
     action = ""
     if error.code == "no-addresses":
-        action = "say where it is: peerup names add NAME PEER_ID --address MULTIADDR"
+        action = (
+            "say where it is: peerup names add NAME PEER_ID --address MULTIADDR;"
+            " or name a relay that both of you use: peerup relay add MULTIADDR"
+        )
+    elif "NO_RESERVATION" in str(error):
+        action = "see that the peer's node runs and uses the same relay (there: peerup relay list)"
     elif isinstance(error, WrongPeerError):
         action = "check the address, or the peer id if the peer has a new key"
     return RefusedError(error.code, str(error), action)
