@@ -258,6 +258,7 @@ def test_the_main_job_and_every_look_at_it(pair):
             "keyring",
             "gate",
             "switchboard",
+            "nat/monitor",
             "proxies",
             "proxy/home/web",
             "api",
