@@ -99,6 +99,10 @@ class TooManyStreamsError(LimitExceededError):
     code = "too-many-streams"
 
 
+class BacklogError(TooManyStreamsError):
+    """No stream can be opened now: the peer has yet to accept those that were opened before."""
+
+
 class Role(enum.Enum):
     """Who dialled: the client's streams have odd ids, the server's even ones."""
 
@@ -265,7 +269,7 @@ class Session:
 
         Raises:
             GoneAwayError: never again on this session.
-            TooManyStreamsError: not now.
+            TooManyStreamsError: not now; a `BacklogError` if it is worth a try in a moment.
         """
         if self.remote_gone or self.local_gone:
             raise GoneAwayError("the session takes no more streams")
@@ -274,7 +278,7 @@ class Session:
         if len(self._streams) - self._inbound >= self._limits.outbound_streams:
             raise TooManyStreamsError(f"{self._limits.outbound_streams} streams are open already")
         if self._outbound_unacknowledged >= self._limits.unacknowledged:
-            raise TooManyStreamsError(f"{self._limits.unacknowledged} streams wait for the peer to accept them")
+            raise BacklogError(f"{self._limits.unacknowledged} streams wait for the peer to accept them")
         stream = Stream(self._next_id, inbound=False, now=now)
         self._next_id += 2
         self._streams[stream.id] = stream

@@ -11,6 +11,9 @@ All of it happens within one callback, or not at all: where something has to be 
 is not connected, the service does not accept at once), the actor gets the socket, or the stream, and does it. The actor
 owns what was joined, and is told of it in the next report (`actors.switchboard.attached`).
 
+While the peer has yet to accept as many streams as may be opened in advance, the next client waits a moment, and those
+behind it wait in the listener's backlog, where they cost nothing.
+
 A door is open while its *lease* is: a pipe whose other end its lender holds. So it closes in the moment in which the
 lender ends, however it ends, and never because of old news of a predecessor.
 """
@@ -37,9 +40,14 @@ from protocol.messages import Descriptor, Message
 from protocol.messages.doors import CallerAccepted, LendListener
 from protocol.peer_id import PeerId
 from protocol.service import ServiceAddress
+from protocol.yamux import BacklogError
 
 PAUSE = 0.2
 """Seconds without accepting when no descriptor is left."""
+MOMENT = 0.005
+"""Seconds until the next try when the peer has yet to accept other streams."""
+PATIENCE = 10.0
+"""Seconds of such tries; then the client's proxy finds words for it."""
 MAX_ADDRESSES = 4
 """Addresses of one service: a host of this machine has two, one of each family."""
 
@@ -70,6 +78,7 @@ class _Door:
     peer: PeerId
     protocol: str
     limit: int
+    waiting: socket.socket | None = None  # accepted, for the next stream that can be opened
 
 
 class Doors:
@@ -132,6 +141,8 @@ class Doors:
             self._reactor.unregister(door.lease.fileno())
             door.listener.close()
             door.lease.close()
+            if door.waiting is not None:
+                door.waiting.close()
 
     def close_all(self) -> None:
         """Accept no more."""
@@ -161,11 +172,41 @@ class Doors:
             sock.close()  # with a reset
             self._attached.turn_away(door.owner)
             return
-        connection = self._speaking(door.peer, door.protocol)
-        if connection is None or not self._open(door, connection, sock):
-            self._tell(door.owner, CallerAccepted(Descriptor(sock.detach())))
+        if not self._serve(door, sock):
+            door.waiting = sock
+            self._reactor.modify(door.listener.fileno(), 0)
+            self._try_later(door, self._reactor.clock() + PATIENCE)
 
-    def _open(self, door: _Door, connection: Connection, sock: socket.socket) -> bool:
+    def _serve(self, door: _Door, sock: socket.socket, *, patient: bool = True) -> bool:
+        """Open a stream for a client, or pass it to its proxy. False: it is worth another try."""
+        connection = self._speaking(door.peer, door.protocol)
+        if connection is not None:
+            try:
+                self._open(door, connection, sock)
+            except BacklogError:
+                if patient:
+                    return False
+            except PeerupError:
+                pass  # the slow way finds the words for it
+            else:
+                self._opened()
+                return True
+        self._tell(door.owner, CallerAccepted(Descriptor(sock.detach())))
+        return True
+
+    def _try_later(self, door: _Door, until: float) -> None:
+        self._reactor.call_later(MOMENT, lambda: self._try_again(door, until))
+
+    def _try_again(self, door: _Door, until: float) -> None:
+        if self._doors.get(door.owner) is not door or door.waiting is None:
+            return
+        if self._serve(door, door.waiting, patient=self._reactor.clock() < until):
+            door.waiting = None
+            self._reactor.modify(door.listener.fileno(), READ)
+        else:
+            self._try_later(door, until)
+
+    def _open(self, door: _Door, connection: Connection, sock: socket.socket) -> None:
         def join(channel: Channel, negotiation: Negotiation) -> None:
             self._attached.open(
                 door.owner,
@@ -178,12 +219,7 @@ class Doors:
                 prepared=True,
             )
 
-        try:
-            open_ahead(connection, door.protocol, self._reactor.call_later, join)
-        except PeerupError:
-            return False  # the slow way finds the words for it
-        self._opened()
-        return True
+        open_ahead(connection, door.protocol, self._reactor.call_later, join)
 
     def _cannot_accept(self, door: _Door, error: Exception) -> None:
         # Out of descriptors. Level-triggered: pause, or this loop spins.
@@ -192,7 +228,7 @@ class Doors:
         self._reactor.call_later(PAUSE, lambda: self._accept_again(door))
 
     def _accept_again(self, door: _Door) -> None:
-        if self._doors.get(door.owner) is door:
+        if self._doors.get(door.owner) is door and door.waiting is None:
             self._reactor.modify(door.listener.fileno(), READ)
 
     def _ended(self, door: _Door) -> None:

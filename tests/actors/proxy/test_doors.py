@@ -1,6 +1,7 @@
 """Doors: the switchboard accepts for proxies and connects to services, and asks their actors only where it must."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import socket
@@ -308,3 +309,33 @@ async def test_accepting_pauses_while_no_descriptor_is_left_and_goes_on(monkeypa
         door.listener = Starved()
         await exchange(address)
         assert len(failures) == 3
+
+
+async def test_clients_wait_while_the_peer_has_yet_to_accept_others(monkeypatch):
+    async with tunnel() as (alice, _, address):
+        session = alice.connections("bob")[0].link.session
+        monkeypatch.setattr(session, "_limits", dataclasses.replace(session._limits, unacknowledged=2))
+        async with trio.open_nursery() as nursery:
+            for _ in range(60):
+                nursery.start_soon(exchange, address)
+        await until(lambda: len(alice.gate.ended) == 60)
+        assert {one.outcome for one in alice.gate.ended} == {"finished"}
+
+
+async def test_a_client_for_whom_no_stream_can_be_opened_is_told_of_in_time(monkeypatch):
+    monkeypatch.setattr(doors_module, "PATIENCE", 0.1)
+    async with tunnel() as (alice, _, address):
+        session = alice.connections("bob")[0].link.session
+        usual = session._limits
+        monkeypatch.setattr(session, "_limits", dataclasses.replace(usual, unacknowledged=0))
+        assert await is_refused(address)
+        await until(lambda: alice.gate.ended)
+        assert alice.gate.ended[0].outcome == "too-many-streams"
+        # one that waits when its proxy is stopped is reset
+        monkeypatch.setattr(doors_module, "PATIENCE", 60.0)
+        async with await trio.open_tcp_stream(*address) as client:
+            door = alice.switchboard._doors._doors[PROXY]
+            await until(lambda: door.waiting is not None)
+            await alice.stop(PROXY)
+            with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
+                await client.receive_some(1)
