@@ -78,8 +78,18 @@ class Carrier(Protocol):
     def enqueue(self, channel: Channel) -> None:
         """The channel may have something to send."""
 
+    def settle_later(self, end: SettlingEnd) -> None:
+        """Call `end.settle` when all that has come in has been delivered; until then that stays where it is."""
+
     def plan_flush(self) -> None:
         """Something waits to be sent."""
+
+
+class SettlingEnd(Protocol):
+    """Who asked to be called after the deliveries."""
+
+    def settle(self, now: float) -> None:
+        """All has been delivered."""
 
 
 class LocalEnd(Protocol):
@@ -93,7 +103,10 @@ class LocalEnd(Protocol):
         ...
 
     def deliver(self, buffer: memoryview, start: int, end: int, now: float) -> None:
-        """`buffer[start:end]` came from the peer. Say `Channel.consumed` of what has gone on."""
+        """`buffer[start:end]` came from the peer. Say `Channel.consumed` of what has gone on.
+
+        The bytes are good until this returns, or, if it has said `Channel.settle_later`, until `settle` does.
+        """
 
     def peer_finished(self) -> None:
         """The peer will send no more."""
@@ -298,6 +311,10 @@ class Channel:
     def enqueue(self) -> None:
         """Have `fetch` called: there may be something to send."""
         self._link.enqueue(self)
+
+    def settle_later(self, end: SettlingEnd) -> None:
+        """Have `end.settle` called; see `LocalEnd.deliver`."""
+        self._link.settle_later(end)
 
     def finish_now(self) -> None:
         """Half-close at once; only from within `fetch`."""

@@ -12,7 +12,9 @@ message of each at a time, until about four Noise messages are full; small frame
 message, and all go out with one `send`. What the wire does not take is kept with its buffer, and nothing more is read
 from any descriptor until it has gone. A stream whose window is used up leaves the queue until the peer grants more.
 
-Receiving. What comes in at once is bounded, so that no link holds up the others. A peer whose frames are tiny makes us
+Receiving. All messages that came in at once are decrypted, then given to yamux, and only then are the ends of streams
+asked to pass on what they have got (`settle`): so whoever reads it is woken once for all of it, and by one system call.
+What comes in at once is bounded, so that no link holds up the others. A peer whose frames are tiny makes us
 work much more for each byte, so less is taken from it at a time until they are larger again.
 
 The life of a link: alive, until one of the ends of :class:`LinkEnd`; then it resets what is open, closes its wire and
@@ -29,7 +31,7 @@ from typing import Final
 
 from actors.reactor import WRITE, Reactor, Timer
 from actors.switchboard.budget import Budget
-from actors.switchboard.channel import Channel, LinkClosedError
+from actors.switchboard.channel import Channel, LinkClosedError, SettlingEnd
 from actors.switchboard.wire import MAX_FRAME, Acknowledgement, Wire
 from protocol import yamux
 from protocol.errors import PeerupError, ProtocolError
@@ -130,6 +132,7 @@ class Link:
         self._on_end = on_end
         self._on_gone_away = on_gone_away
         self._queue: deque[Channel] = deque()
+        self._unsettled: list[SettlingEnd] = []
         self._flush_planned = False
         self._unsent: memoryview | None = None  # sealed, not taken by the wire yet; within `_unsent_buffer`
         self._unsent_buffer: memoryview | None = None
@@ -190,6 +193,10 @@ class Link:
             if not self._flush_planned:
                 self.plan_flush()
 
+    def settle_later(self, end: SettlingEnd) -> None:
+        """Call `end.settle` when all that has come in has been delivered; until then that stays where it is."""
+        self._unsettled.append(end)
+
     def plan_flush(self) -> None:
         """Something waits to be sent: do it at the end of this round."""
         if not self._flush_planned and self._unsent is None and self.end is None:
@@ -241,10 +248,7 @@ class Link:
                 self._failed(error)
 
     def _open_messages(self, scratch: memoryview, end: int) -> None:
-        """Decrypt the whole messages of `scratch[:end]`, then give them to yamux; keep the rest.
-
-        First all of one, then all of the other: so those who wait for the data wake once for all of it.
-        """
+        """Decrypt the whole messages of `scratch[:end]`, then give them to yamux; keep the rest."""
         self._now = now = self._clock()
         if self._plaintext:
             first, self._plaintext = memoryview(bytearray(b"\0" + self._plaintext)), b""
@@ -265,14 +269,23 @@ class Link:
                 break
             position = stop
         self._tail = bytes(scratch[position:end])
-        for start, stop in plain:
-            receive(scratch, start, stop, now)
-            if self.end is not None:
-                return
+        try:
+            for start, stop in plain:
+                receive(scratch, start, stop, now)
+                if self.end is not None:
+                    return
+        finally:
+            if self._unsettled:
+                self._settle(now)
         if failure is not None:
             raise failure
         if self.session.has_control:
             self.plan_flush()
+
+    def _settle(self, now: float) -> None:
+        unsettled, self._unsettled = self._unsettled, []
+        for end in unsettled:
+            end.settle(now)
 
     # ---- channels -> wire
 

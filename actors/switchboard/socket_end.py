@@ -5,7 +5,8 @@ Theory of operation. Two directions, each of which is open or ended:
     socket -> peer   The socket becomes readable: the channel stands in its link's queue; the link fetches one message
                      at each turn, while the peer's window lasts. While it does not, or while the link's own socket
                      takes nothing, this one is not read, and the kernel stops its client.
-    peer -> socket   The link delivers. What the socket does not take is kept, at most one window, since only what the
+    peer -> socket   The link delivers, and lets what it has delivered settle: all goes to the socket with one call.
+                     What the socket does not take is kept, at most one window, since only what the
                      socket has taken is reported to yamux as consumed; and as far as the peer's budget lasts.
 
 An end of file here becomes a FIN of the stream, a FIN of the stream a shutdown for writing here. Both ended: closed.
@@ -60,6 +61,7 @@ class SocketEnd:
         "_drained",
         "_events",
         "_fd",
+        "_fresh",
         "_kept",
         "_on_done",
         "_outcome",
@@ -96,6 +98,7 @@ class SocketEnd:
         self._registered = False
         self._drained = False  # the last read took all there was
         self._pending: deque[bytearray] = deque()  # not taken by the socket yet
+        self._fresh: list[memoryview] = []  # delivered, and not settled yet
         self._kept = 0  # bytes of it that are taken from the budget
         self._uncounted = len(unread)  # of its first bytes: those that yamux does not count
         self._peer_finished = False
@@ -171,32 +174,48 @@ class SocketEnd:
     def deliver(self, buffer: memoryview, start: int, end: int, now: float) -> None:
         """See `LocalEnd`."""
         self.received += end - start
-        sock = self._socket
-        if sock is not None and not self._pending:
-            try:
-                taken = sock.send(buffer[start:end])
-            except BlockingIOError:
-                taken = 0
-            except OSError:
-                self._lost()
-                return
-            if taken:
-                self._channel.consumed(taken, now)
-                start += taken
-                if start == end:
-                    return
-            self._want(self._events | WRITE)
-        elif sock is None:
+        if self._socket is not None and not self._pending:
+            if not self._fresh:
+                self._channel.settle_later(self)
+            self._fresh.append(buffer[start:end])
+            if len(self._fresh) >= _GATHER:
+                self.settle(now)
+            return
+        if self._socket is None:
             if not self._admit(end - start):
                 self._reset(Outcome.ABORTED, ResetCode.LIMIT_EXCEEDED)
                 return
             self._admitted += end - start
         self._keep(buffer[start:end])
 
+    def settle(self, now: float) -> None:
+        """Pass on what was delivered."""
+        sock, fresh = self._socket, self._fresh
+        if sock is None or not fresh:
+            return  # it is over
+        self._fresh = []
+        try:
+            taken = sock.send(fresh[0]) if len(fresh) == 1 else sock.sendmsg(fresh)
+        except BlockingIOError:
+            taken = 0
+        except OSError:
+            self._lost()
+            return
+        if taken:
+            self._channel.consumed(taken, now)
+        for piece in fresh:
+            if taken < len(piece) and not self._done:
+                self._keep(piece[taken:])
+            taken = max(0, taken - len(piece))
+        if self._pending:
+            self._want(self._events | WRITE)
+        elif self._peer_finished and not self._done:
+            self._shut_down()
+
     def peer_finished(self) -> None:
         """See `LocalEnd`."""
         self._peer_finished = True
-        if self._socket is not None and not self._pending:
+        if self._socket is not None and not self._pending and not self._fresh:
             self._shut_down()
 
     def stream_closed(self) -> None:
@@ -206,6 +225,9 @@ class SocketEnd:
 
     def over(self, code: int) -> None:
         """See `LocalEnd`."""
+        if self._fresh and self._socket is not None:  # it came before the reset
+            with contextlib.suppress(OSError):
+                self._socket.sendmsg(self._fresh)
         self._finish(self._outcome, code)
 
     # ---- the socket
@@ -304,6 +326,7 @@ class SocketEnd:
             return
         self._done = True
         self._pending.clear()
+        self._fresh.clear()
         self._channel.budget.give_back(self._kept)
         self._kept = 0
         self._release()
