@@ -9,11 +9,21 @@ from actors.switchboard.connections import Connection
 from protocol.circuit.addresses import circuit_address
 from protocol.multiaddr import Multiaddr, MultiaddrError
 from protocol.peer_id import PeerId
+from protocol.protocol_ids import CIRCUIT_HOP
 
 MAX_REMEMBERED = 256
 """Relays of which it is remembered how they take early bytes; the one used longest ago is forgotten first."""
 
-AHEAD_AGENTS: Sequence[str] = ("peerup/",)
+AHEAD_AGENTS: Sequence[str] = (
+    "peerup/",
+    "relay-server/",  # peer-up's
+    "github.com/libp2p/go-libp2p",
+    "go-libp2p",
+    "kubo/",
+    "js-libp2p",
+    "rust-libp2p",
+    "peerup-interop-",  # the peers of this repository's interop tests, made of the three libraries
+)
 """Beginnings of the agents of relays that are proven to pass on what comes right behind CONNECT."""
 
 
@@ -67,9 +77,10 @@ class RelayBook:
         return told is not None and (told.agent_version or "").startswith(tuple(AHEAD_AGENTS))
 
     def learn(self, connection: Connection) -> None:
-        """Remember what the agent of a configured relay means, for when it is connected anew."""
-        relay = connection.peer
-        if relay in self._configured and relay not in self._ahead:
+        """Remember what the agent of a relay means, for when it is connected anew."""
+        relay, told = connection.peer, connection.identification
+        is_relay = relay in self._configured or (told is not None and CIRCUIT_HOP in told.protocols)
+        if is_relay and relay not in self._ahead:
             self._remember(relay, early=self.takes_early(connection))
 
     def lost_early(self, relay: PeerId) -> None:

@@ -229,6 +229,43 @@ def test_a_relay_that_is_killed_during_a_transfer_is_used_again_when_it_is_back(
     assert took < 10
 
 
+@pytest.mark.parametrize("connected", [True, False], ids=["connected to the relay", "cold"])
+def test_round_trips_to_the_first_byte(pair_behind, connected):
+    """From the wish for a proxy to the first byte of the service, counted in round trips to the relay.
+
+    A round trip is long here, and the best of three counts, so that what a busy machine takes for its work is little
+    beside it.
+    """
+    one_way = 0.4
+    pair = pair_behind(PORT_RESTRICTED, SYMMETRIC, one_way=one_way)
+    [relay], laptop, home = pair.relays, pair.laptop, pair.home
+    if connected:
+        laptop("relay", "add", relay_address(relay))
+    else:
+        laptop("connect", "home")  # what the laptop knows of the relay it has learned before
+    wait_for(lambda: (laptop.path_to(relay) or {}).get("agent"), "the relay has said what it is", SOON)
+    taken = []
+    for _ in range(3):
+        for peer in (home, *([] if connected else [relay])):
+            laptop.client.post(f"/v1/peers/{peer.peer_id}/disconnect")
+            wait_for(lambda peer=peer: laptop.path_to(peer) is None, "disconnected", SOON)
+        assert (laptop.path_to(relay) is not None) == connected
+        began = time.monotonic()
+        address = laptop.proxy("home", "echo")
+        with laptop.connect(address) as sock:
+            assert sock.recv(100) == Echo.GREETING
+        taken.append((time.monotonic() - began) / (2 * one_way))
+        wait_for(lambda: (laptop.path_to(home) or {}).get("agent"), "home has said what it is", SOON)
+        began = time.monotonic()
+        with laptop.connect(address) as sock:
+            assert sock.recv(100) == Echo.GREETING
+        warm = (time.monotonic() - began) / (2 * one_way)
+        laptop("proxy", "stop", "home", "echo")
+    print(f"\n{taken} round trips to the relay; {warm:.2f} for the next tunnel")
+    assert min(taken) < (6 if connected else 8)
+    assert warm < 3  # to the peer and back is two
+
+
 def seconds_until(condition: Callable[[], bool], within: float = 60.0) -> float:
     began = time.monotonic()
     wait_for(condition, "it works again", within)
