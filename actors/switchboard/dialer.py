@@ -71,8 +71,15 @@ class _Dial(Generic[R]):
         self.result: Dialed[R] | SwitchboardError | None = None
 
 
-def rank(address: Multiaddr) -> int:
-    """The place of an address in the order of attempts: same machine, LAN, IPv6, IPv4, names."""
+def rank(address: Multiaddr) -> tuple[int, int]:
+    """The place of an address in the order of attempts: same machine, LAN, IPv6, IPv4, names.
+
+    At each of these first the ways with less upon them: TCP, then WebSocket, then WebSocket in TLS.
+    """
+    return _nearness(address), len(address.components)
+
+
+def _nearness(address: Multiaddr) -> int:
     host = address.ip
     if host is None:
         return 4

@@ -1,7 +1,7 @@
 """TLS below a WebSocket, so that what it carries passes for HTTPS.
 
 TLS proves nothing about peers here: that is Noise's task, inside. A server has a certificate so that those who look at
-the connection see a web server's; a client verifies it, since that is what a web client does (decision 11).
+the connection see a web server's; a client verifies it, since that is what a web client does (decision 12).
 
 The state machine is the standard library's over memory buffers, so it runs over any pipe and never waits by itself:
 

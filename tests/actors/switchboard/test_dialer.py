@@ -168,6 +168,9 @@ def test_the_order_of_attempts():
     ]
     ranked = sorted((Multiaddr(text) for text in addresses), key=rank)
     assert [str(address) for address in ranked] == list(reversed(addresses))
+    ways = [f"/ip4/192.0.2.1/tcp/443{way}" for way in ("", "/ws", "/tls/ws", "/tls/sni/a.example/ws")]
+    ranked = sorted((Multiaddr(text) for text in reversed(ways)), key=rank)
+    assert [str(address) for address in ranked] == ways
 
 
 async def test_an_address_that_is_learned_meanwhile_joins_the_race(autojump_clock):
