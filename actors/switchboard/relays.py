@@ -22,7 +22,6 @@ AHEAD_AGENTS: Sequence[str] = (
     "kubo/",
     "js-libp2p",
     "rust-libp2p",
-    "peerup-interop-",  # the peers of this repository's interop tests, made of the three libraries
 )
 """Beginnings of the agents of relays that are proven to pass on what comes right behind CONNECT."""
 
