@@ -40,6 +40,11 @@ HELP = {
     "peerup_authorized_peers": "Peers in the policy.",
     "peerup_policy_version": "Version of the policy in force.",
     "peerup_config_problems": "Problems in the configuration file; above 0 the last good one is in force.",
+    "peerup_network_changes": "Changes of this machine's networks that were told to others.",
+    "peerup_relays_configured": "Relays where this node keeps reservations.",
+    "peerup_relay_reservations_held": "Reservations in force.",
+    "peerup_relay_attempts": "Attempts to get, renew or keep a reservation, by outcome.",
+    "peerup_relay_rtt_seconds": "Round trip to a relay, as last measured.",
     "peerup_signatures": "Signatures made with the identity key.",
     "peerup_signatures_refused": "Requests that the keyring refused.",
 }

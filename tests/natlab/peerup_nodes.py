@@ -118,6 +118,11 @@ class Peerup:
         """At how many relays it has a reservation."""
         return sum(relay["state"] in ("held", "renewing") for relay in self.reservations)
 
+    def actor_pid(self, name: str) -> int | None:
+        """The process of this actor; None where it does not run."""
+        found = [child for child in self.client.get("/v1/actors") if child["name"] == name]
+        return found[0]["pid"] if found and found[0]["state"] == "running" else None
+
     def path_to(self, peer: Peerup) -> dict[str, Any] | None:
         """The connection to this peer; None without one."""
         found = [path for path in self.client.get("/v1/paths") if path["peer_id"] == peer.peer_id]

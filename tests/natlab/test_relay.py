@@ -7,6 +7,7 @@ import getpass
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -227,6 +228,29 @@ def test_a_relay_that_is_killed_during_a_transfer_is_used_again_when_it_is_back(
     took = time.monotonic() - began
     print(f"a new tunnel {took:.2f} s after the relay was back")
     assert took < 10
+
+
+def test_whatever_is_killed_under_relayed_load_heals(pair_behind):
+    pair = pair_behind(PORT_RESTRICTED, SYMMETRIC)
+    pair.laptop("relay", "add", relay_address(pair.relays[0]))
+    address = pair.laptop.proxy("home", "echo")
+    assert pair.greeting(address)
+    found = {}
+    for node in pair.nodes:
+        for actor in ("relay/keeper", "relay/server", "nat/monitor", "switchboard", "keyring", "proxies"):
+            if (pid := node.actor_pid(actor)) is None:
+                continue
+            with pair.laptop.connect(address) as sock:
+                assert sock.recv(100) == Echo.GREETING
+                sock.sendall(os.urandom(1_000_000))  # on its way while the process dies
+                os.kill(pid, signal.SIGKILL)
+                found[node.host.name, actor] = seconds_until(lambda: pair.greeting(address, 3))
+            wait_for(lambda node=node, actor=actor, old=pid: node.actor_pid(actor) not in (None, old), actor, SOON)
+    assert len(found) >= 14
+    assert max(found.values()) < SOON, found
+    slowest = sorted(found.items(), key=lambda item: -item[1])[:5]
+    print("\n" + "; ".join(f"{actor} of {host}: {took:.2f} s" for (host, actor), took in slowest))
+    wait_for(lambda: pair.home.held() == pair.laptop.held() == 1, "all reservations", SOON)
 
 
 @pytest.mark.parametrize("connected", [True, False], ids=["connected to the relay", "cold"])
