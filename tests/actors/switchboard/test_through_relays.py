@@ -311,3 +311,57 @@ async def test_paths_are_measured_and_hops_are_traced():
         (to_bob,) = (await alice.ask("switchboard", MeasurePaths(bob.peer))).paths
         assert to_bob.connection.relay == middle.peer
         assert (await alice.ask("switchboard", MeasurePaths(peer_of("nobody")))).paths == ()
+
+
+@contextlib.asynccontextmanager
+async def thread_that_can_be_cut(target):
+    """A TCP address that leads to `target` until `cut` is set; from then on nothing passes, not even an end."""
+    cut = trio.Event()
+
+    async def handle(stream):
+        async with await trio.open_tcp_stream("127.0.0.1", target) as onward, trio.open_nursery() as nursery:
+
+            async def one_way(source, sink):
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    async for data in source:
+                        if cut.is_set():
+                            break
+                        await sink.send_all(data)
+                await trio.sleep_forever()
+
+            nursery.start_soon(one_way, stream, onward)
+            nursery.start_soon(one_way, onward, stream)
+
+    async with tcp_server(handle) as port:
+        yield port, cut
+
+
+async def test_a_peer_that_comes_back_through_a_relay_ends_a_direct_connection_that_died_in_silence():
+    async with (
+        relay() as middle,
+        node("alice", middle, peers=["bob"]) as alice,
+        node("bob", middle, peers=["alice"], listen=("/ip4/127.0.0.1/tcp/0",)) as bob,
+        thread_that_can_be_cut(int(Multiaddr(bob.address).value("tcp"))) as (port, cut),
+    ):
+        await reserve(bob, middle)
+        alice.config.say_where("bob", f"/ip4/127.0.0.1/tcp/{port}")
+        await until(lambda: alice.switchboard._reach.book.addresses(bob.peer))
+        await alice.ask("switchboard", Connect(bob.peer))
+        (direct,) = bob.connections("alice")
+        await until(lambda: direct.identification)
+        alice.switchboard._reach.book._learned.clear()  # the way around the thread
+        direct.opened -= 60  # it is not of this moment
+        cut.set()
+        (lost,) = alice.connections("bob")
+        lost.link.abort()
+        await until(lambda: lost.end is not None)
+        connected = await alice.ask("switchboard", Connect(bob.peer))
+        assert connected.connection.path == "relayed"
+        await until(lambda: direct.end is not None, seconds=20)
+        assert "through a relay" in direct.end.reason
+        best = bob.switchboard._table.best(alice.peer)
+        assert best.relayed
+        assert best.id == bob.connections("alice")[0].id
+        assert alice.connections("bob")[0].end is None, "it was not closed meanwhile"
+        pong = await bob.ask("switchboard", PingPeer(alice.peer))
+        assert pong.connected_in is None
