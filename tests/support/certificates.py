@@ -65,9 +65,10 @@ class Authority:
         self.file = directory / f"{name.replace(' ', '-')}.pem"
         self.file.write_bytes(certificate.public_bytes(Encoding.PEM))
 
-    def issue(self, *names: str, file: str = "server", days: int = 20) -> tuple[Path, Path]:
+    def issue(self, *names: str, file: str = "server", days: int = 20, self_signed: bool = False) -> tuple[Path, Path]:
         """A certificate for these names and IP addresses; its file and that of its key. Existing files are replaced."""
         key = ec.generate_private_key(ec.SECP256R1())
+        signer = key if self_signed else self._key
         alternatives: list[x509.GeneralName] = []
         for name in names:
             try:
@@ -75,14 +76,14 @@ class Authority:
             except ValueError:
                 alternatives.append(x509.DNSName(name))
         certificate = (
-            _builder(names[0], self._name, key, days=days)
+            _builder(names[0], names[0] if self_signed else self._name, key, days=days)
             .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),  # type: ignore[arg-type]  # of ours
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()),  # type: ignore[arg-type]  # of ours
                 critical=False,
             )
-            .sign(self._key, hashes.SHA256())
+            .sign(signer, hashes.SHA256())
         )
         chain, private = self._directory / f"{file}.pem", self._directory / f"{file}.key"
         private.unlink(missing_ok=True)

@@ -140,6 +140,13 @@ async def test_an_unknown_authority_and_an_expired_certificate_are_not_believed(
                 await alice.ask("switchboard", Connect(bob.peer))
 
 
+async def test_a_self_signed_certificate_is_believed_where_it_is_named(tmp_path):
+    certificate, key = Authority(tmp_path).issue("127.0.0.1", self_signed=True)
+    tls = {"certificate": str(certificate), "key": str(key), "trusted": str(certificate)}
+    async with two_nodes(listen=(f"{HERE}/wss",), tls=tls) as (alice, bob):
+        assert (await alice.ask("switchboard", Connect(bob.peer))).connection.transport == "wss"
+
+
 async def test_one_port_serves_all_transports(authority):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
