@@ -29,6 +29,7 @@ DEFAULT_PORT = 4001
 @command(
     "setup",
     json_output=True,
+    short_help="Make a relay's home.",
     epilog=examples(
         "peerup --home DIR relay setup",
         "peerup --home DIR relay setup --yes --listen /ip4/0.0.0.0/tcp/443",
@@ -210,7 +211,7 @@ def _relay_config(session: Session) -> NodeConfig:
 # info
 
 
-@command("info", json_output=True)
+@command("info", json_output=True, short_help="Show its id, addresses, limits, and what it does now.")
 def info(session: Session) -> None:
     """Show the relay's id, addresses and limits, what it does now, and the command for its clients."""
     from actors.keyring.key_file import load_key
@@ -327,6 +328,7 @@ def _limit_words(key: str, limit: Any) -> str:
 @command(
     "authorize",
     json_output=True,
+    short_help="Let a device use this relay.",
     epilog=examples(
         "peerup relay authorize 12D3KooW... --comment laptop",
         "peerup relay authorize 12D3KooW... --comment guest --expires 7d",
@@ -351,7 +353,7 @@ def authorize(session: Session, peer_id: str, comment: str, expires: str | None)
     report(session, f"{entry.peer} may use this relay", present(entry), tell_node(session, AUTHORIZED_KEYS))
 
 
-@command("deauthorize", json_output=True)
+@command("deauthorize", json_output=True, short_help="Let a device use this relay no longer.")
 @click.argument("peer", metavar="PEER")
 def deauthorize(session: Session, peer: str) -> None:
     """Let a device (its id, a name, or the comment of its line) use this relay no longer.
