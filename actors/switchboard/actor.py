@@ -521,6 +521,7 @@ class Switchboard(Actor):
     async def network_changed(self, message: NetworkChanged) -> None:
         """Connections may be dead without knowing it."""
         if self.context.current_sender == MONITOR:
+            self._reach.dialer.begin_anew()
             self._liveness.network_changed()
             self._reach.improver.news()
 

@@ -63,11 +63,15 @@ class Dialed(Generic[R]):
 
 
 class _Dial(Generic[R]):
-    """One dial under way and where its result goes. `add` has it try further addresses, too."""
+    """One dial under way and where its result goes.
+
+    `add` has it try further addresses, too; `begin_anew` has it give up its attempts and start with all addresses.
+    """
 
     def __init__(self) -> None:
         self.done = trio.Event()
         self.add: Callable[[Sequence[Multiaddr]], None] = _too_early
+        self.begin_anew: Callable[[], None] = lambda: None
         self.result: Dialed[R] | SwitchboardError | None = None
 
 
@@ -136,6 +140,11 @@ class Dialer(Generic[C, R]):
         """Peers with a dial under way."""
         return frozenset(self._dials)
 
+    def begin_anew(self) -> None:
+        """The network has changed: what was sent over the old one will not be answered."""
+        for dial in self._dials.values():
+            dial.begin_anew()
+
     async def dial(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> Dialed[R]:
         """A connection to the peer at one of these addresses; joins a dial that is already under way.
 
@@ -170,11 +179,27 @@ class Dialer(Generic[C, R]):
 
     async def _race(self, peer: PeerId, addresses: Sequence[Multiaddr], dial: _Dial[R]) -> Dialed[R]:
         began = self.now()
-        with trio.move_on_after(self._deadline) as deadline:
-            async with trio.open_nursery() as nursery:
-                race = _Race(self, peer, nursery)
-                dial.add = race.add
-                race.start(addresses)
+        known = list(addresses)
+        again = True
+        while again:
+            again = False
+            with trio.move_on_after(self._deadline) as deadline:
+                async with trio.open_nursery() as nursery:
+                    race = _Race(self, peer, nursery)
+
+                    def add(more: Sequence[Multiaddr], race: _Race[C] = race) -> None:
+                        known.extend(more)
+                        race.add(more)
+
+                    def begin_anew(race: _Race[C] = race, scope: trio.CancelScope = nursery.cancel_scope) -> None:
+                        nonlocal again
+                        if not race.winner:
+                            again = True
+                            scope.cancel()
+
+                    dial.add, dial.begin_anew = add, begin_anew
+                    race.start(known)
+            again = again and not race.winner
         if race.winner:
             self._remember(peer, race.won_at)
             return Dialed(self._establish(race.winner[0]), self.now() - began, tuple(race.tried.values()))

@@ -118,6 +118,11 @@ class Peerup:
         """At how many relays it has a reservation."""
         return sum(relay["state"] in ("held", "renewing") for relay in self.reservations)
 
+    @property
+    def dialing(self) -> list[str]:
+        """The peers that it is dialling."""
+        return list(self.client.get("/v1/actors/switchboard")["description"]["dialing"])
+
     def actor_pid(self, name: str) -> int | None:
         """The process of this actor; None where it does not run."""
         found = [child for child in self.client.get("/v1/actors") if child["name"] == name]

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,6 +166,22 @@ def test_a_host_that_moves_to_another_network_is_reachable_again_within_seconds(
     back = seconds_until(lambda: pair.greeting(address, 3))
     assert back < SOON
     print(f"\nmoved {who}: reachable again after {took:.2f} s, after moving back {back:.2f} s")
+
+
+def test_a_dial_that_is_under_way_while_the_network_changes_does_not_keep_us_waiting(pair_behind, natlab):
+    pair = pair_behind(PORT_RESTRICTED, PORT_RESTRICTED)
+    address = pair.laptop.proxy("home", "echo")
+    assert pair.greeting(address)
+    pair.laptop.host.uplink.unplug()  # the routes stay: dials are not even refused
+    client = threading.Thread(target=pair.greeting, args=(address, 30), daemon=True)
+    client.start()
+    wait_for(lambda: pair.laptop.dialing, "a dial into the void", SOON)
+    pair.laptop.host.uplink.plug_in()
+    pair.laptop.host.move(natlab.nat("cafe", SYMMETRIC, lan="10.7.0.0/24"))
+    took = seconds_until(lambda: pair.greeting(address, 3))
+    print(f"\nreachable again after {took:.2f} s")
+    assert took < 10
+    client.join(30)
 
 
 def test_a_move_between_networks_with_the_same_addresses_is_noticed(pair_behind, natlab):

@@ -173,6 +173,43 @@ def test_the_order_of_attempts():
     assert [str(address) for address in ranked] == ways
 
 
+async def test_a_dial_over_a_network_that_is_gone_begins_anew(autojump_clock):
+    transport = Transport({SLOW: (60, None), DEAD: (60, None), FAST: (60, None)})
+    async with trio.open_nursery() as nursery:
+        shared = dialer(nursery, transport)
+        results = []
+
+        async def ask(*addresses):
+            results.append(await shared.dial(PEER, addresses))
+
+        nursery.start_soon(ask, SLOW)
+        await trio.sleep(5)
+        nursery.start_soon(ask, FAST)
+        await trio.sleep(5)
+        transport.answers[FAST] = (0.1, None)
+        began = trio.current_time()
+        shared.begin_anew()
+    assert [result.connection for result in results] == [FAST, FAST]
+    assert trio.current_time() - began < 1
+    assert not shared.dialing
+
+
+async def test_a_dial_that_begins_anew_has_its_whole_time_again(autojump_clock):
+    transport = Transport({DEAD: (60, None)})
+    async with trio.open_nursery() as nursery:
+        shared = dialer(nursery, transport)
+
+        async def ask():
+            began = trio.current_time()
+            with pytest.raises(UnreachableError, match="no answer within 15 s"):
+                await shared.dial(PEER, [DEAD])
+            assert trio.current_time() - began == pytest.approx(25)
+
+        nursery.start_soon(ask)
+        await trio.sleep(10)
+        shared.begin_anew()
+
+
 async def test_an_address_that_is_learned_meanwhile_joins_the_race(autojump_clock):
     transport = Transport({SLOW: (60, None), FAST: (0.1, None)})
     results = []
