@@ -15,7 +15,7 @@ from protocol.multiaddr import Multiaddr
 from tests.actors.local_node import tcp_server, until
 from tests.actors.switchboard.test_through_relays import node, relay, reserve
 
-ROUND_TRIP = 0.2
+ROUND_TRIP = 0.4
 """Seconds."""
 
 
