@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import struct
+import time
 from collections.abc import Collection
 
 _PR_SET_PDEATHSIG = 1
@@ -23,6 +24,8 @@ IN_Q_OVERFLOW = 0x4000
 _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
 _INOTIFY_HEADER = struct.Struct("iIII")
+
+_TIMER = struct.Struct("4l")
 
 _F_ADD_SEALS = 1033
 _F_GET_SEALS = 1034
@@ -123,6 +126,18 @@ def read_changes(fd: int) -> list[tuple[int, str]]:
             at += _INOTIFY_HEADER.size
             changes.append((mask, os.fsdecode(block[at : at + length].rstrip(b"\0"))))
             at += length
+
+
+def ticking_timer(seconds: float) -> int:
+    """A new, non-blocking descriptor that is readable after each `seconds`; read eight bytes to have it wait again."""
+    fd = _check(_libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC), "timerfd_create")
+    interval = int(seconds), int(seconds % 1 * 1e9)
+    try:
+        _check(_libc.timerfd_settime(fd, 0, _TIMER.pack(*interval, *interval), None), "timerfd_settime")
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def sealed_memory(content: bytes) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import pathlib
@@ -25,6 +26,7 @@ import stat
 import urllib.parse
 
 from protocol.errors import PeerupError
+from supervisor import linux
 from supervisor.port import NameState
 
 LONGEST_ESCAPED = 240
@@ -59,6 +61,49 @@ def escape(name: str) -> str:
 def _quote(name: str) -> str:
     quoted = urllib.parse.quote(name, safe="")
     return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
+
+
+POLL_INTERVAL = 0.5
+"""Seconds between looks at the names where the kernel does not tell of changes."""
+
+_NO_INOTIFY = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM)
+
+
+class Changes:
+    """Tells which names may have changed, by a descriptor that becomes readable then.
+
+    The kernel tells it, as long as it lets this user have one more inotify instance. It often lets a user have 128 for
+    all programs together, and each process that watches a name takes one. Without one the names are looked at often.
+
+    Attributes:
+        fd: to wait for; readable when :meth:`read` has something to say.
+        polled: the kernel does not tell.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.polled = False
+        try:
+            self.fd = linux.watch_directory(directory.names_path(), linux.IN_MOVED_TO | linux.IN_DELETE)
+        except OSError as error:
+            if error.errno not in _NO_INOTIFY:
+                raise
+            self.polled = True
+            self.fd = linux.ticking_timer(POLL_INTERVAL)
+
+    def read(self) -> frozenset[str] | None:
+        """The escaped names that have changed since the last call, or None: any may have."""
+        if self.polled:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.fd, 8)
+            return None
+        changes = linux.read_changes(self.fd)
+        if any(mask & linux.IN_Q_OVERFLOW for mask, _ in changes):
+            return None
+        return frozenset(file for _, file in changes)
+
+    def close(self) -> None:
+        """Look no more."""
+        os.close(self.fd)
 
 
 class RunDirectory:

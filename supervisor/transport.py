@@ -43,7 +43,7 @@ from protocol.messages import Descriptor, Envelope, MessageError
 from protocol.messages.codec import MAX_BODY
 from supervisor import linux
 from supervisor.port import NameState, NotDeliveredError, Receiver
-from supervisor.registry import RunDirectory, escape
+from supervisor.registry import Changes, RunDirectory, escape
 
 INLINE_LIMIT = 96 * 1024
 """The largest frame in bytes that goes through the socket: half of the usual send buffer. Larger ones go by memory."""
@@ -125,7 +125,7 @@ class Transport:
         self._by_pid: dict[int, _Link] = {}
         self._readers: dict[int, Callable[[], None]] = {}
         self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        self._inotify = -1
+        self._changes: Changes | None = None
         self._watched: dict[str, tuple[int, int] | None] = {}
         self._gone: collections.deque[tuple[str, int, int]] = collections.deque(maxlen=256)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -201,10 +201,12 @@ class Transport:
         self._by_name.clear()
         self._by_pid.clear()
         self._listener.close()
-        for fd in (self._spare_fd, self._inotify):
-            if fd >= 0:
-                os.close(fd)
-        self._spare_fd = self._inotify = -1
+        if self._spare_fd >= 0:
+            os.close(self._spare_fd)
+        self._spare_fd = -1
+        if self._changes is not None:
+            self._changes.close()
+            self._changes = None
         self._epoll.close()
         self.directory.remove_socket(self._pid)
 
@@ -241,9 +243,11 @@ class Transport:
 
     def watch(self, name: str) -> None:
         """See :meth:`supervisor.port.Port.watch`. A name that is ready now is not reported until it has been down."""
-        if self._inotify < 0:
-            self._inotify = linux.watch_directory(self.directory.names_path(), linux.IN_MOVED_TO | linux.IN_DELETE)
-            self.add_reader(self._inotify, self._names_changed)
+        if self._changes is None:
+            changes = self._changes = Changes(self.directory)
+            self.add_reader(changes.fd, lambda: self._names_changed(changes))
+            if changes.polled:
+                self.refusals["no-inotify"] += 1
         if name not in self._watched:
             self._watched[name] = self._present(name)
 
@@ -497,11 +501,9 @@ class Transport:
             return None
         return entry.incarnation, entry.pid
 
-    def _names_changed(self) -> None:
-        changes = linux.read_changes(self._inotify)
-        everything = any(mask & linux.IN_Q_OVERFLOW for mask, _ in changes)
-        files = {file for _, file in changes}
-        for name in [name for name in self._watched if everything or escape(name) in files]:
+    def _names_changed(self, changes: Changes) -> None:
+        files = changes.read()
+        for name in [name for name in self._watched if files is None or escape(name) in files]:
             seen, present = self._watched[name], self._present(name)
             if seen == present:
                 continue
