@@ -7,6 +7,7 @@ import json
 from click.testing import CliRunner
 
 from peerup.cli import cli
+from protocol.messages.config import ConfigSnapshot
 from protocol.messages.reservations import ReadRelays, Relays, RelayStatus
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
@@ -26,6 +27,15 @@ RELAYS = Relays(
 async def test_without_a_keeper_there_are_no_relays(serve):
     async with serve() as node:
         assert await node.call(node.client.get, "/v1/relays") == []
+
+
+async def test_before_the_keeper_is_there_relays_are_starting(serve):
+    async with serve() as node:
+        await node.context.until(lambda: node.actor._node.config is not None)
+        node.actor._keep(ConfigSnapshot(2, True, (), (), (), (NEAR_AT, FAR_AT)))
+        near, far = await node.call(node.client.get, "/v1/relays")
+        assert (near["state"], near["addresses"]) == ("starting", [str(NEAR_AT)])
+        assert far["expires_in"] is None
 
 
 async def test_relays_are_told_with_their_names_and_health(serve):

@@ -10,6 +10,8 @@ from actors.api.present import plain
 from actors.api.routing import Answer, Call, Routes, data_response
 from protocol.messages import Data
 from protocol.messages.reservations import ReadRelays, RelayStatus
+from protocol.multiaddr import Multiaddr
+from protocol.peer_id import PeerId
 from supervisor.errors import NoSuchActorError
 
 KEEPER = "relay/keeper"
@@ -22,10 +24,22 @@ routes = Routes()
 async def relays(node: Node, call: Call) -> Answer:
     """Each configured relay with its health."""
     try:
-        answer = await node.context.ask(KEEPER, ReadRelays(), timeout=ANSWER_DEADLINE)
+        found = (await node.context.ask(KEEPER, ReadRelays(), timeout=ANSWER_DEADLINE)).relays
     except NoSuchActorError:
-        return data_response([])
-    return data_response([_relay(node, relay) for relay in answer.relays])
+        found = _not_yet_kept(node)
+    return data_response([_relay(node, relay) for relay in found])
+
+
+def _not_yet_kept(node: Node) -> tuple[RelayStatus, ...]:
+    """The relays of the configuration, while the keeper is not there yet."""
+    places: dict[PeerId, list[Multiaddr]] = {}
+    for address in node.config.relays if node.config is not None else ():
+        if address.peer_id is not None:
+            places.setdefault(address.peer_id, []).append(address)
+    return tuple(
+        RelayStatus(peer, tuple(addresses), "starting", (), None, None, None, None, None, None, "", 0, 0)
+        for peer, addresses in places.items()
+    )
 
 
 def _relay(node: Node, relay: RelayStatus) -> dict[str, Data]:
