@@ -129,6 +129,20 @@ class CipherState:
         self._cipher.encrypt_into(_NONCE.pack(nonce), buffer[:length], None, buffer[:sealed])
         return sealed
 
+    def seal_into(self, data: memoryview, out: memoryview) -> int:
+        """Encrypt `data` into the beginning of `out`, another buffer; the tag follows. Returns how many bytes that is.
+
+        Raises:
+            NonceExhaustedError: the key is used up.
+        """
+        nonce = self.nonce
+        if nonce > MAX_NONCE:
+            raise NonceExhaustedError("no nonce is left for this connection")
+        self.nonce = nonce + 1
+        sealed = len(data) + 16
+        self._cipher.encrypt_into(_NONCE.pack(nonce), data, None, out[:sealed])
+        return sealed
+
     def open(self, buffer: memoryview) -> int:
         """Verify and decrypt the message that fills `buffer`, in place. Returns the length of the plaintext.
 

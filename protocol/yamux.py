@@ -200,7 +200,8 @@ class Consumer(Protocol):
     def stream_data(self, stream: Stream, buffer: memoryview, start: int, end: int) -> None:
         """Bytes of a stream: `buffer[start:end]`, good until the call returns.
 
-        `start` is at least 1 and `buffer[start - 1]` is of no use to anybody any more: it may be overwritten.
+        `start` is at least 1. Of the `HEADER_LENGTH` bytes before it those that the buffer has are of no use to anybody
+        any more: they may be overwritten.
         """
 
     def stream_finished(self, stream: Stream) -> None:

@@ -78,6 +78,10 @@ class Carrier(Protocol):
     def enqueue(self, channel: Channel) -> None:
         """The channel may have something to send."""
 
+    def pass_on(self, channel: Channel, buffer: memoryview, start: int, end: int) -> bool:
+        """Send `buffer[start:end]` at once, from there, if nothing else waits; whether it was possible."""
+        ...
+
     def settle_later(self, end: SettlingEnd) -> None:
         """Call `end.settle` when all that has come in has been delivered; until then that stays where it is."""
 
@@ -315,6 +319,19 @@ class Channel:
     def settle_later(self, end: SettlingEnd) -> None:
         """Have `end.settle` called; see `LocalEnd.deliver`."""
         self._link.settle_later(end)
+
+    def pass_on(self, buffer: memoryview, start: int, end: int) -> bool:
+        """Send `buffer[start:end]`, which was delivered to the end of another channel, without keeping it.
+
+        Whether that was possible; otherwise have it fetched. What is delivered and its header may be overwritten.
+        """
+        stream = self.stream
+        if self._unsent or self._finishing or stream.closed or stream.local_finished:
+            return False
+        if not self._link.pass_on(self, buffer, start, end):
+            return False
+        self.sent += end - start
+        return True
 
     def finish_now(self) -> None:
         """Half-close at once; only from within `fetch`."""

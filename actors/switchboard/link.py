@@ -58,6 +58,7 @@ _SEND_BUFFER: Final = _BATCH + 2 * _FRAME  # a message is read before it is know
 _RECEIVE: Final = 4 * _FRAME  # of one recv
 _SEND_ROUNDS: Final = 4  # batches of one round of the reactor
 _RECEIVE_ROUNDS: Final = 2
+_PASSED: Final = 4 * _FRAME  # bytes that are passed on before they are sent
 _LEAST_RECEIVE: Final = 8 * 1024  # of one recv from a peer that sends nothing but tiny frames
 _MANY: Final = 512  # frames of one recv, if they are
 _TINY: Final = 256  # bytes on average, with their headers
@@ -134,6 +135,8 @@ class Link:
         self._queue: deque[Channel] = deque()
         self._unsettled: list[SettlingEnd] = []
         self._flush_planned = False
+        self._passed = 0  # bytes of `_passed_buffer`, sealed and not yet given to the wire
+        self._passed_buffer: memoryview | None = None
         self._unsent: memoryview | None = None  # sealed, not taken by the wire yet; within `_unsent_buffer`
         self._unsent_buffer: memoryview | None = None
         self._now = now  # when the last bytes came
@@ -196,6 +199,37 @@ class Link:
     def settle_later(self, end: SettlingEnd) -> None:
         """Call `end.settle` when all that has come in has been delivered; until then that stays where it is."""
         self._unsettled.append(end)
+
+    def pass_on(self, channel: Channel, buffer: memoryview, start: int, end: int) -> bool:
+        """Send `buffer[start:end]` on a stream straight from there, as a message of its own; whether that was possible.
+
+        It is if nothing else waits to be sent. Of the buffer, a header's length before `start` is overwritten.
+        """
+        stream, session, length = channel.stream, self.session, end - start
+        if (
+            self._queue
+            or self._unsent is not None
+            or self.end is not None
+            or session.has_control
+            or start < _HEADER
+            or length > stream.send_window
+            or length > self.max_data
+        ):
+            return False
+        out = self._passed_buffer
+        if out is None:
+            out = self._passed_buffer = self.reactor.take_buffer(_SEND_BUFFER)
+        begin = self._passed
+        session.data_header(buffer, start - _HEADER, stream, length)
+        sealed = self._send_cipher.seal_into(buffer[start - _HEADER : end], out[begin + _PREFIX :])
+        out[begin] = sealed >> 8
+        out[begin + 1] = sealed & 0xFF
+        self._passed = begin + _PREFIX + sealed
+        if self._passed >= _PASSED:
+            self._send_passed()
+        elif not self._flush_planned:
+            self.plan_flush()
+        return True
 
     def plan_flush(self) -> None:
         """Something waits to be sent: do it at the end of this round."""
@@ -291,6 +325,10 @@ class Link:
 
     def _flush(self) -> None:
         self._flush_planned = False
+        if self._passed:
+            self._send_passed()
+            if not self._queue and not self.session.has_control:
+                return
         if self.end is not None or self._unsent is not None:
             return
         buffer = self.reactor.take_buffer(_SEND_BUFFER)
@@ -315,6 +353,28 @@ class Link:
                 self.plan_flush()
         except (PeerupError, OSError) as error:
             self._failed(error)
+        self.reactor.return_buffer(buffer)
+
+    def _send_passed(self) -> None:
+        """Send what was passed on: it is sealed, and so comes before all else."""
+        buffer, end = self._passed_buffer, self._passed
+        assert buffer is not None
+        self._passed_buffer, self._passed = None, 0
+        if self.end is None:
+            try:
+                taken = self._wire.send(buffer[:end])
+            except BlockingIOError:
+                taken = 0
+            except (PeerupError, OSError) as error:
+                self.reactor.return_buffer(buffer)
+                self._failed(error)
+                return
+            self.sent += taken
+            if taken < end:
+                self._unsent, self._unsent_buffer = buffer[taken:end], buffer
+                self._progress_at = self._clock()
+                self._wire.want_write(wanted=True)
+                return
         self.reactor.return_buffer(buffer)
 
     def _send_unsent(self) -> None:
@@ -468,6 +528,11 @@ class Link:
         self.end = end
         self._timer.cancel()
         self._queue.clear()
+        if self._passed_buffer is not None:
+            self.reactor.return_buffer(self._passed_buffer)
+            if self._passed:
+                go_away = None  # what was sealed before it is lost, and it could not be read
+            self._passed_buffer, self._passed = None, 0
         if go_away is not None and self._unsent is None:
             self._say_go_away(go_away)
         self._release_unsent()

@@ -72,6 +72,11 @@ class Pacer:
             self.go_through_soon()
         return 0
 
+    def passed(self, half: Half, length: int) -> None:
+        """See `Meter`."""
+        half.circuit.forwarded[half.direction] += length
+        self.carried[half.direction] += length
+
     def went_ahead(self, half: Half, count: int) -> None:
         """So many bytes went to this half's peer before its circuit was open."""
         self._ask(half, count)

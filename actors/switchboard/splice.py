@@ -6,6 +6,9 @@ as large as may be. So each direction is::
 
     link of one peer -> deliver -> kept -> fetch -> link of the other peer
 
+While the other link keeps up and no limit counts bytes, they are not even kept: the link seals them from where they
+were delivered (`Channel.pass_on`).
+
 What is kept is bounded by the window of the stream that it came from: only what was fetched counts as consumed, and
 only that is granted anew; and by what the peer may make us keep in all (`actors.switchboard.budget`). Windows grow with
 the speed of the circuit, as long as all circuits together keep within a limit (`Growth`): else those who send fast to
@@ -58,6 +61,9 @@ class Meter(Protocol):
         """
         ...
 
+    def passed(self, half: Half, length: int) -> None:
+        """So many bytes went to this half's peer, which need no leave (`Half.is_free`)."""
+
 
 class Half:
     """The end of one stream of a splice: keeps what is to go to its peer. A `LocalEnd`.
@@ -107,6 +113,12 @@ class Half:
         if early:
             self._kept.append(bytearray(early))
 
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing waits here, and no limit counts what goes to this half's peer."""
+        circuit = self.circuit
+        return not self.length and not circuit.buckets and (circuit.limit is None or not circuit.limit.data)
+
     # ---- to this half's peer
 
     def fetch(self, buffer: memoryview, start: int, limit: int) -> int:
@@ -151,12 +163,13 @@ class Half:
 
     def gone_on(self, length: int, came: int) -> None:
         """So many bytes of this half's peer, which came in that round of the reactor, went to the other one."""
-        channel = self.channel
-        reactor = channel.reactor
-        growth = self._splice.growth
-        behind = reactor.rounds - came > _ROUNDS or growth.grown >= growth.most
-        channel.budget.give_back(length)
-        channel.consumed(length, reactor.clock(), behind=behind)
+        reactor = self.channel.reactor
+        self.channel.budget.give_back(length)
+        self._consumed(length, reactor.clock(), behind=reactor.rounds - came > _ROUNDS)
+
+    def _consumed(self, length: int, now: float, *, behind: bool) -> None:
+        channel, growth = self.channel, self._splice.growth
+        channel.consumed(length, now, behind=behind or growth.grown >= growth.most)
         window = channel.stream.window
         if window != self._window:
             growth.grown += window - self._window
@@ -180,7 +193,10 @@ class Half:
     def deliver(self, buffer: memoryview, start: int, end: int, now: float) -> None:
         """See `LocalEnd`."""
         other = self.other
-        if not other.channel.closed:
+        if other.is_free and other.channel.pass_on(buffer, start, end):
+            self._splice.meter.passed(other, end - start)
+            self._consumed(end - start, now, behind=False)
+        elif not other.channel.closed:
             if self.channel.budget.take(end - start, other.length):
                 other.keep(buffer[start:end], self.channel.reactor.rounds)
             else:

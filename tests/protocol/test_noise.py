@@ -315,3 +315,16 @@ def test_any_bytes_are_refused_or_waited_for(chunks, initiator):
     except NoiseError:
         pass
     assert victim.result is None
+
+
+def test_sealing_into_another_buffer_is_sealing():
+    one, other, reader = (CipherState(b"k" * 32) for _ in range(3))
+    for length in (0, 1, 65_519):
+        plain = bytes(range(256)) * 256
+        out, in_place = bytearray(70_000), bytearray(70_000)
+        in_place[:length] = plain[:length]
+        sealed = one.seal_into(memoryview(plain)[:length], memoryview(out))
+        assert sealed == other.seal(memoryview(in_place), length) == length + 16
+        assert out[:sealed] == in_place[:sealed]
+        assert reader.open(memoryview(out)[:sealed]) == length
+        assert out[:length] == plain[:length]

@@ -1,6 +1,8 @@
 """The relay's room: reservations, circuits, limits, policy; with real links and clients made of the same machines."""
 
+import contextlib
 import hashlib
+import random
 import time
 
 import pytest
@@ -12,6 +14,7 @@ from actors.reactor import READ
 from protocol.circuit.addresses import circuit_address
 from protocol.circuit.messages import HopMessage, HopType, Status, encode_message
 from protocol.circuit.messages import Peer as Destination
+from protocol.errors import LimitExceededError
 from protocol.messages.relay import CircuitLimit
 from protocol.multistream import encode_message as multistream_message
 from protocol.protocol_ids import CIRCUIT_STOP
@@ -89,6 +92,34 @@ async def test_much_both_ways_at_once(direct):
         assert hashlib.sha256(near.data).digest() == hashlib.sha256(down).digest()
         await until(lambda: world.room.status().circuits == 0, "the end of the circuit")
         assert world.room.describe()["windows_grown_by"] == 0
+
+
+@pytest.mark.parametrize("limited", [False, True])
+async def test_many_circuits_between_the_same_peers_with_pieces_of_all_sizes(limited):
+    # small frames share messages; what is sealed straight from where it came must leave its neighbours alone
+    limits = rules(bytes_per_second=scoped(total=1_000_000_000)) if limited else rules()
+    async with no_leaks(), relaying(limits) as world:
+        home, laptop = await pair(world)
+        circuits = [await laptop.circuit(home) for _ in range(12)]
+        dice = random.Random(7)
+        sent = {end: bytearray() for circuit in circuits for end in circuit}
+        for _ in range(400):
+            for circuit in circuits:
+                source, target = dice.sample(circuit, 2)
+                piece = dice.randbytes(dice.choice((1, 11, 13, 200, 5000, 65_507)) if dice.random() < 0.5 else 30)
+                with contextlib.suppress(LimitExceededError):  # its queue is full
+                    source.channel.send(piece)
+                    sent[target] += piece
+            await trio.lowlevel.checkpoint()
+        for circuit in circuits:
+            for end in circuit:
+                end.channel.finish()
+        await until(lambda: all(end.finished for circuit in circuits for end in circuit), "all of it")
+        assert all(end.data == sent[end] for circuit in circuits for end in circuit)
+        total = sum(map(len, sent.values()))
+        status = world.room.status()
+        assert status.to_destination + status.to_source == total
+        await until(lambda: world.room.status().circuits == 0, "the end of all circuits")
 
 
 async def test_early_bytes_travel_behind_connect_and_what_follows_ok_behind_ok():
