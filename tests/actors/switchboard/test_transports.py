@@ -143,8 +143,9 @@ def test_listening_everywhere_is_announced_as_each_interface():
 class Told:
     """A connection whose peer has said where it listens."""
 
-    def __init__(self, remote, *addresses):
+    def __init__(self, remote, *addresses, relayed=False):
         self.peer = peer_of("x")
+        self.relayed = relayed
         self.remote_address = Multiaddr(remote)
         self.identification = Identification(listen_addresses=tuple(Multiaddr(text) for text in addresses))
 
@@ -169,3 +170,11 @@ def test_a_loopback_address_is_believed_only_from_this_machine():
     assert book.addresses(peer_of("x")) == (Multiaddr("/ip4/192.168.1.5/tcp/4001"),)
     book.learn(Told("/ip4/127.0.0.1/tcp/1", f"/ip4/127.0.0.1/tcp/4001{P2P}"))
     assert book.addresses(peer_of("x")) == (Multiaddr("/ip4/127.0.0.1/tcp/4001"),)
+
+
+def test_what_a_peer_behind_a_relay_of_this_machine_tells_is_not_of_this_machine():
+    book = AddressBook()
+    relay = f"/ip4/203.0.113.1/tcp/4001/p2p/{peer_of('relay')}"
+    told = ("/ip4/127.0.0.1/tcp/4001", f"{relay}/p2p-circuit", "/ip4/192.0.2.7/udp/1/p2p-circuit")
+    book.learn(Told("/ip4/127.0.0.1/tcp/1", *told, relayed=True))
+    assert book.addresses(peer_of("x")) == (Multiaddr(f"{relay}/p2p-circuit"),)
