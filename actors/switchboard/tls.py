@@ -102,7 +102,9 @@ class ServerCertificate:
         except ValueError as error:
             raise CertificateError(f"{self._certificate} holds no certificate in PEM form") from error
         except (PeerupError, OSError) as error:
-            raise CertificateError(str(error)) from error
+            raise CertificateError(
+                f"{error} (network.tls in config.yaml names the certificate for listen addresses with /tls/ws)"
+            ) from error
         left = leaf.not_valid_after_utc.timestamp() - self._wall()
         if left < _WEEK:
             when = f"{leaf.not_valid_after_utc:%Y-%m-%d}"
@@ -213,6 +215,7 @@ class TlsPipe:
                 return self._tls.read(_READ_SIZE)
             except ssl.SSLWantReadError:
                 await self._send_outgoing()
+            await trio.lowlevel.checkpoint()  # there may always be something, and never anything in it
             data = await self._pipe.receive()
             if not data:
                 return b""  # cut off, perhaps by an attacker; what is inside notices that by itself

@@ -63,7 +63,7 @@ async def connect_websocket(
     with _opening():
         await pipe.send(opening.request)
         while (rest := opening.receive_data(await pipe.receive())) is None:
-            pass
+            await trio.lowlevel.checkpoint()  # see WebSocketPipe.receive
     frames = Frames(client=True, random_key=lambda: random(4))
     return WebSocketPipe(pipe, frames, rest, secure=secure, remote=address.without_peer_id())
 
@@ -164,6 +164,9 @@ class WebSocketPipe:
                 await self._pipe.send(pong)
             if length:
                 return bytes(buffer[:length])
+            # A pipe that always has something does not wait. Whoever sends nothing but empty frames shall keep nobody
+            # else waiting, and meet the deadline.
+            await trio.lowlevel.checkpoint()
         return b""
 
     async def send(self, data: bytes) -> None:

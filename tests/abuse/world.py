@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +21,15 @@ from tests.support.processes import descriptors, pss_bytes, wait_until
 class World:
     """Two nodes and an insider: a key that `home` authorises and that behaves as badly as it likes."""
 
-    def __init__(self, directory: Path, stack: contextlib.ExitStack, *, log_level: str = "info") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        stack: contextlib.ExitStack,
+        *,
+        log_level: str = "info",
+        prepare: Callable[[Node], None] | None = None,
+    ) -> None:
+        """`prepare` changes the configuration of `home` before it is started."""
         self.server = EchoServer()
         stack.callback(self.server.stop)
         self.directory = directory
@@ -38,6 +47,8 @@ class World:
             if port is not None:
                 text = text.replace("127.0.0.1:9091", f"127.0.0.1:{port}")
         config.write_text(text)
+        if prepare is not None:
+            prepare(self.home)
         self.laptop.run("auth", "add", self.home.peer_id)
         self.home.run("auth", "add", self.laptop.peer_id, "--comment", "laptop")
         self.home.run("auth", "add", str(self.insider.peer_id), "--comment", "insider")

@@ -309,6 +309,38 @@ async def test_a_refused_client_that_stays_is_cut_off_in_time(autojump_clock):
     assert took <= websocket_module.GOODBYE + 0.1
 
 
+class Endless:
+    """A pipe that always has something to read, and never anything in it."""
+
+    def __init__(self, first, then):
+        self.pieces = [then, first]
+        self.readable = True
+
+    async def receive(self):
+        return self.pieces.pop() if len(self.pieces) > 1 else self.pieces[0]
+
+    async def send(self, data):
+        pass
+
+
+async def test_empty_frames_without_end_keep_nobody_waiting():
+    pipe = await websocket_module.accept_websocket(
+        Endless(REQUEST, bytes.fromhex("828000000000898000000000")), wall=lambda: 0.0, secure=False
+    )
+    with trio.move_on_after(0.05) as scope:
+        await pipe.receive()
+    assert scope.cancelled_caught
+
+
+async def test_interim_answers_without_end_keep_nobody_waiting():
+    pipe = Endless(b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 102 Processing\r\n\r\n")
+    with trio.move_on_after(0.05) as scope:
+        await websocket_module.connect_websocket(
+            pipe, Multiaddr(f"{HERE}/ws"), host="a", random=os.urandom, secure=False
+        )
+    assert scope.cancelled_caught
+
+
 async def test_a_flood_of_slow_callers_does_not_keep_a_friend_out():
     async with two_nodes(listen=(f"{HERE}/ws",), admission={"concurrent": 8, "concurrent_per_source": 8}) as nodes:
         alice, bob = nodes
