@@ -284,7 +284,7 @@ class Tunnels:
             if tunnel is None:  # over before it was told of
                 tunnel = Tunnel(stream.peer, stream.path, stream.since)
             result = PumpResult(Outcome(ended.outcome), ended.code, stream.sent, stream.received)
-            self._ended_with(tunnel, result, ended.duration)
+            self._ended_with(tunnel, result, ended.duration, ended.reason)
         self._measure()
 
     def _ended(self, tunnel: Tunnel, result: PumpResult) -> None:
@@ -292,13 +292,15 @@ class Tunnels:
         self._measure()
         self._ended_with(tunnel, result, None)
 
-    def _ended_with(self, tunnel: Tunnel, result: PumpResult, duration: float | None) -> None:
+    def _ended_with(self, tunnel: Tunnel, result: PumpResult, duration: float | None, reason: str = "") -> None:
         self._count_one(tunnel, result.sent, result.received)
         outcome = result.outcome.value
         words = outcome
         if result.outcome is not Outcome.FINISHED:
             words = f"{outcome}: {ResetCode.describe(result.code)}"
             meaning = MEANINGS.get(result.code) if result.outcome is Outcome.STREAM_RESET else None
+            if meaning and reason:
+                meaning = f"{meaning}: {reason}"
             self.last_failure = f"{words} ({meaning})" if meaning else words
         if result.outcome is Outcome.STREAM_RESET:
             outcome = ResetCode.describe(result.code) if result.code in _KNOWN_CODES else outcome

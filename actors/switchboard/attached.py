@@ -312,7 +312,9 @@ class AttachedStreams:
         owner = stream.owner
         sent, received = stream.traffic()
         stream.end = None
-        ended = EndedStream(stream.info(sent, received), self._now() - stream.since, outcome.value, int(code))
+        end = stream.connection.link.end if code == ResetCode.CONNECTION_LOST else None
+        duration, reason = self._now() - stream.since, "" if end is None else end.reason
+        ended = EndedStream(stream.info(sent, received), duration, outcome.value, int(code), reason)
         owner.ended.append((stream, ended))
         del owner.ended[:-MAX_UNTOLD]
         self._plan(owner)

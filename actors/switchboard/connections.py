@@ -49,6 +49,7 @@ class Muxed(Protocol):
     sent: int
     received: int
     rtt: float | None
+    end: LinkEnd | None
 
     @property
     def streams(self) -> int:

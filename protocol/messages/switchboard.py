@@ -199,12 +199,14 @@ class EndedStream:
         duration: seconds.
         outcome: `finished`, `stream-reset`, `local-reset` or `aborted`.
         code: the reset code sent or received; 0 when finished.
+        reason: why the connection ended, if the stream ended with it.
     """
 
     stream: AttachedStream
     duration: float
     outcome: str
     code: int
+    reason: str = ""
 
 
 @message("switchboard.stream-report")

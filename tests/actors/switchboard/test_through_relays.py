@@ -166,6 +166,9 @@ async def test_the_relays_limit_cuts_the_circuit_and_the_end_says_so():
                 await stream.send_all(bytes(64_000_000))
             await stream.aclose()
         await until(lambda: near.end is not None)
+        proxy = alice.actors["proxy/bob/echo"]
+        await until(lambda: str(middle.peer) in proxy.describe()["last_failure"])
+        assert "100000 bytes each way" in proxy.describe()["last_failure"], "whoever had the tunnel is told why"
         assert near.end.code == "circuit-cut"
         assert str(middle.peer) in near.end.reason
         assert "100000 bytes each way" in near.end.reason
