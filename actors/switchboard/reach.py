@@ -16,6 +16,7 @@ from actors.switchboard.errors import (
     AddressError,
     ConnectionLostError,
     NotAuthorisedError,
+    RelayRefusedError,
     RelayUnreachableError,
     SwitchboardError,
     UnreachableError,
@@ -248,11 +249,18 @@ class Reach:
             raise AddressError(f"{address} does not say which relay to use")
         connection = await self._connect_relay(relay, address)
         ahead = self.relays.takes_early(connection)
-        circuit = DialledCircuit(connection, peer, ahead=ahead)
+        circuit: DialledCircuit | None = None
         try:
+            circuit = DialledCircuit(connection, peer, ahead=ahead)
             return await self._upgrade(circuit, peer)
         except (SwitchboardError, LinkClosedError) as error:
-            if not ahead or not circuit.lost_early or connection.end is not None:
+            gone = connection.link.end is not None
+            if gone and connection.outbound and not connection.heard:
+                raise RelayRefusedError(
+                    f"the relay {relay} hung up when it knew who we are; most likely it does not list this node"
+                    " (there: peerup relay authorize, with the id that peerup whoami shows here)"
+                ) from error
+            if gone or not ahead or circuit is None or not circuit.lost_early:
                 raise
             self._context.log.info("{} may not pass on early bytes: {}", relay, error)
         self.relays.lost_early(relay)

@@ -126,6 +126,32 @@ async def test_what_a_relay_refuses_is_told_in_words():
         assert "NO_RESERVATION" in caught.value.reason
 
 
+async def test_a_relay_that_does_not_list_us_is_told_as_that():
+    async with (
+        relay(peers=["bob"]) as middle,
+        node("alice", middle, peers=["bob"]) as alice,
+    ):
+        with pytest.raises(RefusedError) as caught:
+            await alice.ask("switchboard", Connect(peer_of("bob")))
+        assert f"the relay {middle.peer} hung up when it knew who we are" in caught.value.reason
+        assert "peerup relay authorize" in caught.value.reason
+
+
+async def test_a_relay_that_is_not_there_is_told_as_that():
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+    absent = peer_of("relay")
+    async with node("alice", peers=["bob"]) as alice:
+        alice.config.relays = (f"/ip4/127.0.0.1/tcp/{port}/p2p/{absent}",)
+        alice.config.tell()
+        await until(lambda: absent in alice.switchboard._reach.relays)
+        with pytest.raises(RefusedError) as caught:
+            await alice.ask("switchboard", Connect(peer_of("bob")))
+        assert f"the relay {absent} cannot be reached" in caught.value.reason
+        assert "connection refused" in caught.value.reason
+
+
 async def test_a_peer_that_does_not_authorise_us_is_told_as_that():
     async with world(bobs_peers=("carol",)) as (alice, _, bob):
         with pytest.raises(RefusedError) as caught:
