@@ -108,8 +108,6 @@ def _measure_tunnel(
 def _measure_relay(scale: Scale, samples: Samples, *, quick: bool) -> None:
     try:
         ours, direct = relay.measure(scale, quick=quick)
-    except AbsentError as error:
-        samples.absent[relay.DIRECT] = str(error)
     except (LoadError, DemoError) as error:
         samples.failures.append(f"a relay: {error}")
     else:

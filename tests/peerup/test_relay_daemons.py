@@ -1,7 +1,7 @@
 """Real nodes that reach each other only through a real relay: its rules, its stop, and the deaths of its actors.
 
-They are all in one network namespace, where the relay has an address that is not loopback. So no node takes the
-loopback address of the other, which the other tells through the relay, for a way to it.
+They listen on loopback alone. What a peer says of its loopback addresses leads nowhere unless it is connected directly,
+so they have no other way.
 """
 
 import contextlib
@@ -11,14 +11,9 @@ import socket
 import threading
 import time
 
-import pytest
-
 from demo.node import Node
 from tests.chaos.load import EchoServer, echo_works
-from tests.natlab.namespaces import LabError, Namespace
 from tests.support.processes import is_alive, wait_until
-
-PUBLIC = "198.51.100.1"
 
 
 class Relayed:
@@ -29,7 +24,6 @@ class Relayed:
         self.server = EchoServer()
         stack.callback(self.server.stop)
         self.relay, self.home, self.laptop = (Node(name, directory) for name in ("relay", "home", "laptop"))
-        self.relay.address = self.relay.address.replace("127.0.0.1", PUBLIC)
         for node in (self.relay, self.home, self.laptop):
             node.initialise()
         self.config = self.relay.home / "config.yaml"
@@ -71,24 +65,12 @@ class Relayed:
             yield sock
 
 
-@pytest.fixture
-def namespace():
-    try:
-        made = Namespace("relay daemons")
-    except LabError as error:
-        pytest.skip(f"no network namespace can be made here: {error}")
-    with contextlib.closing(made):
-        made.ip(f"addr add {PUBLIC}/32 dev lo")
-        with made.enter():
-            yield made
-
-
 def echoes(sock):
     sock.sendall(b"ping")
     return sock.recv(4) == b"ping"
 
 
-def test_a_tunnel_through_a_relay_and_what_the_relay_tells(namespace, tmp_path):
+def test_a_tunnel_through_a_relay_and_what_the_relay_tells(tmp_path):
     with contextlib.ExitStack() as stack:
         world = Relayed(tmp_path, stack)
         assert "relayed" in world.path()
@@ -113,7 +95,7 @@ def test_a_tunnel_through_a_relay_and_what_the_relay_tells(namespace, tmp_path):
         wait_until(lambda: echo_works(world.port), within=40, what="the tunnel after the switchboard's death")
 
 
-def test_limits_that_change_apply_without_a_restart_and_an_unlisted_peer_is_cut_off(namespace, tmp_path):
+def test_limits_that_change_apply_without_a_restart_and_an_unlisted_peer_is_cut_off(tmp_path):
     with contextlib.ExitStack() as stack:
         world = Relayed(tmp_path, stack)
         daemon = world.relay.daemon_pid
@@ -131,7 +113,7 @@ def test_limits_that_change_apply_without_a_restart_and_an_unlisted_peer_is_cut_
         assert world.relay.daemon_pid == daemon
 
 
-def test_a_stop_gives_open_circuits_their_time(namespace, tmp_path):
+def test_a_stop_gives_open_circuits_their_time(tmp_path):
     with contextlib.ExitStack() as stack:
         world = Relayed(tmp_path, stack)
         with world.connection() as sock:
@@ -147,7 +129,7 @@ def test_a_stop_gives_open_circuits_their_time(namespace, tmp_path):
         assert 2.5 < lasted < 15, f"the circuit lasted {lasted} s, of 3 s that it was granted"
 
 
-def test_a_second_signal_ends_a_drain_at_once(namespace, tmp_path):
+def test_a_second_signal_ends_a_drain_at_once(tmp_path):
     with contextlib.ExitStack() as stack:
         world = Relayed(tmp_path, stack, drain="100s")
         with world.connection() as sock:
