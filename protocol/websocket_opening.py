@@ -16,7 +16,7 @@ from typing import ClassVar, Final
 
 import h11
 
-from protocol.errors import ProtocolError
+from protocol.errors import InvalidValueError, ProtocolError
 
 __all__ = ["MAX_REQUEST", "MAX_RESPONSE", "ClientOpening", "OpeningError", "ServerOpening"]
 
@@ -52,23 +52,25 @@ class ClientOpening:
 
     Attributes:
         request: what to send.
+
+    Raises:
+        InvalidValueError: `host` cannot stand in a request.
     """
 
     def __init__(self, host: str, nonce: bytes) -> None:
         key = base64.b64encode(nonce)
         self._expected = accept_token(key)
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_RESPONSE)
-        request = h11.Request(
-            method="GET",
-            target="/",
-            headers=[
-                (b"Host", host.encode("ascii")),
-                (b"Upgrade", b"websocket"),
-                (b"Connection", b"Upgrade"),
-                (b"Sec-WebSocket-Key", key),
-                (b"Sec-WebSocket-Version", _VERSION),
-            ],
-        )
+        headers = [
+            (b"Upgrade", b"websocket"),
+            (b"Connection", b"Upgrade"),
+            (b"Sec-WebSocket-Key", key),
+            (b"Sec-WebSocket-Version", _VERSION),
+        ]
+        try:
+            request = h11.Request(method="GET", target="/", headers=[(b"Host", host.encode("ascii")), *headers])
+        except (h11.LocalProtocolError, UnicodeError) as error:
+            raise InvalidValueError(f"{host!r} is not the name of a web server: {error}") from None
         self.request: bytes = (self._http.send(request) or b"") + (self._http.send(h11.EndOfMessage()) or b"")
 
     def receive_data(self, data: bytes) -> bytes | None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import h11
 import trio
 
 from actors.switchboard.errors import AddressError, HandshakeError
@@ -121,7 +120,7 @@ class Pipes:
                         await tls.handshake()
                 host = host_header(route.endpoint, route.server_name, secure=secure)
                 return await connect_websocket(pipe, address, host=host, random=self._random, secure=secure)
-        except (ValueError, h11.LocalProtocolError) as error:
+        except ValueError as error:
             pipe.close()
             raise AddressError(f"the name of the server cannot be used: {error}") from error
         except BaseException:

@@ -77,7 +77,7 @@ class Way:
 
     Attributes:
         path: `direct` or `relayed`.
-        transport: what the first hop runs over: `tcp`, `websocket`.
+        transport: what the first hop runs over: `tcp`, `websocket`, `wss` (WebSocket in TLS).
         relay: through whom, if relayed.
         limit: what the relay grants to this one circuit; None without limit.
     """

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.errors import InvalidValueError
 from protocol.websocket import MAX_HELD, CloseCode, Closed, Frames, WebSocketError
 from protocol.websocket_opening import (
     MAX_REQUEST,
@@ -293,6 +294,12 @@ def test_who_hangs_up_is_told_of():
     for caller in (opening, ServerOpening(DATE)):
         with pytest.raises(OpeningError, match="closed"):
             caller.receive_data(b"")
+
+
+@pytest.mark.parametrize("host", ["a\r\nX: b", "\N{SNOWMAN}.example", " a", "a\0"])
+def test_a_host_that_cannot_be_asked_for_is_refused(host):
+    with pytest.raises(InvalidValueError, match="not the name of a web server"):
+        ClientOpening(host, NONCE)
 
 
 def test_the_answer_is_bounded():
