@@ -23,7 +23,7 @@ class ConnectionInfo:
         id: unique while the switchboard lives.
         direction: `inbound` or `outbound`.
         path: `direct` or `relayed`.
-        transport: `tcp` (later `quic`, `websocket`).
+        transport: `tcp`, `websocket`, or `wss` for WebSocket in TLS.
         streams: open streams in both directions.
         rtt: seconds, smoothed; None until measured.
         sent, received: bytes on the wire.
