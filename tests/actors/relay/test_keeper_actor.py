@@ -372,5 +372,6 @@ async def test_whatever_dies_in_whatever_order_it_heals(around, autojump_clock, 
         for relay in relays:
             relay.mode = "fine"
         await world.whole()
+        await trio.sleep(5)  # what happened last has been noticed
         await around.until(lambda: set(around.announces) == {relay.relayed for relay in relays}, 600)
         assert {one.state for one in (await world.ask(KEEPER, ReadRelays())).relays} <= {"held", "renewing"}
