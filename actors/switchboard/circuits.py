@@ -83,6 +83,7 @@ class CircuitEnd:
     )
 
     frame: int = MAX_DATA
+    batch: int = 1  # what is sealed goes on while the processor still has it at hand
 
     def __init__(self, channel: Channel, words: Callable[[int], str], *, unread: bytes = b"") -> None:
         self.scratch = channel.reactor.inner_scratch
@@ -225,7 +226,7 @@ class CircuitEnd:
         self._taken = 0
         if self._wants:
             self._call(WRITE)
-        if (flush := self._flush) is not None and not self._wants:
+        if not self._taken and (flush := self._flush) is not None:
             self._flush = None
             flush()
         self._target = None

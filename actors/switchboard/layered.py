@@ -19,6 +19,7 @@ class LayeredWire:
 
     def __init__(self, reactor: Reactor, below: Wire) -> None:
         self.frame: int = below.frame
+        self.batch: int = below.batch
         self.scratch: memoryview = below.scratch
         self.soon = below.soon
         self._reactor = reactor

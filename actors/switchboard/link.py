@@ -123,6 +123,8 @@ class Link:
         self.max_data = wire.frame - _PREFIX - _HEADER - TAG_LENGTH
         self._wire = wire
         self._scratch = wire.scratch
+        self._batch = min(wire.batch, _BATCH)
+        self._rounds = _SEND_ROUNDS if wire.batch > 1 else 1
         self._full = wire.frame - TAG_LENGTH  # where the plaintext of a message must end that begins at 0
         self._send_cipher = send_cipher
         self._receive_cipher = receive_cipher
@@ -333,7 +335,7 @@ class Link:
             return
         buffer = self.reactor.take_buffer(_SEND_BUFFER)
         try:
-            for _ in range(_SEND_ROUNDS):
+            for _ in range(self._rounds):
                 end = self._lay_out(buffer)
                 if not end:
                     break
@@ -404,7 +406,7 @@ class Link:
         """Fill `buffer` with sealed messages ready to send. Returns how many bytes they are."""
         session, queue = self.session, self._queue
         begin, position = self._lay_out_control(buffer, 0, _PREFIX)
-        while queue and begin < _BATCH:
+        while queue and begin < self._batch:
             channel = queue[0]
             start = position + _HEADER
             if position - begin == _PREFIX:

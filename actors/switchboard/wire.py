@@ -140,11 +140,17 @@ class Wire(Protocol):
     Attributes:
         frame: bytes of the longest Noise message, with its length before it, that goes through in one piece; at most
             `MAX_FRAME`.
+        batch: bytes that are worth sealing before they are sent; 1 for one message at a time.
         scratch: room for the link to receive into; not where the wire itself has the bytes from.
     """
 
     @property
     def frame(self) -> int:
+        """See the class."""
+        ...
+
+    @property
+    def batch(self) -> int:
         """See the class."""
         ...
 
@@ -198,6 +204,7 @@ class SocketWire:
     __slots__ = ("_fd", "_reactor", "_socket", "recv_into", "scratch", "send", "soon")
 
     frame: int = MAX_FRAME
+    batch: int = 4 * MAX_FRAME
 
     def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
         sock.setblocking(False)

@@ -34,6 +34,7 @@ class Ground:
     """One end of a connection in memory. `limits` say how much each call of `send` and `recv_into` moves at most."""
 
     frame = MAX_FRAME
+    batch = 4 * MAX_FRAME
 
     def __init__(self, loop, limits):
         self.scratch = loop.scratch
