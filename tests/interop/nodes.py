@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from tests.interop.content import blocks
 
 READY = 30.0
 """Seconds until a node must have its reservation, or have taken over a configuration, also where all cores are busy."""
+
+TRANSFER = 120.0
+"""Seconds that 100 MB may take where every core is busy; alone they take one or two."""
+
+LAST_LINES = 60
+"""How much of a node's log is shown with a failure."""
 
 
 class RelayNode(Node):
@@ -57,9 +64,13 @@ async def running(node: Node, *commands: tuple[str, ...], initialised: bool = Fa
         await trio.to_thread.run_sync(node.initialise)
     for command in commands:
         await run(node, *command)
-    await trio.to_thread.run_sync(node.start)
     try:
+        await trio.to_thread.run_sync(node.start)
         yield node
+    except BaseException:
+        log = node.home.parent / f"{node.name}.log"
+        print(f"the last of {log}:", *log.read_text().splitlines()[-LAST_LINES:], sep="\n", file=sys.stderr)
+        raise
     finally:
         with trio.CancelScope(shield=True):
             left = await trio.to_thread.run_sync(node.stop)
@@ -136,24 +147,26 @@ async def receive_all(stream: trio.SocketStream) -> tuple[int, str, bytes]:
 
 async def upload(port: int, size: int, seed: int) -> dict[str, Any]:
     """Send content to a sink behind this port; its answer."""
-    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-        for block in blocks(size, seed):
-            await stream.send_all(block)
-        await stream.send_eof()
-        _, _, last = await receive_all(stream)
+    with trio.fail_after(TRANSFER):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            for block in blocks(size, seed):
+                await stream.send_all(block)
+            await stream.send_eof()
+            _, _, last = await receive_all(stream)
     answer: dict[str, Any] = json.loads(last)
     return answer
 
 
 async def round_trip(port: int, size: int, seed: int) -> tuple[int, str]:
     """Send content to an echo behind this port; how much came back, and its hash."""
-    async with await trio.open_tcp_stream("127.0.0.1", port) as stream, trio.open_nursery() as nursery:
+    with trio.fail_after(TRANSFER):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream, trio.open_nursery() as nursery:
 
-        async def send() -> None:
-            for block in blocks(size, seed):
-                await stream.send_all(block)
-            await stream.send_eof()
+            async def send() -> None:
+                for block in blocks(size, seed):
+                    await stream.send_all(block)
+                await stream.send_eof()
 
-        nursery.start_soon(send)
-        count, digest, _ = await receive_all(stream)
+            nursery.start_soon(send)
+            count, digest, _ = await receive_all(stream)
     return count, digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import socket
 import struct
@@ -47,6 +48,15 @@ async def proxy_port(node: Node) -> int:
     return await nodes.proxy_port(node, "friend", SERVICE)
 
 
+@contextlib.asynccontextmanager
+async def tunnel(node: Node) -> AsyncIterator[trio.SocketStream]:
+    """A TCP connection to the friend's service; it must be done with soon."""
+    port = await proxy_port(node)
+    with trio.fail_after(nodes.TRANSFER):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            yield stream
+
+
 async def dial(peer: ForeignPeer, node: Node) -> None:
     await do(peer, "dial", address=nodes.whole_address(node))
 
@@ -66,7 +76,7 @@ async def test_we_reach_their_service(node, friend):
 
 async def test_their_service_may_end_first(node, friend):
     await do(friend, "serve", protocol=PROTOCOL, behaviour="source")
-    async with await trio.open_tcp_stream("127.0.0.1", await proxy_port(node)) as stream:
+    async with tunnel(node) as stream:
         await stream.send_all(b"20000000 3\n")
         assert (await nodes.receive_all(stream))[:2] == (20 * MB, sha256(20 * MB, 3))
         await stream.send_all(b"still there")  # our direction is open until we end it
@@ -78,7 +88,7 @@ async def test_their_service_may_end_first(node, friend):
 async def test_a_reset_stays_a_reset_through_the_node(node, friend):
     """From their stream to our TCP client: never a clean end."""
     await do(friend, "serve", protocol=PROTOCOL, behaviour="reset", bytes=1000, code=5)
-    async with await trio.open_tcp_stream("127.0.0.1", await proxy_port(node)) as stream:
+    async with tunnel(node) as stream:
         await stream.send_all(b"x" * 1000)
         with pytest.raises(trio.BrokenResourceError):
             await nodes.receive_all(stream)
@@ -86,7 +96,7 @@ async def test_a_reset_stays_a_reset_through_the_node(node, friend):
 
 async def test_a_tcp_reset_of_our_client_reaches_their_stream_as_a_reset(node, friend):
     await do(friend, "serve", protocol=PROTOCOL, behaviour="sink")
-    async with await trio.open_tcp_stream("127.0.0.1", await proxy_port(node)) as stream:
+    async with tunnel(node) as stream:
         await stream.send_all(b"x" * 1000)
         await opened(friend, PROTOCOL)
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
