@@ -247,6 +247,22 @@ def test_a_relay_that_is_killed_during_a_transfer_is_used_again_when_it_is_back(
     assert took < 10
 
 
+def test_a_relay_that_no_longer_lists_us_is_told_and_one_that_does_again_is_used(pair_behind):
+    pair = pair_behind(PORT_RESTRICTED, SYMMETRIC)
+    [relay] = pair.relays
+    address = pair.laptop.proxy("home", "echo")
+    assert pair.greeting(address)
+    relay("auth", "remove", pair.home.peer_id)
+    wait_for(lambda: pair.home.held() == 0, "the reservation is lost", SOON)
+    assert pair.home.reservations[0]["relayed_addresses"] == []
+    wait_for(lambda: "does not authorise this node" in pair.home("relay", "list"), "what a person is told", SOON)
+    assert not pair.greeting(address, 5)
+    relay("auth", "add", pair.home.peer_id)
+    took = seconds_until(lambda: pair.home.held() == 1)
+    print(f"\nreservation {took:.2f} s after being listed again")
+    assert seconds_until(lambda: pair.greeting(address, 3)) < SOON
+
+
 def test_whatever_is_killed_under_relayed_load_heals(pair_behind):
     pair = pair_behind(PORT_RESTRICTED, SYMMETRIC)
     pair.laptop("relay", "add", relay_address(pair.relays[0]))
