@@ -359,7 +359,8 @@ class Relaying:
             # The spec leaves it to the relay, and no client needs it to use the reservation.
             self._context.log.warning("a reservation of {} goes without a voucher: {}", held.peer, error)
             self._context.metrics.counter("peerup_relay_vouchers_missing_total").inc()
-        exchange.grant(Reservation(held.expire_wall, self._own_addresses(), voucher), held)
+        addresses = _of_use_to(_ip(exchange.connection), self._own_addresses())
+        exchange.grant(Reservation(held.expire_wall, addresses, voucher), held)
 
     def _own_addresses(self) -> tuple[Multiaddr, ...]:
         return announced_addresses(self._addresses(), self._own)
@@ -442,6 +443,19 @@ class Relaying:
 
 
 _CLOSED: Final = Refusal(Status.PERMISSION_DENIED, "this node does not serve as a relay", "not-serving")
+
+
+def _of_use_to(
+    client: ipaddress.IPv4Address | ipaddress.IPv6Address, addresses: tuple[Multiaddr, ...]
+) -> tuple[Multiaddr, ...]:
+    """What a client can tell others of. One out in the internet has nothing from this machine's private network.
+
+    If nothing is left, it takes the address that it has dialled itself, which works: so it is with a machine behind a
+    1:1 NAT that does not know its public address yet.
+    """
+    if not client.is_global:
+        return addresses
+    return tuple(address for address in addresses if address.ip is None or address.ip.is_global)
 
 
 def _ip(connection: Connection) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

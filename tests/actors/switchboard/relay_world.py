@@ -124,6 +124,7 @@ class RelayWorld:
         self.context = PretendedContext(nursery, self.key)
         self.table = ConnectionTable(self.key.peer_id, limit=5000)
         self.protocols = ProtocolTable()
+        self.addresses = (ANNOUNCED,)
         self.denied: set[str] = set()
         self.guests: set[str] = set()
         self.refused: list[tuple[Connection, Decision]] = []
@@ -133,7 +134,7 @@ class RelayWorld:
             own=self.key.peer_id,
             table=self.table,
             protocols=self.protocols,
-            addresses=lambda: (ANNOUNCED,),
+            addresses=lambda: self.addresses,
             acl=self.acl,
             refused=lambda connection, decision: self.refused.append((connection, decision)),
         )

@@ -16,6 +16,7 @@ from protocol.circuit.messages import HopMessage, HopType, Status, encode_messag
 from protocol.circuit.messages import Peer as Destination
 from protocol.errors import LimitExceededError
 from protocol.messages.relay import CircuitLimit
+from protocol.multiaddr import Multiaddr
 from protocol.multistream import encode_message as multistream_message
 from protocol.protocol_ids import CIRCUIT_STOP
 from protocol.stream_descriptor import ResetCode
@@ -45,6 +46,24 @@ async def test_a_reservation_tells_addresses_expiry_limit_and_a_voucher_that_ver
         await home.reserve()
         assert world.room.status().held[0].renewed
         assert world.room.status().requests == {"reserve granted": 2}
+
+
+async def test_who_is_out_in_the_internet_is_told_of_public_addresses_alone():
+    async with relaying() as world:
+        private, public, name = (
+            Multiaddr(text) for text in ("/ip4/10.0.0.5/tcp/1", "/ip4/5.6.7.8/tcp/1", "/dns4/relay.example/tcp/1")
+        )
+
+        async def told(client, ip):
+            granted = (await world.connect(client, ip=ip).reserve()).grant
+            return [str(address).partition("/p2p/")[0] for address in granted.addresses]
+
+        world.addresses = (private, public, name)
+        assert await told("far", "51.15.1.1") == [str(public), str(name)]
+        assert await told("near", "10.0.0.9") == [str(private), str(public), str(name)]
+        world.addresses = (private,)
+        # it announces the address that it has dialled itself
+        assert await told("farther", "51.15.1.2") == []
 
 
 async def test_without_the_keyring_a_reservation_goes_without_a_voucher():
