@@ -80,6 +80,11 @@ class RelayMember(Member, Relay):
         """What it grants now."""
         return dict(self.run_json("actors", "get", "relay/server")["description"]["limits"])
 
+    def has_place(self, node: Node) -> bool:
+        """Whether the node has a reservation."""
+        told = {peer["peer_id"]: peer for peer in self.run_json("relay", "list-peers")}
+        return bool(told[node.peer_id]["reserved"])
+
     @property
     def config(self) -> Path:
         return self.home / "config.yaml"
@@ -311,13 +316,16 @@ def test_whatever_is_killed_stopped_or_hung_relayed_connections_come_back(world:
 
 
 @contextlib.contextmanager
-def limits(world: World, **changed: dict[str, Any]) -> Iterator[None]:
+def limits(world: World, **changed: dict[str, Any] | str) -> Iterator[None]:
     """Have the relay serve by these, without a restart, for a while."""
     before = world.relay.config.read_text()
     yaml = YAML()
     config = yaml.load(before)
     for kind, values in changed.items():
-        config["relay_service"][kind].update(values)
+        if isinstance(values, dict):
+            config["relay_service"][kind].update(values)
+        else:
+            config["relay_service"][kind] = values
     with world.relay.config.open("w") as file:
         yaml.dump(config, file)
     try:
@@ -358,6 +366,29 @@ def test_a_full_relay_tells_its_limits_to_those_whom_it_refuses(world: World) ->
     for node in (home, laptop):
         node.run("config", "reload")  # a person's word ends the long wait
     world.wait_healed("after the relay has room again")
+
+
+def test_a_place_that_expires_ends_no_tunnel_and_is_reserved_again(world: World) -> None:
+    world.wait_healed("before")
+    with limits(world, reservation_ttl="3s"):
+        wait_until(lambda: world.relay.limits()["reservation_ttl"] == 3, within=HEALED_WITHIN, what="new limits")
+        world.home.run("disconnect", world.relay.peer_id)
+        wait_until(lambda: echo_works(world.port, timeout=5), within=HEALED_WITHIN, what="a tunnel")
+        with socket.create_connection(("127.0.0.1", world.port), timeout=HEALED_WITHIN) as tunnel:
+            assert echoes(tunnel)
+            # No node renews a place as often as that, so it expires.
+            wait_until(lambda: not world.relay.has_place(world.home), within=HEALED_WITHIN, what="the place expires")
+            assert echoes(tunnel), "what is open goes on"
+    world.wait_healed("after places last longer again")
+
+
+def echoes(tunnel: socket.socket) -> bool:
+    """Whether a few bytes come back."""
+    tunnel.sendall(b"ping")
+    got = b""
+    while len(got) < 4 and (data := tunnel.recv(4 - len(got))):
+        got += data
+    return got == b"ping"
 
 
 def test_a_relay_that_does_not_serve_says_whom(world: World) -> None:
