@@ -229,6 +229,8 @@ class Reactor:
             if timeout != math.inf:
                 timeout = deadline - self.clock()
                 if timeout <= 0:
+                    # the same: trio would sleep once more for as long as it had decided, and nobody serve descriptors
+                    self._token.run_sync_soon(_nothing)
                     return
 
     def _round(self, timeout: float) -> bool:

@@ -231,6 +231,19 @@ async def test_an_idle_reactor_does_not_turn(direct):
         assert reactor.rounds - before <= 4
 
 
+async def test_deadlines_of_trio_are_kept(direct):
+    """Trio sleeps for as long as it has decided before the reactor began to sleep for it: it must be told to look."""
+    late = []
+    async with running(direct=direct):
+        for _ in range(3):
+            with trio.move_on_after(0.2):
+                await trio.sleep_forever()
+            began = time.monotonic()
+            await trio.sleep(0.3)
+            late.append(time.monotonic() - began - 0.3)
+    assert min(late) < 0.15, late  # the other two may be the machine's fault
+
+
 async def test_running_again_after_a_cancel(direct):
     calls = []
     with contextlib.closing(Reactor(time.monotonic, direct=direct)) as reactor:
