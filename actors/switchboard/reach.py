@@ -104,7 +104,6 @@ class Reach:
         """A peer has said where it is, and what it is."""
         self._admittance.heard(connection.peer)
         self.book.learn(connection)
-        self.relays.learn(connection)
         self.improver.news(connection.peer)
 
     def addresses(self, peer: PeerId) -> tuple[Multiaddr, ...]:
@@ -248,7 +247,7 @@ class Reach:
         if relay is None or relay in (peer, self._own):
             raise AddressError(f"{address} does not say which relay to use")
         connection = await self._connect_relay(relay, address)
-        ahead = self.relays.takes_early(connection)
+        ahead = self.relays.takes_early(relay)
         circuit: DialledCircuit | None = None
         try:
             circuit = DialledCircuit(connection, peer, ahead=ahead)

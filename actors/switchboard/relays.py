@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from actors.switchboard.connections import Connection
 from protocol.circuit.addresses import circuit_address
 from protocol.multiaddr import Multiaddr, MultiaddrError
 from protocol.peer_id import PeerId
-from protocol.protocol_ids import CIRCUIT_HOP
 
 MAX_REMEMBERED = 256
-"""Relays of which it is remembered how they take early bytes; the one used longest ago is forgotten first."""
-
-AHEAD_AGENTS: Sequence[str] = (
-    "peerup/",
-    "relay-server/",  # peer-up's
-    "github.com/libp2p/go-libp2p",
-    "go-libp2p",
-    "kubo/",
-    "js-libp2p",
-    "rust-libp2p",
-)
-"""Beginnings of the agents of relays that are proven to pass on what comes right behind CONNECT."""
+"""Relays of which it is remembered that they lose early bytes; the one found out longest ago is forgotten first."""
 
 
 class RelayBook:
@@ -31,7 +18,7 @@ class RelayBook:
 
     def __init__(self) -> None:
         self._configured: dict[PeerId, tuple[Multiaddr, ...]] = {}
-        self._ahead: OrderedDict[PeerId, bool] = OrderedDict()
+        self._losing: OrderedDict[PeerId, None] = OrderedDict()
 
     def configure(self, addresses: Iterable[Multiaddr]) -> None:
         """Take the configuration's relays in place of the ones before; each address ends in its relay's id."""
@@ -66,28 +53,13 @@ class RelayBook:
                 continue  # too long with that
         return tuple(found.values())
 
-    def takes_early(self, connection: Connection) -> bool:
-        """Whether the relay at the other end passes on what comes right behind CONNECT."""
-        known = self._ahead.get(connection.peer)
-        if known is not None:
-            self._ahead.move_to_end(connection.peer)
-            return known
-        told = connection.identification
-        return told is not None and (told.agent_version or "").startswith(tuple(AHEAD_AGENTS))
-
-    def learn(self, connection: Connection) -> None:
-        """Remember what the agent of a relay means, for when it is connected anew."""
-        relay, told = connection.peer, connection.identification
-        is_relay = relay in self._configured or (told is not None and CIRCUIT_HOP in told.protocols)
-        if is_relay and relay not in self._ahead:
-            self._remember(relay, early=self.takes_early(connection))
+    def takes_early(self, relay: PeerId) -> bool:
+        """Whether to send early what comes behind CONNECT: unless this relay was found to lose it."""
+        return relay not in self._losing
 
     def lost_early(self, relay: PeerId) -> None:
         """What came behind CONNECT was lost at this relay: let it wait from now on."""
-        self._remember(relay, early=False)
-
-    def _remember(self, relay: PeerId, *, early: bool) -> None:
-        self._ahead[relay] = early
-        self._ahead.move_to_end(relay)
-        if len(self._ahead) > MAX_REMEMBERED:
-            self._ahead.popitem(last=False)
+        self._losing[relay] = None
+        self._losing.move_to_end(relay)
+        if len(self._losing) > MAX_REMEMBERED:
+            self._losing.popitem(last=False)

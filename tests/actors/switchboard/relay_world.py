@@ -239,7 +239,8 @@ class Peer:
     async def agreed(self, stream: Stream) -> bool:
         """Wait for the agreement on hop; whether it came. What came behind stays in the stream."""
         expected = multistream.HEADER + multistream.encode_message(CIRCUIT_HOP)
-        await until(lambda: len(stream.data) >= len(expected) or stream.over, "the agreement")
+        refused = multistream.HEADER + multistream.NOT_AVAILABLE
+        await until(lambda: len(stream.data) >= len(expected) or stream.data == refused or stream.over, "the agreement")
         if not stream.data.startswith(expected):
             return False
         del stream.data[: len(expected)]

@@ -1,7 +1,6 @@
 """Which way is tried, when, and which one stays: direct before relayed, with virtual time where time matters."""
 
 import random
-import types
 
 import pytest
 import trio
@@ -105,26 +104,17 @@ def test_every_configured_relay_leads_to_every_peer_once():
     assert book.circuits(ONE, ()) == (circuit_address(RELAYS[1], ONE),), "nobody is reached through itself"
 
 
-def relay_connection(peer, agent):
-    told = None if agent is None else types.SimpleNamespace(agent_version=agent)
-    return types.SimpleNamespace(peer=peer, identification=told)
-
-
-def test_bytes_go_early_to_relays_that_are_proven_to_keep_them_until_one_does_not(monkeypatch):
+def test_bytes_go_early_to_every_relay_until_one_loses_them(monkeypatch):
     book = RelayBook()
     book.configure(RELAYS)
-    assert not book.takes_early(relay_connection(ONE, None)), "nobody knows"
-    assert not book.takes_early(relay_connection(ONE, "unheard-of/1.0"))
-    assert book.takes_early(relay_connection(ONE, "peerup/0.1.0"))
-    book.learn(relay_connection(ONE, "peerup/0.1.0"))
-    assert book.takes_early(relay_connection(ONE, None)), "remembered for the next connection"
+    assert book.takes_early(ONE)
     book.lost_early(ONE)
-    book.learn(relay_connection(ONE, "peerup/0.1.0"))
-    assert not book.takes_early(relay_connection(ONE, "peerup/0.1.0"))
+    assert not book.takes_early(ONE)
+    assert book.takes_early(TWO)
     monkeypatch.setattr(relays_module, "MAX_REMEMBERED", 2)
     for name in ("a", "b"):
         book.lost_early(peer_of(name))
-    assert book.takes_early(relay_connection(ONE, "peerup/0.1.0")), "the memory is bounded"
+    assert book.takes_early(ONE), "the memory is bounded"
 
 
 # ---- what stays

@@ -300,11 +300,10 @@ async def test_early_bytes_that_a_relay_loses_are_said_again_and_never_early_aga
     )
     monkeypatch.setattr(actors.switchboard.upgrade, "STAGE_DEADLINE", 0.5)
     async with world() as (alice, middle, bob):
-        alice.switchboard._reach.relays._remember(middle.peer, early=True)
         connected = await alice.ask("switchboard", Connect(bob.peer))
         assert connected.connection.path == "relayed"
         assert asked == [True, False]
-        assert alice.switchboard._reach.relays._ahead[middle.peer] is False
+        assert not alice.switchboard._reach.relays.takes_early(middle.peer)
 
 
 async def test_the_source_that_a_relay_claims_must_be_the_one_that_is_proven(monkeypatch):
