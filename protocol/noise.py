@@ -121,16 +121,12 @@ class CipherState:
         Raises:
             NonceExhaustedError: the key is used up.
         """
-        nonce = self.nonce
-        if nonce > MAX_NONCE:
-            raise NonceExhaustedError("no nonce is left for this connection")
-        self.nonce = nonce + 1
-        sealed = length + 16
-        self._cipher.encrypt_into(_NONCE.pack(nonce), buffer[:length], None, buffer[:sealed])
-        return sealed
+        return self.seal_into(buffer[:length], buffer)
 
     def seal_into(self, data: memoryview, out: memoryview) -> int:
-        """Encrypt `data` into the beginning of `out`, another buffer; the tag follows. Returns how many bytes that is.
+        """Encrypt `data` into the beginning of `out`; the tag follows. Returns how many bytes that is.
+
+        `data` may be the beginning of `out` itself; they must not overlap in another way.
 
         Raises:
             NonceExhaustedError: the key is used up.

@@ -158,7 +158,7 @@ class Switchboard(Actor):
             on_stream=self._stream_opened,
             on_opened=self._connection_opened,
             on_ended=self._connection_ended,
-            is_relay=lambda peer: peer in self._reach.relays,
+            is_relay=self._is_relay,
             limits=self._session_limits,
         )
         pipes = Pipes(self._tls, wall=context.wall, warn=context.log.warning)
@@ -223,7 +223,7 @@ class Switchboard(Actor):
         self._stops = Stops(
             context.nursery,
             upgrader,
-            may_relay=lambda peer: peer in self._reach.relays,
+            may_relay=self._is_relay,
             judge=self._admittance.judge_caller,
             welcome=self._admittance.welcome,
             refused=self._numbers.handshake_refused,
@@ -596,6 +596,9 @@ class Switchboard(Actor):
     async def read_relay(self, request: ReadRelay) -> RelayServiceStatus:
         """What the relay does."""
         return self._relaying.status()
+
+    def _is_relay(self, peer: PeerId) -> bool:
+        return peer in self._reach.relays
 
     def _may_be_relayed(self, peer: PeerId, now_wall: float) -> Decision:
         return self._publishers.policy.decide_connection(peer, now_wall)

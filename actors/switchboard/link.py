@@ -339,15 +339,7 @@ class Link:
                 end = self._lay_out(buffer)
                 if not end:
                     break
-                try:
-                    taken = self._wire.send(buffer[:end])
-                except BlockingIOError:
-                    taken = 0
-                self.sent += taken
-                if taken < end:
-                    self._unsent, self._unsent_buffer = buffer[taken:end], buffer
-                    self._progress_at = self._clock()
-                    self._wire.want_write(wanted=True)
+                if not self._give(buffer, end):
                     return
                 if not self._queue:
                     break
@@ -362,22 +354,26 @@ class Link:
         buffer, end = self._passed_buffer, self._passed
         assert buffer is not None
         self._passed_buffer, self._passed = None, 0
-        if self.end is None:
-            try:
-                taken = self._wire.send(buffer[:end])
-            except BlockingIOError:
-                taken = 0
-            except (PeerupError, OSError) as error:
-                self.reactor.return_buffer(buffer)
-                self._failed(error)
+        try:
+            if self.end is None and not self._give(buffer, end):
                 return
-            self.sent += taken
-            if taken < end:
-                self._unsent, self._unsent_buffer = buffer[taken:end], buffer
-                self._progress_at = self._clock()
-                self._wire.want_write(wanted=True)
-                return
+        except (PeerupError, OSError) as error:
+            self._failed(error)
         self.reactor.return_buffer(buffer)
+
+    def _give(self, buffer: memoryview, end: int) -> bool:
+        """Give `buffer[:end]` to the wire. Whether it took all of it; if not, the buffer is kept with the rest."""
+        try:
+            taken = self._wire.send(buffer[:end])
+        except BlockingIOError:
+            taken = 0
+        self.sent += taken
+        if taken == end:
+            return True
+        self._unsent, self._unsent_buffer = buffer[taken:end], buffer
+        self._progress_at = self._clock()
+        self._wire.want_write(wanted=True)
+        return False
 
     def _send_unsent(self) -> None:
         unsent = self._unsent

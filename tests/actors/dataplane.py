@@ -114,6 +114,26 @@ async def send_data(stream, data, size=65_507):
         await send_message(stream, b"D" + data[start : start + size])
 
 
+async def exchange(near, far, content, size):
+    """Send `content[0]` one way and `content[1]` the other at once, in messages of `size`; all of it must arrive."""
+    got = {}
+
+    async def write(stream, data):
+        await send_data(stream, data, size)
+        await send_message(stream, b"F")
+
+    async def read(name, stream):
+        got[name] = await receive_data(stream)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write, near, content[0])
+        nursery.start_soon(write, far, content[1])
+        nursery.start_soon(read, "far", far)
+        nursery.start_soon(read, "near", near)
+    assert got["far"] == (content[0], b"F")
+    assert got["near"] == (content[1], b"F")
+
+
 async def receive_message(stream):
     while True:
         with contextlib.suppress(BlockingIOError, ConnectionResetError):

@@ -18,6 +18,7 @@ from protocol.stream_descriptor import ResetCode, reset_message
 from protocol.yamux import Role
 from tests.actors.dataplane import (
     Ends,
+    exchange,
     no_leaks,
     receive_data,
     receive_message,
@@ -64,22 +65,7 @@ async def test_much_both_ways_at_once(size):
     content = [random.Random(seed).randbytes(min(24_000_000, 3000 * size)) for seed in (1, 2)]
     async with linked() as ends:
         near, far = await ends.pair()
-        got = {}
-
-        async def write(stream, data):
-            await send_data(stream, data, size)
-            await send_message(stream, b"F")
-
-        async def read(name, stream):
-            got[name] = await receive_data(stream)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(write, near, content[0])
-            nursery.start_soon(write, far, content[1])
-            nursery.start_soon(read, "far", far)
-            nursery.start_soon(read, "near", near)
-        assert got["far"] == (content[0], b"F")
-        assert got["near"] == (content[1], b"F")
+        await exchange(near, far, content, size)
         close(near, far)
 
 
