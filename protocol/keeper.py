@@ -52,8 +52,13 @@ another attempt than the present one is ignored, so that what was given up canno
 - When the network has changed, waiting ends at once, and a reservation that seems to be held is proved by renewing it.
 - Lifetimes are counted on a clock that never goes back (`now`). `now_wall` serves to read the expiry that the relay
   tells, and to notice jumps: when the wall clock runs away from the other, either somebody has set it, which means
-  nothing here, or the machine has slept, and the reservation may be gone. So it is renewed. A relay whose clock
-  disagrees with ours is believed within bounds.
+  nothing here, or the machine has slept, and the reservation may be gone. So it is renewed.
+- The expiry is told as a time of day by the relay's clock, which may disagree with ours. What is plausible is believed
+  (but at most `LONGEST_LIFETIME`, which is what relays usually grant, so that a clock that is somewhat ahead does no
+  harm). An expiry in the past, or years ahead, says only that a clock is wrong: then it is renewed often. So it is
+  where the time is shorter than can be kept with a pause between two renewals that a hostile relay cannot take away.
+  The reservation is used nevertheless, because it does serve for a part of the time, or all of it where the reason is a
+  clock; `warning` says what is wrong.
 """
 
 from __future__ import annotations
@@ -65,6 +70,7 @@ from typing import Final, TypeAlias
 from protocol.circuit.hop_client import Grant
 from protocol.circuit.messages import Refusal, Status
 from protocol.errors import InvalidValueError
+from protocol.reservations import MAX_TTL, MIN_TTL
 
 TRANSITIONS: Final = {
     ("stopped", "start"): "connecting",
@@ -132,11 +138,17 @@ STABLE_AFTER: Final = 10.0
 RENEW_BETWEEN: Final = (0.5, 0.75)
 """The shares of a reservation's time between which it is renewed."""
 
-SHORTEST_LIFETIME: Final = 30.0
-"""A reservation is counted on for at least so many seconds, whatever the relay's clock says: it has just granted it."""
+SHORTEST_LIFETIME: Final = 10.0
+"""A reservation is counted on for at least so many seconds, so that there are always 5 s between two renewals."""
 
-LONGEST_LIFETIME: Final = 6 * 3600.0
-"""And for at most so many: a relay whose clock is years ahead must not make us forget to renew."""
+LONGEST_LIFETIME: Final = 3600.0
+"""And for at most so many: to ask once more than needed costs nothing, and clocks disagree."""
+
+DOUBTED_LIFETIME: Final = float(MIN_TTL)
+"""What is counted on where the expiry says nothing, in seconds: no relay should grant less."""
+
+PLAUSIBLE_LIFETIME: Final = MAX_TTL + 86400.0
+"""A reservation that is said to last longer, in seconds, shows that a clock is wrong."""
 
 CLOCK_JUMP: Final = 5.0
 """Seconds by which the clocks may come apart between two wake-ups; adjusting a clock slowly stays far below."""
@@ -214,6 +226,7 @@ class Keeper:
         attempt: the number of the present attempt.
         grant: the reservation in force; None without one.
         health: how the relay has been doing.
+        warning: why the reservation in force may not be relied upon, for a person; empty when nothing is wrong with it.
     """
 
     def __init__(self, uniform: Uniform) -> None:
@@ -222,6 +235,7 @@ class Keeper:
         self.attempt = 0
         self.grant: Grant | None = None
         self.health = Health()
+        self.warning = ""
         self._uniform = uniform
         self._deadline: float | None = None  # of the state: time-out, end of the pause, or time to renew
         self._expires = 0.0  # of the grant
@@ -287,7 +301,7 @@ class Keeper:
             return []
         self._look_at_clocks(now, now_wall)
         self._step("granted")
-        lifetime = min(max(grant.expire - now_wall, SHORTEST_LIFETIME), LONGEST_LIFETIME)
+        lifetime, self.warning = _believed(grant.expire - now_wall)
         self._expires = now + lifetime
         self._deadline = now + lifetime * self._uniform(*RENEW_BETWEEN)
         self._refusals = 0
@@ -413,6 +427,7 @@ class Keeper:
             self._down_since = now
             self._failures = 0
         self.grant = None
+        self.warning = ""
         self.health = dataclasses.replace(self.health, held_since=None)
         return [Withdraw(reason)]
 
@@ -429,3 +444,18 @@ class Keeper:
         before, self._clock_difference = self._clock_difference, now_wall - now
         self._last_seen = now
         return abs(self._clock_difference - before) > CLOCK_JUMP
+
+
+def _believed(told: float) -> tuple[float, str]:
+    """For how many seconds to count on a reservation that is said to last for so many, and what is wrong with it."""
+    clocks = "the clock of the relay or of this machine is wrong"
+    if told > PLAUSIBLE_LIFETIME:
+        return DOUBTED_LIFETIME, f"the relay says that this reservation ends in {told / 86400:.0f} days: {clocks}"
+    if told <= 0:
+        return DOUBTED_LIFETIME, f"the relay says that this reservation ended {-told:.0f} s ago: {clocks}"
+    if told < SHORTEST_LIFETIME:
+        return SHORTEST_LIFETIME, (
+            f"the relay says that this reservation ends in {told:.0f} s, and one of less than "
+            f"{SHORTEST_LIFETIME:.0f} s cannot be kept: peers do not always get through, unless {clocks}"
+        )
+    return min(told, LONGEST_LIFETIME), ""

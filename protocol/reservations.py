@@ -57,6 +57,10 @@ LEAST_BURST: Final = 64 * 1024
 LEAST_CHUNK: Final = 4096
 """Who has to wait for bytes waits for so many, instead of waking up for each one."""
 
+MIN_TTL: Final = 30
+"""The shortest reservation that a relay should be set to, in seconds: clients that cannot make sense of its expiry,
+because a clock is wrong, count on so much."""
+
 MAX_TTL: Final = 7 * 86400
 """The longest reservation in seconds."""
 

@@ -15,7 +15,7 @@ from protocol.circuit.messages import MAX_DURATION
 from protocol.errors import InvalidValueError
 from protocol.messages.relay import CircuitLimit, RelayRules, ScopedLimit
 from protocol.multiaddr import Multiaddr
-from protocol.reservations import MAX_TTL
+from protocol.reservations import MAX_TTL, MIN_TTL
 
 UNLIMITED: Final = "unlimited"
 
@@ -29,6 +29,7 @@ GUEST_CIRCUIT: Final = CircuitLimit(120, 128 * 1024)
 MAX_DRAIN_TIME: Final = 3600.0
 """The longest time for open circuits when a relay stops, in seconds."""
 
+_WHY_TTL: Final = ": in less, devices lose their places before they can renew them"
 _MOST: Final = 2**53
 _SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
 _FACTORS: Final = {
@@ -92,8 +93,8 @@ def read_relay_service(reader: SectionReader) -> RelayServiceConfig:
     made = RelayServiceConfig(
         enabled=reader.boolean("enabled", default=default.enabled),
         announce_addresses=reader.items("announce_addresses", _announced) or (),
-        drain_time=_duration(reader, "drain_time", default.drain_time, MAX_DRAIN_TIME),
-        reservation_ttl=_duration(reader, "reservation_ttl", default.reservation_ttl, MAX_TTL),
+        drain_time=_duration(reader, "drain_time", default.drain_time, (1, MAX_DRAIN_TIME)),
+        reservation_ttl=_duration(reader, "reservation_ttl", default.reservation_ttl, (MIN_TTL, MAX_TTL), _WHY_TTL),
         reservations=_scoped(reader.section("reservations"), default.reservations),
         circuits=_scoped(reader.section("circuits"), default.circuits),
         bytes_per_second=_scoped(reader.section("bytes_per_second"), default.bytes_per_second),
@@ -114,10 +115,11 @@ def _announced(text: str) -> Multiaddr:
     return address
 
 
-def _duration(reader: SectionReader, key: str, default: float, most: float) -> float:
+def _duration(reader: SectionReader, key: str, default: float, bounds: tuple[float, float], why: str = "") -> float:
+    least, most = bounds
     seconds = reader.duration(key, default)
-    if seconds < 1 or seconds > most:
-        reader.problem(key, f"must be from 1s to {most:.0f}s")
+    if not least <= seconds <= most:
+        reader.problem(key, f"must be from {least:.0f}s to {most:.0f}s{why}")
         return default
     return seconds
 

@@ -65,7 +65,7 @@ relay:
 #   # [live] Where this relay can be reached, instead of what it finds out. Default: found out
 #   announce_addresses: []
 #   drain_time: 30s                 # when the relay stops, open circuits get so long; none are added
-#   reservation_ttl: 1h             # [live] how long a place is reserved; clients renew it in time
+#   reservation_ttl: 1h             # [live] how long a place is reserved, 30s at least; clients renew it in time
 #   reservations:                   # [live] reserved places at a time
 #     per_peer: unlimited           # a peer has at most one
 #     per_ip: 64

@@ -363,6 +363,7 @@ def _describe(status: RelayStatus) -> dict[str, Data]:
         "last_failure": status.last_failure,
         "granted": status.granted,
         "failed": status.failed,
+        "warning": status.warning,
     }
 
 

@@ -167,6 +167,7 @@ class KeptReservation:
             last_failure=health.last_error,
             granted=health.successes,
             failed=health.failures,
+            warning=self._machine.warning,
         )
 
     # ---- what happens

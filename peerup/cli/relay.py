@@ -98,6 +98,8 @@ def list_relays(session: Session) -> None:
             if item["last_failure"]:
                 again = "" if item["next_attempt"] is None else f" (next attempt in {span(item['next_attempt'])})"
                 click.echo(f"{_name(item)}: {item['last_failure']}{again}")
+            if item["warning"]:
+                click.echo(f"{_name(item)}: {item['warning']}")
         if data and data[0]["state"] is None:
             click.echo("the node is not running, so nothing is known of the reservations")
 
@@ -128,6 +130,7 @@ def _configured(session: Session) -> list[dict[str, Any]]:
             "state": None,
             "relayed_addresses": [],
             "last_failure": "",
+            "warning": "",
             **dict.fromkeys(unknown),
         }
         for peer, addresses in places.items()

@@ -22,6 +22,7 @@ class RelayStatus:
         rtt: seconds of one round trip to the relay; None until measured.
         last_failure: why the last attempt failed, in words; empty when it succeeded.
         granted, failed: attempts by their outcome since the keeper was started; renewals count.
+        warning: why the reservation may not be relied upon, in words; empty when nothing is wrong with it.
     """
 
     peer: PeerId
@@ -37,6 +38,7 @@ class RelayStatus:
     last_failure: str
     granted: int
     failed: int
+    warning: str = ""
 
 
 @message("keeper.relays")

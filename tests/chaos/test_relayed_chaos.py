@@ -26,6 +26,7 @@ from ruamel.yaml import YAML
 
 from demo.node import DemoError, Node
 from demo.relayed import Hidden, Relay
+from protocol.reservations import MIN_TTL
 from tests.chaos.load import CHUNK, EchoLoad, EchoServer, echo_works, pattern
 from tests.chaos.test_chaos import by_name, hurt, is_whole
 from tests.support.processes import descriptors, pids_with_environment, wait_until
@@ -370,16 +371,27 @@ def test_a_full_relay_tells_its_limits_to_those_whom_it_refuses(world: World) ->
 
 def test_a_place_that_expires_ends_no_tunnel_and_is_reserved_again(world: World) -> None:
     world.wait_healed("before")
-    with limits(world, reservation_ttl="3s"):
-        wait_until(lambda: world.relay.limits()["reservation_ttl"] == 3, within=HEALED_WITHIN, what="new limits")
+    lasting = {"reservation_ttl": f"{MIN_TTL}s"}
+    with limits(world, **lasting):
+        wait_until(lambda: world.relay.limits()["reservation_ttl"] == MIN_TTL, within=HEALED_WITHIN, what="new limits")
         world.home.run("disconnect", world.relay.peer_id)
         wait_until(lambda: echo_works(world.port, timeout=5), within=HEALED_WITHIN, what="a tunnel")
         with socket.create_connection(("127.0.0.1", world.port), timeout=HEALED_WITHIN) as tunnel:
             assert echoes(tunnel)
-            # No node renews a place as often as that, so it expires.
-            wait_until(lambda: not world.relay.has_place(world.home), within=HEALED_WITHIN, what="the place expires")
-            assert echoes(tunnel), "what is open goes on"
-    world.wait_healed("after places last longer again")
+            # A node renews its place in time. So it expires only where the relay has become full.
+            with limits(world, reservations={"per_peer": 0}):
+                wait_until(
+                    lambda: not world.relay.has_place(world.home), within=HEALED_WITHIN, what="the place expires"
+                )
+                wait_until(
+                    lambda: "limit of 0 reservations" in place(world.home)["last_failure"],
+                    within=HEALED_WITHIN,
+                    what="home knows why",
+                )
+                assert echoes(tunnel), "what is open goes on"
+    world.home.run("config", "reload")  # a person's word ends the long wait
+    world.laptop.run("config", "reload")
+    world.wait_healed("after the relay grants places again")
 
 
 def echoes(tunnel: socket.socket) -> bool:

@@ -57,6 +57,7 @@ async def test_relays_are_told_with_their_names_and_health(serve):
             "last_failure": "",
             "granted": 2,
             "failed": 1,
+            "warning": "",
         }
         assert (far["state"], far["expires_in"], far["last_failure"]) == ("waiting", None, "the relay is full")
         assert [target for target, request in node.context.asked if isinstance(request, ReadRelays)] == ["relay/keeper"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 
@@ -17,8 +18,10 @@ from protocol.keeper import (
     ALWAYS_ALLOWED_PAUSE,
     CHECK_INTERVAL,
     CONNECT_TIMEOUT,
+    DOUBTED_LIFETIME,
     LONGEST_LIFETIME,
     LONGEST_PAUSE,
+    PLAUSIBLE_LIFETIME,
     PROBE_TIMEOUT,
     RESERVE_TIMEOUT,
     SHORTEST_LIFETIME,
@@ -363,15 +366,76 @@ def test_a_clock_that_is_adjusted_slowly_is_no_jump():
 
 
 @pytest.mark.parametrize(
-    ("told", "counted"), [(-1e9, SHORTEST_LIFETIME), (0.0, SHORTEST_LIFETIME), (1e12, LONGEST_LIFETIME)]
+    ("told", "counted", "warning"),
+    [
+        (-1e9, DOUBTED_LIFETIME, "ended 1000000000 s ago: the clock of the relay or of this machine is wrong"),
+        (0.0, DOUBTED_LIFETIME, "the clock of the relay or of this machine is wrong"),
+        (3.0, SHORTEST_LIFETIME, "ends in 3 s, and one of less than 10 s cannot be kept"),
+        (SHORTEST_LIFETIME, SHORTEST_LIFETIME, ""),
+        (20.0, 20.0, ""),
+        (LONGEST_LIFETIME + 60, LONGEST_LIFETIME, ""),
+        (PLAUSIBLE_LIFETIME, LONGEST_LIFETIME, ""),
+        (PLAUSIBLE_LIFETIME + 60, DOUBTED_LIFETIME, "ends in 8 days: the clock"),
+        (1e12, DOUBTED_LIFETIME, "the clock of the relay or of this machine is wrong"),
+    ],
 )
-def test_a_relay_whose_clock_is_wrong_is_believed_within_bounds(told, counted):
+def test_the_expiry_that_is_told_is_believed_within_bounds(told, counted, warning):
     world = World().reach("reserving")
     world.answer("granted", grant(max(0, world.wall + told)))
+    assert warning in world.keeper.warning
+    assert bool(world.keeper.warning) == bool(warning)
     began = world.now
     while not world.wake():
         pass
     assert world.now - began == pytest.approx(counted * 0.75)
+
+
+def test_a_warning_ends_with_what_it_was_about():
+    world = World().reach("reserving")
+    world.grant(3)
+    assert world.keeper.warning
+    world.sleep(60)
+    world.grant(3600)
+    assert world.keeper.warning == ""
+    world.sleep(3600)
+    world.grant(3)
+    assert world.keeper.warning
+    world.do("disconnected")
+    assert world.keeper.warning == ""
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1 << 32), st.integers(int(SHORTEST_LIFETIME), 8000), st.sampled_from([0, 40, -40]))
+def test_short_and_long_reservations_never_end_before_they_are_renewed(seed, lifetime, jump):
+    world = World(random.Random(seed).uniform).reach("reserving")
+    world.grant(lifetime)
+    until = world.now + lifetime
+    error = 0
+    for turn in range(30):
+        if turn == 15 and lifetime > 200:  # our clock is set; what is shorter than its error cannot be told
+            world.offset += jump
+            error = jump
+        assert world.sleep(lifetime) == [Reserve(world.keeper.attempt)]
+        assert world.now < until
+        world.now += 0.2  # a slow round trip
+        assert world.answer("granted", grant(world.wall + lifetime - error)) == []
+        until = world.now + lifetime
+    assert [type(command) for command in world.said if isinstance(command, (Publish, Withdraw))] == [Publish]
+    assert world.keeper.warning == "" or lifetime < SHORTEST_LIFETIME + 1
+
+
+@given(st.integers(0, 1 << 32), st.lists(st.floats(-1e4, 30), min_size=1, max_size=8))
+def test_a_relay_that_grants_next_to_nothing_cannot_make_us_spin(seed, lifetimes):
+    world = World(random.Random(seed).uniform).reach("reserving")
+    world.grant(lifetimes[0])
+    asked = []
+    while world.now < 4600:
+        (reserve,) = world.sleep(60)
+        assert isinstance(reserve, Reserve)
+        asked.append(world.now)
+        world.grant(lifetimes[len(asked) % len(lifetimes)])
+    assert min(after - before for before, after in itertools.pairwise(asked)) >= SHORTEST_LIFETIME / 2 - 1e-6
+    assert world.keeper.grant is not None
 
 
 def test_wrong_steps_are_not_taken():

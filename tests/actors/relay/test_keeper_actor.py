@@ -319,11 +319,39 @@ async def test_a_clock_that_jumps_costs_a_renewal_and_nothing_else(around, autoj
 async def test_a_relay_whose_clock_is_wrong_is_used_all_the_same(around, autojump_clock, error):
     relay = Relay(around, "relay")
     relay.clock_error = error
-    async with around.run(relay):
+    async with around.run(relay) as world:
         await around.until(lambda: around.announces, 2)
         await trio.sleep(3600)
         assert around.announces == (relay.relayed,)
         assert 1 <= relay.granted < 300
+        assert "clock of the relay or of this machine is wrong" in (await status_of(world, relay)).warning
+
+
+@pytest.mark.parametrize("lifetime", [11, 30, 7200])
+async def test_reservations_of_any_length_are_renewed_in_time(around, autojump_clock, lifetime):
+    relay = Relay(around, "relay", lifetime=lifetime)
+    async with around.run(relay) as world:
+        await around.until(lambda: around.announces, 2)
+        before = len(around.announced)
+        for _ in range(3600):
+            await trio.sleep(1)
+            assert around.now() - relay.asked[-1] < lifetime
+        assert len(around.announced) == before
+        assert (await status_of(world, relay)).warning == ""
+
+
+async def test_a_relay_with_reservations_too_short_to_be_kept_is_told_of_and_not_burdened(around, autojump_clock):
+    relay = Relay(around, "relay", lifetime=3)
+    async with around.run(relay) as world:
+        await around.until(lambda: around.announces, 2)
+        await trio.sleep(600)
+        assert relay.granted <= 600 / 5 + 1
+        status = await status_of(world, relay)
+        assert (status.state, status.last_failure) == ("held", "")
+        assert "one of less than 10 s cannot be kept" in status.warning
+        relay.lifetime = 3600
+        await trio.sleep(10)
+        assert (await status_of(world, relay)).warning == ""
 
 
 async def test_another_connection_to_the_relay_takes_over_without_a_gap(around, autojump_clock):
