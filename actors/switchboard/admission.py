@@ -1,12 +1,15 @@
 """Who may begin a handshake now: the switchboard's defence before it knows who is calling.
 
-Theory of operation. An accepted socket first stands in the queue of its source address (it costs a descriptor and
-nothing else). A limited number of handshakes run at once, in all and for each source; free places go round
-the sources in turn, so a source that sends a thousand callers delays itself and nobody else. Each source also
-spends tokens: callers beyond its rate wait in its queue for the next token. Whoever finds the queue full is
-turned away. A handshake that has made others wait for longer than `PATIENCE`, and in which it is the caller's turn, is
-displaced: the slow-loris pays with its own place. Authentication returns the token: peers that we know are never
-slowed down by the rate.
+Theory of operation. An accepted socket first stands in the queue of its source (it costs a descriptor and nothing
+else). A source is an IPv4 address, or what one customer of a provider has of IPv6; within that the homes in it take
+turns. A limited number of handshakes run at once, in all and for each source; free places go round the sources in turn,
+so a source that sends a thousand callers delays itself and nobody else. Each source also spends tokens: callers beyond
+its rate wait in its queue for the next token. A handshake that has made others wait for longer than `PATIENCE`, and in
+which it is the caller's turn, is displaced: the slow-loris pays with its own place. Authentication returns the token:
+peers that we know are never slowed down by the rate.
+
+When the queue is full somebody must go: whoever came last of the source that has most callers in it. So a few sources
+that fill the queue keep out nobody but themselves.
 
 This module decides only; it owns no socket and no clock.
 """
@@ -16,8 +19,8 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
 
 CONCURRENT = 64
 """Handshakes at once. One takes a millisecond of work and some round trips, so 64 are plenty for a home."""
@@ -36,19 +39,31 @@ RETRY = 0.05
 SOURCES = 4096
 """Token buckets that are kept; the one used least recently is forgotten first."""
 
-IPV6_PREFIX = 64
-"""Bits of an IPv6 address that tell one source from another: within them every home has all addresses to itself."""
+IPV6_PREFIX = 48
+"""Bits of an IPv6 address that tell one source from another: a customer has up to 65,536 networks of its own."""
+IPV6_HOME = 64
+"""Bits that tell one home from another within a source: all addresses behind them are one network's."""
 
 T = TypeVar("T")
 
 
-def source_of(address: str) -> str:
-    """The source that a caller from this IP address counts for: the address itself, of IPv6 its network."""
+class Source(NamedTuple):
+    """What a caller counts for: `network` for all limits, and `home` takes turns with the others in it."""
+
+    network: str
+    home: str = ""
+
+
+def source_of(address: str) -> Source:
+    """The source that a caller from this IP address counts for: the address itself, of IPv6 its network and home."""
     if ":" not in address:
-        return address
+        return Source(address)
     bare, _, zone = address.partition("%")
-    network = ipaddress.IPv6Network((bare, IPV6_PREFIX), strict=False)
-    return f"{network}%{zone}" if zone else str(network)
+    network, home = (
+        f"{ipaddress.IPv6Network((bare, bits), strict=False)}{f'%{zone}' if zone else ''}"
+        for bits in (IPV6_PREFIX, IPV6_HOME)
+    )
+    return Source(network, home)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +86,10 @@ class Limits:
 
 @dataclasses.dataclass(eq=False)
 class Place(Generic[T]):
-    """One running handshake. `displace` is called when it shall give up its place; False: it is not to blame."""
+    """One running handshake. `displace` is called when it shall give up its place; False: it is not to blame.
+
+    `source` is the network that it counts for.
+    """
 
     source: str
     caller: T
@@ -85,12 +103,57 @@ class _Bucket:
     at: float
 
 
+class _Line(Generic[T]):
+    """The callers of one source that wait. Its homes get their turns in order."""
+
+    def __init__(self) -> None:
+        self._homes: OrderedDict[str, deque[T]] = OrderedDict()
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[T]:
+        for queue in self._homes.values():
+            yield from queue
+
+    def add(self, home: str, caller: T) -> None:
+        """One more, behind the others of its home."""
+        self._homes.setdefault(home, deque()).append(caller)
+        self._length += 1
+
+    def next(self) -> T:
+        """Take out whose turn it is."""
+        home, queue = next(iter(self._homes.items()))
+        caller = queue.popleft()
+        self._length -= 1
+        if queue:
+            self._homes.move_to_end(home)
+        else:
+            del self._homes[home]
+        return caller
+
+    def has_more(self, home: str) -> bool:
+        """Whether another home has more callers than this one would have with one more."""
+        return max(map(len, self._homes.values())) > len(self._homes.get(home, ())) + 1
+
+    def drop(self) -> T:
+        """Take out who came last of the home that has most."""
+        most = max(reversed(self._homes), key=lambda home: len(self._homes[home]))
+        queue = self._homes[most]
+        caller = queue.pop()
+        self._length -= 1
+        if not queue:
+            del self._homes[most]
+        return caller
+
+
 class Admission(Generic[T]):
     """The queue before the handshakes. All calls return at once."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
-        self._queues: OrderedDict[str, deque[T]] = OrderedDict()  # in the order in which they get their turn
+        self._queues: OrderedDict[str, _Line[T]] = OrderedDict()  # in the order in which they get their turn
         self._queued = 0
         self._places: dict[Place[T], None] = {}  # oldest first
         self._running: dict[str, int] = {}
@@ -106,28 +169,37 @@ class Admission(Generic[T]):
         """Handshakes that hold a place."""
         return len(self._places)
 
-    def arrive(self, source: str, caller: T) -> bool:
-        """Put a caller in its source's queue; False means that there is no room and it must go."""
-        queue = self._queues.get(source)
-        if self._queued >= self._limits.queued or (queue and len(queue) >= self._limits.queued_per_source):
-            return False
-        if queue is None:
-            queue = self._queues[source] = deque()
-        queue.append(caller)
-        self._queued += 1
-        return True
+    def arrive(self, source: Source, caller: T) -> T | None:
+        """Put a caller in its source's queue. Who must go for lack of room: the caller itself, another, or nobody."""
+        line = self._queues.get(source.network)
+        present = 0 if line is None else len(line)
+        gone: T | None = None
+        if line is not None and present >= self._limits.queued_per_source:
+            if not line.has_more(source.home):
+                return caller
+            gone = line.drop()
+        elif self._queued >= self._limits.queued:
+            longest = max(self._queues.values(), key=len)
+            if len(longest) <= present + 1:
+                return caller
+            gone = longest.drop()
+        if line is None:
+            line = self._queues[source.network] = _Line()
+        line.add(source.home, caller)
+        self._queued += gone is None
+        return gone
 
     def next(self, now: float) -> Place[T] | None:
         """The next caller that may begin its handshake now, or None."""
         if not self._queued or len(self._places) >= self._limits.concurrent:
             return None
         for source in list(self._queues):
-            queue = self._queues[source]
+            line = self._queues[source]
             if self._running.get(source, 0) >= self._limits.concurrent_per_source or not self._spend(source, now):
                 continue
-            caller = queue.popleft()
+            caller = line.next()
             self._queued -= 1
-            if queue:
+            if line:
                 self._queues.move_to_end(source)
             else:
                 del self._queues[source]
@@ -178,7 +250,7 @@ class Admission(Generic[T]):
 
     def drain(self) -> list[T]:
         """Empty the queues; the callers that were in them."""
-        callers = [caller for queue in self._queues.values() for caller in queue]
+        callers = [caller for line in self._queues.values() for caller in line]
         self._queues.clear()
         self._queued = 0
         return callers

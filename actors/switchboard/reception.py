@@ -116,8 +116,8 @@ class Reception:
             self._timer.cancel()
 
     def _arrived(self, caller: _Caller, source: str) -> None:
-        if not self._admission.arrive(source_of(source), caller):
-            caller.socket.close()
+        if (gone := self._admission.arrive(source_of(source), caller)) is not None:
+            gone.socket.close()
             self._refused("queue-full")
 
     def _admit(self) -> None:
