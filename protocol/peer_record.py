@@ -6,6 +6,7 @@ The RFC's text names another domain and payload type; go-, js- and rust-libp2p a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import ClassVar, Final
 
@@ -26,6 +27,9 @@ PAYLOAD_TYPE: Final = b"\x03\x01"
 
 MAX_ADDRESSES: Final = 128
 """The most addresses that are taken from a record; further ones are left out."""
+
+LOOKED_AT: Final = 4
+"""Of so many addresses one may be taken: a peer with all transports there are has about as many that are unknown."""
 
 MAX_SEQ: Final = (1 << 64) - 1
 """The largest sequence number."""
@@ -102,10 +106,11 @@ def open_peer_record(envelope: bytes) -> PeerRecord:
 def parse_addresses(raw: Iterable[bytes], limit: int = MAX_ADDRESSES) -> tuple[Multiaddr, ...]:
     """The addresses among these byte forms, in order and once each, at most so many.
 
-    A peer may know transports that we do not, so an address that cannot be parsed is left out, not refused.
+    A peer may know transports that we do not, so an address that cannot be parsed is left out, not refused. To look at
+    one costs more than to send it, so no more are looked at than `LOOKED_AT` times as many as are taken.
     """
     found: dict[Multiaddr, None] = {}
-    for data in raw:
+    for data in itertools.islice(raw, limit * LOOKED_AT):
         if len(found) == limit:
             break
         try:

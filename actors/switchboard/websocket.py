@@ -31,6 +31,9 @@ GOODBYE: Final = 2.0
 _MAX_IGNORED: Final = 64 * 1024
 """Bytes of a refused request's body that are read, so that the answer is not lost in a reset."""
 
+MAX_EMPTY: Final = 8 * 1024
+"""Bytes of frames without content that are heard during an upgrade: some hundred pings, which cost more than others."""
+
 STAGE: Final = "websocket"
 """What errors of the opening handshake name as their stage."""
 
@@ -130,6 +133,7 @@ class WebSocketPipe:
         self._received = received
         self._secure = secure
         self._remote = remote
+        self._empty = 0
 
     def __repr__(self) -> str:
         return f"<WebSocketPipe {self._pipe!r}>"
@@ -152,7 +156,11 @@ class WebSocketPipe:
         return bool(self._received) or self._pipe.readable
 
     async def receive(self) -> bytes:
-        """See `Pipe`."""
+        """See `Pipe`.
+
+        Raises:
+            WebSocketError: what came are no frames that we take, or nothing is in them.
+        """
         frames = self._frames
         while frames.closed is None:
             raw, self._received = self._received, b""
@@ -164,8 +172,11 @@ class WebSocketPipe:
                 await self._pipe.send(pong)
             if length:
                 return bytes(buffer[:length])
+            self._empty += len(raw)
+            if self._empty > MAX_EMPTY:
+                raise WebSocketError("nothing but empty frames")
             # A pipe that always has something does not wait. Whoever sends nothing but empty frames shall keep nobody
-            # else waiting, and meet the deadline.
+            # else waiting meanwhile.
             await trio.lowlevel.checkpoint()
         return b""
 

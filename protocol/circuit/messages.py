@@ -81,7 +81,7 @@ def status_name(status: int) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Peer:
-    """A peer, and addresses of it. Nobody uses the addresses: relays do not dial."""
+    """A peer, and addresses of it. Nobody uses the addresses, for relays do not dial; so they are not read either."""
 
     peer_id: PeerId
     addresses: tuple[Multiaddr, ...] = ()
@@ -284,7 +284,7 @@ def _read_peer(message: _Protobuf) -> Peer:
     if not message.HasField("peer"):
         raise CircuitMessageError("a CONNECT without a peer")
     try:
-        return Peer(PeerId(message.peer.id), parse_addresses(message.peer.addrs, MAX_ADDRESSES))
+        return Peer(PeerId(message.peer.id))  # to parse addresses that nobody uses would be work for a stranger
     except PeerIdError as error:
         raise CircuitMessageError(f"a CONNECT without a usable peer id: {error}") from None
 

@@ -15,12 +15,14 @@ from protocol.multiaddr import Multiaddr
 from protocol.pb import peer_record_pb2
 from protocol.peer_record import (
     DOMAIN,
+    LOOKED_AT,
     MAX_ADDRESSES,
     MAX_SEQ,
     PAYLOAD_TYPE,
     PeerRecord,
     PeerRecordError,
     open_peer_record,
+    parse_addresses,
     seal_peer_record,
 )
 from protocol.signed_envelope import (
@@ -115,6 +117,19 @@ def test_addresses_that_are_unknown_or_too_many_are_left_out():
     assert open_peer_record(sealed.to_bytes()).addresses == ADDRESSES
     many = [Multiaddr(f"/ip4/10.0.0.1/tcp/{port}") for port in range(1, MAX_ADDRESSES + 50)]
     assert open_peer_record(seal_peer_record(KEY, many, 1)).addresses == tuple(many[:MAX_ADDRESSES])
+
+
+def test_no_more_addresses_are_looked_at_than_could_be_honest():
+    looked_at = 0
+
+    def raw():
+        nonlocal looked_at
+        for _ in range(10_000):
+            looked_at += 1
+            yield b""
+
+    assert parse_addresses(raw(), 16) == ()
+    assert looked_at <= 16 * LOOKED_AT + 1
 
 
 def test_only_a_greater_seq_replaces():

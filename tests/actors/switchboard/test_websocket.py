@@ -19,7 +19,7 @@ from actors.switchboard.transports import SECURE_WEBSOCKET, TCP, WEBSOCKET, list
 from actors.switchboard.wire import SocketPipe
 from protocol.messages.switchboard import Connect, PingPeer
 from protocol.multiaddr import Multiaddr
-from protocol.websocket import Frames
+from protocol.websocket import Frames, WebSocketError
 from protocol.websocket_opening import ClientOpening
 from supervisor.errors import RefusedError
 from tests.actors.local_node import LocalNode, echo, tcp_server, two_nodes, until
@@ -323,13 +323,26 @@ class Endless:
         pass
 
 
-async def test_empty_frames_without_end_keep_nobody_waiting():
-    pipe = await websocket_module.accept_websocket(
-        Endless(REQUEST, bytes.fromhex("828000000000898000000000")), wall=lambda: 0.0, secure=False
-    )
-    with trio.move_on_after(0.05) as scope:
-        await pipe.receive()
-    assert scope.cancelled_caught
+@pytest.mark.parametrize("frame", ["828000000000", "898000000000", "8a8000000000", "008000000000"])
+async def test_frames_without_content_are_heard_for_a_while_and_keep_nobody_waiting(frame):
+    first = bytes.fromhex("028000000000" if frame[:2] == "00" else frame)
+    endless = Endless(REQUEST, bytes.fromhex(frame) * 100)
+    pipe = await websocket_module.accept_websocket(endless, wall=lambda: 0.0, secure=False)
+    endless.pieces.append(first)
+    turns = 0
+
+    async def somebody_else():
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(somebody_else)
+        with pytest.raises(WebSocketError, match="nothing but empty frames"):
+            await pipe.receive()
+        nursery.cancel_scope.cancel()
+    assert turns >= websocket_module.MAX_EMPTY // 600
 
 
 async def test_interim_answers_without_end_keep_nobody_waiting():
