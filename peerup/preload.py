@@ -60,8 +60,9 @@ def preload(*, metrics: bool) -> None:
 def _use_cryptography() -> None:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+    from actors.switchboard.ciphers import better_ciphers
     from protocol.keys import PrivateKey
-    from protocol.noise import CipherState
+    from protocol.noise_cipher import CipherState
 
     seed = bytes(32)
     key = PrivateKey.from_seed(seed)
@@ -69,6 +70,7 @@ def _use_cryptography() -> None:
     agreement = X25519PrivateKey.from_private_bytes(seed)
     agreement.exchange(agreement.public_key())
     CipherState(seed).decrypt(CipherState(seed).encrypt(b""))
+    better_ciphers()
     hmac.digest(seed, b"", "sha256")
 
 

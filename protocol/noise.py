@@ -7,9 +7,15 @@ Theory of operation. Three messages, each behind two bytes of length:
     -> s, se          payload  the initiator's (encrypted) static key, then its payload
 
 A payload holds the peer's libp2p public key, that key's signature over the static key just proved, and extensions.
-Of those only `stream_muxers` means something to us: the names of muxers in order of preference. When both sides send
-it, the muxer is the first of the initiator's that the responder has too, and without one the handshake fails (libp2p
-specs, connections/inlined-muxer-negotiation.md). When one side does not, multistream-select finds the muxer afterwards.
+Two of those mean something to us, both names in order of preference:
+
+`stream_muxers`      When both sides send it, the muxer is the first of the initiator's that the responder has too, and
+                     without one the handshake fails (libp2p specs, connections/inlined-muxer-negotiation.md). When one
+                     side does not, multistream-select finds the muxer afterwards.
+`transport_ciphers`  What each side would rather use than ChaChaPoly once the handshake is done (code point 1280, one
+                     of those that the spec leaves free; docs/decisions/0014). The first of the initiator's that the
+                     responder names too is used, with keys that are derived for it alone. Without one, or with a peer
+                     that knows nothing of this, it stays ChaChaPoly.
 
     initiator:  AWAIT_E_S -> DONE          responder:  AWAIT_E -> AWAIT_S -> DONE
 
@@ -22,23 +28,20 @@ import enum
 import hashlib
 import hmac
 import struct
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from google.protobuf.message import DecodeError
 
 from protocol import keys
-from protocol.errors import ProtocolError
 from protocol.keys import KeyFormatError, PublicKey
+from protocol.noise_cipher import TAG_LENGTH, Cipher, CipherState, NoiseError
 from protocol.pb.noise_pb2 import NoiseHandshakePayload
 from protocol.peer_id import PeerId
 
-PROTOCOL_NAME: Final = b"Noise_XX_25519_ChaChaPoly_SHA256"
 SIGNATURE_PREFIX: Final = b"noise-libp2p-static-key:"
 KEY_LENGTH: Final = 32
-TAG_LENGTH: Final = 16
 LENGTH_PREFIX: Final = 2
 
 MAX_MESSAGE: Final = 65_535
@@ -49,18 +52,9 @@ MAX_PLAINTEXT: Final = MAX_MESSAGE - TAG_LENGTH
 MAX_HANDSHAKE_MESSAGE: Final = 8_192
 """Room for an 8,192-bit RSA key with its signature and some extensions, and not more: these bytes are a stranger's."""
 
-MAX_NONCE: Final = 2**64 - 2
-"""The last nonce that a cipher state may use (Noise, section 5.1: 2^64-1 is reserved)."""
-
-_MAX_MUXERS: Final = 16
-_NONCE: Final = struct.Struct("<4xQ")
+_MAX_NAMES: Final = 16  # of one extension
+_TRANSPORT_KEYS: Final = b"noise-transport-cipher:"  # and the cipher's name
 _LENGTH: Final = struct.Struct(">H")
-
-
-class NoiseError(ProtocolError):
-    """The peer's Noise handshake or transport messages are wrong. The connection must be closed."""
-
-    code = "noise"
 
 
 class BadSignatureError(NoiseError):
@@ -81,12 +75,6 @@ class NoMuxerError(NoiseError):
     code = "no-common-muxer"
 
 
-class NonceExhaustedError(NoiseError):
-    """2^64-1 messages went over one key; the connection must end."""
-
-    code = "noise-nonce-exhausted"
-
-
 class Identity(NamedTuple):
     """What proves who we are: made once per static key with the keyring's `SignNoiseStaticKey`.
 
@@ -97,89 +85,6 @@ class Identity(NamedTuple):
 
     public_key: bytes
     signature: bytes
-
-
-class CipherState:
-    """One direction's key and nonce (Noise, section 5.1).
-
-    Attributes:
-        nonce: of the next message.
-    """
-
-    __slots__ = ("_cipher", "nonce")
-    nonce: int
-
-    def __init__(self, key: bytes) -> None:
-        self._cipher = ChaCha20Poly1305(key)
-        self.nonce = 0
-
-    def seal(self, buffer: memoryview, length: int) -> int:
-        """Encrypt the first `length` bytes of `buffer` in place; the tag follows them. Returns `length` + 16.
-
-        `buffer` must have room for that. Longer than :data:`MAX_PLAINTEXT` is the caller's mistake.
-
-        Raises:
-            NonceExhaustedError: the key is used up.
-        """
-        return self.seal_into(buffer[:length], buffer)
-
-    def seal_into(self, data: memoryview, out: memoryview) -> int:
-        """Encrypt `data` into the beginning of `out`; the tag follows. Returns how many bytes that is.
-
-        `data` may be the beginning of `out` itself; they must not overlap in another way.
-
-        Raises:
-            NonceExhaustedError: the key is used up.
-        """
-        nonce = self.nonce
-        if nonce > MAX_NONCE:
-            raise NonceExhaustedError("no nonce is left for this connection")
-        self.nonce = nonce + 1
-        sealed = len(data) + 16
-        self._cipher.encrypt_into(_NONCE.pack(nonce), data, None, out[:sealed])
-        return sealed
-
-    def open(self, buffer: memoryview) -> int:
-        """Verify and decrypt the message that fills `buffer`, in place. Returns the length of the plaintext.
-
-        Raises:
-            NoiseError: it is not the peer's next message, unchanged; or the key is used up.
-        """
-        nonce = self.nonce
-        if nonce > MAX_NONCE:
-            raise NonceExhaustedError("no nonce is left for this connection")
-        plain = len(buffer) - 16
-        if plain < 0:
-            raise NoiseError("a Noise message shorter than its tag")
-        try:
-            self._cipher.decrypt_into(_NONCE.pack(nonce), buffer, None, buffer[:plain])
-        except InvalidTag:
-            raise NoiseError("a Noise message was altered, or is not the next one") from None
-        self.nonce = nonce + 1
-        return plain
-
-    def encrypt(self, plaintext: bytes, associated: bytes = b"") -> bytes:
-        """A sealed copy of a small message."""
-        if self.nonce > MAX_NONCE:
-            raise NonceExhaustedError("no nonce is left for this connection")
-        sealed = self._cipher.encrypt(_NONCE.pack(self.nonce), plaintext, associated)
-        self.nonce += 1
-        return sealed
-
-    def decrypt(self, sealed: bytes, associated: bytes = b"") -> bytes:
-        """The plaintext of a small sealed message.
-
-        Raises:
-            NoiseError: as :meth:`open`.
-        """
-        if self.nonce > MAX_NONCE:
-            raise NonceExhaustedError("no nonce is left for this connection")
-        try:
-            plaintext = self._cipher.decrypt(_NONCE.pack(self.nonce), sealed, associated)
-        except InvalidTag:
-            raise NoiseError("a Noise message was altered, or is not the next one") from None
-        self.nonce += 1
-        return plaintext
 
 
 def _derive(chaining_key: bytes, material: bytes) -> tuple[bytes, bytes]:
@@ -196,16 +101,15 @@ class SymmetricState:
         handshake_hash: binds everything said so far; unique to the connection.
     """
 
-    __slots__ = ("_chaining_key", "_cipher", "handshake_hash")
+    __slots__ = ("_chaining_key", "_cipher", "_state", "handshake_hash")
     handshake_hash: bytes
 
-    def __init__(self, protocol_name: bytes = PROTOCOL_NAME, prologue: bytes = b"") -> None:
-        # 32 bytes or fewer are padded, not hashed; the name has exactly 32
-        self.handshake_hash = (
-            protocol_name.ljust(32, b"\0") if len(protocol_name) <= 32 else hashlib.sha256(protocol_name).digest()
-        )
+    def __init__(self, cipher: Cipher = Cipher.CHACHA_POLY, prologue: bytes = b"") -> None:
+        # 32 bytes or fewer are padded, not hashed; no name is longer
+        self.handshake_hash = f"Noise_XX_25519_{cipher.value}_SHA256".encode().ljust(32, b"\0")
         self._chaining_key = self.handshake_hash
-        self._cipher: CipherState | None = None
+        self._cipher = cipher
+        self._state: CipherState | None = None
         self.mix_hash(prologue)
 
     def mix_hash(self, data: bytes) -> None:
@@ -215,11 +119,11 @@ class SymmetricState:
     def mix_key(self, material: bytes) -> None:
         """Derive the next key from a Diffie-Hellman result."""
         self._chaining_key, key = _derive(self._chaining_key, material)
-        self._cipher = CipherState(key)
+        self._state = CipherState(key, self._cipher)
 
     def encrypt_and_hash(self, plaintext: bytes) -> bytes:
         """Encrypt if there is a key already; bind the result."""
-        sealed = plaintext if self._cipher is None else self._cipher.encrypt(plaintext, self.handshake_hash)
+        sealed = plaintext if self._state is None else self._state.encrypt(plaintext, self.handshake_hash)
         self.mix_hash(sealed)
         return sealed
 
@@ -229,20 +133,27 @@ class SymmetricState:
         Raises:
             NoiseError: altered, or from another handshake.
         """
-        plaintext = sealed if self._cipher is None else self._cipher.decrypt(sealed, self.handshake_hash)
+        plaintext = sealed if self._state is None else self._state.decrypt(sealed, self.handshake_hash)
         self.mix_hash(sealed)
         return plaintext
 
-    def split(self) -> tuple[CipherState, CipherState]:
-        """The two transport ciphers: initiator to responder, responder to initiator."""
-        first, second = _derive(self._chaining_key, b"")
-        return CipherState(first), CipherState(second)
+    def split(self, cipher: Cipher | None = None) -> tuple[CipherState, CipherState]:
+        """The two transport ciphers: initiator to responder, responder to initiator.
+
+        Another `cipher` than the handshake's gets keys of its own: those of Noise's Split serve one cipher only.
+        """
+        if cipher is None or cipher is self._cipher:
+            first, second = _derive(self._chaining_key, b"")
+        else:
+            first, second = _derive(self._chaining_key, _TRANSPORT_KEYS + cipher.value.encode())
+        return CipherState(first, cipher or self._cipher), CipherState(second, cipher or self._cipher)
 
 
 class HandshakeXX:
     """The three messages of XX with any payloads; knows nothing of libp2p.
 
-    `write_message` and `read_message` are called in turn, the initiator writing first. `ephemeral` is for test vectors.
+    `write_message` and `read_message` are called in turn, the initiator writing first. `ephemeral` and `cipher` are for
+    test vectors.
     """
 
     __slots__ = ("_ephemeral", "_initiator", "_remote_ephemeral", "_static", "_step", "remote_static", "symmetric")
@@ -255,8 +166,9 @@ class HandshakeXX:
         static_key: X25519PrivateKey,
         prologue: bytes = b"",
         ephemeral: X25519PrivateKey | None = None,
+        cipher: Cipher = Cipher.CHACHA_POLY,
     ) -> None:
-        self.symmetric = SymmetricState(prologue=prologue)
+        self.symmetric = SymmetricState(cipher, prologue)
         self.remote_static = None
         self._initiator = initiator
         self._static = static_key
@@ -337,6 +249,13 @@ class NoiseResult(NamedTuple):
     unread: bytes
 
 
+class _Extensions(NamedTuple):
+    """What a peer's payload names, in its order of preference."""
+
+    muxers: tuple[str, ...]
+    ciphers: tuple[str, ...]
+
+
 class _State(enum.Enum):
     AWAIT_E = enum.auto()
     AWAIT_E_S = enum.auto()
@@ -351,7 +270,8 @@ class NoiseHandshake:
     Feed what comes from the socket to `receive_data`, send what `data_to_send` gives, until `result` is there
     (and send once more then: the initiator's last message is made together with its result).
 
-    `muxers` are ours in order of preference; empty leaves early negotiation out. `expected_peer` is who was dialled.
+    `muxers` are ours in order of preference; empty leaves early negotiation out. `ciphers` are those that we
+    would rather use than ChaChaPoly. `expected_peer` is who was dialled.
     """
 
     result: NoiseResult | None
@@ -363,6 +283,7 @@ class NoiseHandshake:
         static_key: X25519PrivateKey,
         identity: Identity,
         muxers: tuple[str, ...] = (),
+        ciphers: tuple[Cipher, ...] = (),
         expected_peer: PeerId | None = None,
     ) -> None:
         self.result = None
@@ -370,6 +291,7 @@ class NoiseHandshake:
         self._handshake = HandshakeXX(initiator=initiator, static_key=static_key)
         self._identity = identity
         self._muxers = muxers
+        self._ciphers = tuple(cipher.value for cipher in ciphers)
         self._expected_peer = expected_peer
         self._received = b""
         self._outgoing = b""
@@ -431,16 +353,20 @@ class NoiseHandshake:
                 self._send(self._own_payload())
                 self._state = _State.AWAIT_S
             case _State.AWAIT_E_S:
-                peer_id, public_key, muxers = self._verify(payload)
-                muxer = self._choose(self._muxers, muxers)
+                peer_id, public_key, extensions = self._verify(payload)
+                muxer = self._choose(self._muxers, extensions.muxers)
+                cipher = _common(self._ciphers, extensions.ciphers)
                 self._send(self._own_payload())
-                self._finish(peer_id, public_key, muxer)
+                self._finish(peer_id, public_key, muxer, cipher)
             case _:
-                peer_id, public_key, muxers = self._verify(payload)
-                self._finish(peer_id, public_key, self._choose(muxers, self._muxers))
+                peer_id, public_key, extensions = self._verify(payload)
+                muxer = self._choose(extensions.muxers, self._muxers)
+                cipher = _common(extensions.ciphers, self._ciphers)
+                self._finish(peer_id, public_key, muxer, cipher)
 
-    def _finish(self, peer_id: PeerId, public_key: bytes, muxer: str | None) -> None:
-        to_responder, to_initiator = self._handshake.symmetric.split()
+    def _finish(self, peer_id: PeerId, public_key: bytes, muxer: str | None, cipher: str | None) -> None:
+        agreed = Cipher.CHACHA_POLY if cipher is None else Cipher(cipher)
+        to_responder, to_initiator = self._handshake.symmetric.split(agreed)
         send, receive = (to_responder, to_initiator) if self._initiator else (to_initiator, to_responder)
         self.result = NoiseResult(peer_id, public_key, muxer, send, receive, self._received)
         self._received = b""
@@ -453,10 +379,12 @@ class NoiseHandshake:
     def _own_payload(self) -> bytes:
         payload = NoiseHandshakePayload(identity_key=self._identity.public_key, identity_sig=self._identity.signature)
         if self._muxers:
-            payload.extensions.stream_muxers.extend(self._muxers)
+            payload.extensions.stream_muxers.extend(name.encode() for name in self._muxers)
+        if self._ciphers:
+            payload.extensions.transport_ciphers.extend(name.encode() for name in self._ciphers)
         return payload.SerializeToString()
 
-    def _verify(self, data: bytes) -> tuple[PeerId, bytes, tuple[str, ...]]:
+    def _verify(self, data: bytes) -> tuple[PeerId, bytes, _Extensions]:
         payload = NoiseHandshakePayload()
         try:
             payload.ParseFromString(data)
@@ -474,16 +402,28 @@ class NoiseHandshake:
         peer_id = key.peer_id
         if self._expected_peer is not None and peer_id != self._expected_peer:
             raise WrongPeerError(f"the peer is {peer_id}, not {self._expected_peer}")
-        muxers = payload.extensions.stream_muxers
-        if len(muxers) > _MAX_MUXERS:
-            raise NoiseError(f"the peer offers {len(muxers)} muxers (limit {_MAX_MUXERS})")
-        return peer_id, payload.identity_key, tuple(muxers)
+        extensions = payload.extensions
+        muxers = _names("muxers", extensions.stream_muxers)
+        ciphers = _names("ciphers", extensions.transport_ciphers)
+        return peer_id, payload.identity_key, _Extensions(muxers, ciphers)
 
     @staticmethod
     def _choose(initiators: tuple[str, ...], responders: tuple[str, ...]) -> str | None:
         if not initiators or not responders:
             return None
-        muxer = next((name for name in initiators if name in responders), None)
+        muxer = _common(initiators, responders)
         if muxer is None:
-            raise NoMuxerError(f"no muxer in common: {', '.join(initiators)} and {', '.join(responders)}")
+            raise NoMuxerError(f"no muxer in common: {initiators!r} and {responders!r}")
         return muxer
+
+
+def _names(what: str, names: Sequence[bytes]) -> tuple[str, ...]:
+    """A peer's words; what is not UTF-8 is nothing that we know."""
+    if len(names) > _MAX_NAMES:
+        raise NoiseError(f"the peer offers {len(names)} {what} (limit {_MAX_NAMES})")
+    return tuple(name.decode(errors="replace") for name in names)
+
+
+def _common(initiators: Sequence[str], responders: Sequence[str]) -> str | None:
+    """The first of the initiator's that the responder has too."""
+    return next((name for name in initiators if name in responders), None)

@@ -45,6 +45,7 @@ class Admittance:
         own: this node's peer id, which no peer may have.
         on_stream: takes each stream that a peer opens.
         on_opened, on_ended: told of each connection when it is there, and when it is gone.
+        on_gone_away: told of a connection whose peer takes no more streams on it.
         is_relay: whether the configuration names this peer as a relay.
         limits: of each connection's streams.
     """
@@ -62,6 +63,7 @@ class Admittance:
         on_stream: Callable[[Connection, Channel], None],
         on_opened: Callable[[Connection], None],
         on_ended: Callable[[Connection, LinkEnd], None],
+        on_gone_away: Callable[[Connection], None],
         is_relay: Callable[[PeerId], bool],
         limits: yamux.Limits,
     ) -> None:
@@ -75,6 +77,7 @@ class Admittance:
         self._on_stream = on_stream
         self._on_opened = on_opened
         self._on_ended = on_ended
+        self._on_gone_away = on_gone_away
         self._is_relay = is_relay
         self._limits = limits
         self._budgets = Budgets()
@@ -190,7 +193,7 @@ class Admittance:
             plaintext=upgraded.plaintext,
             on_stream=lambda channel: self._on_stream(connection, channel),
             on_end=lambda end: self._ended(connection, end),
-            on_gone_away=lambda: self._table.gone_away(connection, self._context.now()),
+            on_gone_away=lambda: self._on_gone_away(connection),
             limits=self._limits,
             budget=self._budgets.of(upgraded.peer),
         )
@@ -200,7 +203,8 @@ class Admittance:
             self.refusals.forget(upgraded.peer)
         self._context.log.log(
             "DEBUG" if upgraded.peer in self.refusals else "INFO",
-            "connected to {} ({}, {})", upgraded.peer, connection.direction, connection.way,
+            "connected to {} ({}, {}, {})",
+            upgraded.peer, connection.direction, connection.way, upgraded.send.cipher.value,
         )  # fmt: skip
         self._on_opened(connection)
         return connection
@@ -224,7 +228,8 @@ class Admittance:
             self.refusals.note(connection.peer)
             more = self._refused_lines.note(connection.peer)
         if more is not None:
-            self._context.log.info("connection to {} ended: {}{}", connection.peer, end.reason, more)
+            why = "it has shut down" if connection.leaving and end.code in HUNG_UP else end.reason
+            self._context.log.info("connection to {} ended: {}{}", connection.peer, why, more)
 
     # ---- enforcement
 

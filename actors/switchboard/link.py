@@ -35,7 +35,7 @@ from actors.switchboard.channel import Channel, LinkClosedError, SettlingEnd
 from actors.switchboard.wire import MAX_FRAME, Acknowledgement, Wire
 from protocol import yamux
 from protocol.errors import PeerupError, ProtocolError
-from protocol.noise import TAG_LENGTH, CipherState, NoiseError
+from protocol.noise_cipher import TAG_LENGTH, CipherState, NoiseError
 from protocol.stream_descriptor import ResetCode
 from protocol.yamux import GoAwayCode, Role
 

@@ -3,7 +3,7 @@
 Theory of operation. A connection is upgraded in stages, each with its own deadline and all of them within one::
 
     security    multistream-select agrees on /noise; nothing else is offered, plaintext least of all
-    handshake   Noise XX: both sides prove their peer id
+    handshake   Noise XX: both sides prove their peer id, and agree on the cipher of what follows
     judgement   (inbound) the policy decides on the proven peer id; who is refused hears nothing more
     muxer       agreed inside the handshake where both sides can, otherwise by multistream-select afterwards
 
@@ -25,12 +25,14 @@ from collections.abc import Callable, Iterator
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from actors.switchboard.ciphers import better_ciphers
 from actors.switchboard.errors import HandshakeError, NotAuthorisedError, WrongPeerError
 from actors.switchboard.wire import Pipe
 from protocol import noise
 from protocol.errors import ProtocolError
 from protocol.multistream import HEADER, Initiator, Responder
-from protocol.noise import CipherState, NoiseHandshake, NoiseResult
+from protocol.noise import NoiseHandshake, NoiseResult
+from protocol.noise_cipher import Cipher, CipherState
 from protocol.peer_id import PeerId
 from protocol.yamux import Role
 
@@ -79,11 +81,15 @@ class Upgrader:
     Args:
         static_key: this process's Noise key.
         identity: the node's public key and its signature over the static key.
+        ciphers: what it would rather use than ChaChaPoly with peers that would too, the best first.
     """
 
-    def __init__(self, static_key: X25519PrivateKey, identity: noise.Identity) -> None:
+    def __init__(
+        self, static_key: X25519PrivateKey, identity: noise.Identity, ciphers: tuple[Cipher, ...] | None = None
+    ) -> None:
         self._static_key = static_key
         self._identity = identity
+        self._ciphers = better_ciphers() if ciphers is None else ciphers
         self._turn = trio.Lock()
 
     async def outbound(self, pipe: Pipe, expected: PeerId) -> Upgraded:
@@ -102,6 +108,7 @@ class Upgrader:
                 static_key=self._static_key,
                 identity=self._identity,
                 muxers=MUXERS,
+                ciphers=self._ciphers,
                 expected_peer=expected,
             )
             with exchange.stage("security"):
@@ -152,7 +159,11 @@ class Upgrader:
             with exchange.stage("handshake"):
                 async with self._turn:
                     handshake = NoiseHandshake(
-                        initiator=False, static_key=self._static_key, identity=self._identity, muxers=MUXERS
+                        initiator=False,
+                        static_key=self._static_key,
+                        identity=self._identity,
+                        muxers=MUXERS,
+                        ciphers=self._ciphers,
                     )
                     if security.leftover:
                         handshake.receive_data(security.leftover)

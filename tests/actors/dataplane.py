@@ -11,7 +11,7 @@ from actors.reactor import Reactor
 from actors.switchboard.link import Channel, Link, LinkEnd
 from actors.switchboard.wire import SocketWire
 from protocol import yamux
-from protocol.noise import CipherState
+from protocol.noise_cipher import CipherState
 from protocol.yamux import Role
 
 DEADLINE = 20.0

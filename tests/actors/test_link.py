@@ -13,7 +13,7 @@ from actors.switchboard.link import LinkClosedError
 from actors.switchboard.wire import SocketWire
 from protocol import yamux
 from protocol.errors import LimitExceededError
-from protocol.noise import CipherState
+from protocol.noise_cipher import CipherState
 from protocol.stream_descriptor import ResetCode, reset_message
 from protocol.yamux import Role
 from tests.actors.dataplane import (

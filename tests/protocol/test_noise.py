@@ -1,67 +1,42 @@
 """Noise XX: the published vectors, the libp2p payload, and everything a peer may get wrong."""
 
+import json
+from pathlib import Path
+
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.keys import PrivateKey
 from protocol.noise import (
     MAX_HANDSHAKE_MESSAGE,
-    MAX_NONCE,
     MAX_PLAINTEXT,
     SIGNATURE_PREFIX,
     BadSignatureError,
-    CipherState,
     HandshakeXX,
     Identity,
-    NoiseError,
     NoiseHandshake,
     NoMuxerError,
-    NonceExhaustedError,
     WrongPeerError,
+    _derive,
+)
+from protocol.noise_cipher import (
+    MAX_NONCE,
+    REKEY_AFTER,
+    Cipher,
+    CipherState,
+    NoiseError,
+    NonceExhaustedError,
 )
 from protocol.pb.noise_pb2 import NoiseHandshakePayload
 
 YAMUX = "/yamux/1.0.0"
 ALICE, BOB = PrivateKey.from_seed(b"a" * 32), PrivateKey.from_seed(b"b" * 32)
 
-# The values of Noise_XX_25519_ChaChaPoly_SHA256 among the cacophony test vectors.
-PROLOGUE = bytes.fromhex("4a6f686e2047616c74")
-INITIATOR_STATIC = "e61ef9919cde45dd5f82166404bd08e38bceb5dfdfded0a34c8df7ed542214d1"
-INITIATOR_EPHEMERAL = "893e28b9dc6ca8d611ab664754b8ceb7bac5117349a4439a6b0569da977c464a"
-RESPONDER_STATIC = "4a3acbfdb163dec651dfa3194dece676d437029c62a408b4c5ea9114246e4893"
-RESPONDER_EPHEMERAL = "bbdb4cdbd309f1a1f2e1456967fe288cadd6f712d65dc7b7793d5e63da6b375b"
-HANDSHAKE_HASH = "c8e5f64e846193be2a834104c2a009868d6c9f3bd3c186299888b488b2f1f58e"
-HANDSHAKE = [
-    (
-        "4c756477696720766f6e204d69736573",
-        "ca35def5ae56cec33dc2036731ab14896bc4c75dbb07a61f879f8e3afa4c79444c756477696720766f6e204d69736573",
-    ),
-    (
-        "4d757272617920526f746862617264",
-        (
-            "95ebc60d2b1fa672c1f46a8aa265ef51bfe38e7ccb39ec5be34069f14480884381cbad1f276e038c48378ffce2b65285e08d6b68"
-            "aaa3629a5a8639392490e5b9bd5269c2f1e4f488ed8831161f19b7815528f8982ffe09be9b5c412f8a0db50f8814c7194e83f23d"
-            "bd8d162c9326ad"
-        ),
-    ),
-    (
-        "462e20412e20486179656b",
-        (
-            "c7195ffacac1307ff99046f219750fc47693e23c3cb08b89c2af808b444850a80ae475b9df0f169ae80a89be0865b57f58c9fea0"
-            "d4ec82a286427402f113e4b6ae769a1d95941d49b25030"
-        ),
-    ),
-]
-TRANSPORT = [
-    ("4361726c204d656e676572", "96763ed773f8e47bb3712f0e29b3060ffc956ffc146cee53d5e1df"),
-    ("4a65616e2d426170746973746520536179", "3e40f15f6f3a46ae446b253bf8b1d9ffb6ed9b174d272328ff91a7e2e5c79c07f5"),
-    (
-        "457567656e2042f6686d20766f6e2042617765726b",
-        "eb3f3515110702e047a6c9da4478b6ead94873c11c0f2d710ddb3f09fce024b3a58502ae3f",
-    ),
-]
+# The cacophony test vectors of the two patterns.
+VECTORS = json.loads((Path(__file__).parent / "data/noise_vectors.json").read_text())
 
 
 def key(value: str) -> X25519PrivateKey:
@@ -93,32 +68,41 @@ def converse(alice: NoiseHandshake, bob: NoiseHandshake, piece: int = 1 << 20) -
             return
 
 
-def test_published_vectors():
+@pytest.mark.parametrize("cipher", Cipher)
+def test_published_vectors(cipher):
+    vector = VECTORS[f"Noise_XX_25519_{cipher.value}_SHA256"]
+    prologue = bytes.fromhex(vector["init_prologue"])
     sides = [
         HandshakeXX(
-            initiator=True, static_key=key(INITIATOR_STATIC), prologue=PROLOGUE, ephemeral=key(INITIATOR_EPHEMERAL)
-        ),
-        HandshakeXX(
-            initiator=False, static_key=key(RESPONDER_STATIC), prologue=PROLOGUE, ephemeral=key(RESPONDER_EPHEMERAL)
-        ),
+            initiator=side == "init",
+            static_key=key(vector[f"{side}_static"]),
+            prologue=prologue,
+            ephemeral=key(vector[f"{side}_ephemeral"]),
+            cipher=cipher,
+        )
+        for side in ("init", "resp")
     ]
-    for turn, (payload, ciphertext) in enumerate(HANDSHAKE):
-        message = sides[turn % 2].write_message(bytes.fromhex(payload))
-        assert message.hex() == ciphertext
-        assert sides[1 - turn % 2].read_message(message).hex() == payload
-    assert sides[0].symmetric.handshake_hash.hex() == sides[1].symmetric.handshake_hash.hex() == HANDSHAKE_HASH
+    handshake, transport = vector["messages"][:3], vector["messages"][3:]
+    for turn, told in enumerate(handshake):
+        message = sides[turn % 2].write_message(bytes.fromhex(told["payload"]))
+        assert message.hex() == told["ciphertext"]
+        assert sides[1 - turn % 2].read_message(message).hex() == told["payload"]
+    for side in sides:
+        assert side.symmetric.handshake_hash.hex() == vector["handshake_hash"]
     ciphers = [side.symmetric.split() for side in sides]
-    for turn, (payload, ciphertext) in enumerate(TRANSPORT, 1):
+    assert len(transport) > 2
+    for turn, told in enumerate(transport, 1):
         sender, receiver = ciphers[turn % 2][turn % 2], ciphers[1 - turn % 2][turn % 2]
-        sealed = sender.encrypt(bytes.fromhex(payload))
-        assert sealed.hex() == ciphertext
+        sealed = sender.encrypt(bytes.fromhex(told["payload"]))
+        assert sealed.hex() == told["ciphertext"]
         buffer = memoryview(bytearray(sealed))
         length = receiver.open(buffer)
-        assert bytes(buffer[:length]).hex() == payload
+        assert bytes(buffer[:length]).hex() == told["payload"]
 
 
-def test_sealing_in_place_gives_what_the_vectors_say():
-    copying, in_place = CipherState(b"k" * 32), CipherState(b"k" * 32)
+@pytest.mark.parametrize("cipher", Cipher)
+def test_sealing_in_place_gives_what_the_vectors_say(cipher):
+    copying, in_place = CipherState(b"k" * 32, cipher), CipherState(b"k" * 32, cipher)
     for length in (0, 1, 15, 16, 17, 4096, MAX_PLAINTEXT):
         plain = bytes(range(256)) * (length // 256 + 1)
         buffer = memoryview(bytearray(plain[:length] + b"?" * 16))
@@ -148,6 +132,114 @@ def test_handshake(piece, ours, theirs, agreed):
     assert alice.result.muxer == bob.result.muxer == agreed
     for sender, receiver in ((alice.result, bob.result), (bob.result, alice.result)):
         assert receiver.receive.decrypt(sender.send.encrypt(b"hello")) == b"hello"
+
+
+AES, CHACHA = Cipher.AES_GCM, Cipher.CHACHA_POLY
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "agreed"),
+    [
+        ((AES,), (AES,), AES),
+        ((AES, CHACHA), (CHACHA, AES), AES),  # the initiator's order counts
+        ((CHACHA, AES), (AES, CHACHA), CHACHA),
+        ((AES,), (), CHACHA),
+        ((), (AES,), CHACHA),
+        ((), (), CHACHA),
+        ((AES,), (CHACHA,), CHACHA),  # none in common
+    ],
+)
+def test_transport_cipher(ours, theirs, agreed):
+    alice = make(ALICE, initiator=True, muxers=(YAMUX,), ciphers=ours)
+    bob = make(BOB, initiator=False, muxers=(YAMUX,), ciphers=theirs)
+    converse(alice, bob)
+    for sender, receiver in ((alice.result, bob.result), (bob.result, alice.result)):
+        assert sender.send.cipher is receiver.receive.cipher is agreed
+        for message in (b"hello", b"again"):
+            assert receiver.receive.decrypt(sender.send.encrypt(message)) == message
+
+
+def test_each_transport_cipher_has_keys_of_its_own():
+    symmetric = HandshakeXX(initiator=True, static_key=X25519PrivateKey.generate()).symmetric
+    symmetric.mix_key(b"secret")
+    states = [state for cipher in (None, CHACHA, AES) for state in symmetric.split(cipher)]
+    assert [state.cipher for state in states] == [CHACHA] * 4 + [AES] * 2
+    streams = [state.encrypt(bytes(64)) for state in states]
+    assert streams[:2] == streams[2:4]  # the handshake's own cipher is what the specification says
+    assert len(set(streams)) == 4
+    first, second = (CipherState(key, AES).encrypt(bytes(64)) for key in _derive(symmetric._chaining_key, b""))
+    assert not {first, second} & set(streams)
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"", b"AES", b"AESGCM ", b"\n" * 200])
+def test_names_that_we_do_not_know(name):
+    """Whatever a stranger says: a refusal, or what both know."""
+    for initiator in (True, False):
+        liar = make(ALICE, initiator=initiator, muxers=(YAMUX,))
+        payload = NoiseHandshakePayload()
+        payload.ParseFromString(liar._own_payload())
+        payload.extensions.transport_ciphers.append(name)
+        liar._own_payload = payload.SerializeToString
+        honest = make(BOB, initiator=not initiator, muxers=(YAMUX,), ciphers=(AES,))
+        converse(*((liar, honest) if initiator else (honest, liar)))
+        assert honest.result.send.cipher is CHACHA
+        payload.extensions.ClearField("stream_muxers")
+        payload.extensions.stream_muxers.append(name)
+        liar = make(ALICE, initiator=initiator, muxers=(YAMUX,))
+        proof = NoiseHandshakePayload()
+        proof.ParseFromString(liar._own_payload())
+        payload.identity_sig = proof.identity_sig
+        liar._own_payload = payload.SerializeToString
+        honest = make(BOB, initiator=not initiator, muxers=(YAMUX,), ciphers=(AES,))
+        with pytest.raises(NoMuxerError) as caught:
+            converse(*((liar, honest) if initiator else (honest, liar)))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["stream_muxers", "transport_ciphers"])
+def test_too_many_names(field):
+    liar = make(ALICE, initiator=True)
+    payload = NoiseHandshakePayload()
+    payload.ParseFromString(liar._own_payload())
+    getattr(payload.extensions, field).extend([b"x"] * 1000)
+    liar._own_payload = payload.SerializeToString
+    with pytest.raises(NoiseError, match="1000"):
+        converse(liar, make(BOB, initiator=False))
+
+
+def test_aes_keys_are_replaced_and_chacha_keys_are_not():
+    for cipher in Cipher:
+        ends = CipherState(b"k" * 32, cipher), CipherState(b"k" * 32, cipher)
+        first = ends[0]._aead
+        for nonce in (REKEY_AFTER - 1, REKEY_AFTER, REKEY_AFTER + 1, 2 * REKEY_AFTER - 1, 2 * REKEY_AFTER):
+            for end in ends:
+                end.nonce = nonce
+            kept = ends[0]._aead
+            buffer = memoryview(bytearray(b"hello" + bytes(16)))
+            assert ends[0].seal(buffer, 5) == 21
+            assert ends[1].open(buffer) == 5
+            assert buffer[:5] == b"hello"
+            renewed = cipher is AES and nonce % REKEY_AFTER == 0
+            assert (ends[0]._aead is not kept) == renewed
+        assert (ends[0]._aead is first) == (cipher is CHACHA)
+
+
+def test_rekey_is_that_of_the_specification():
+    state = CipherState(b"k" * 32, AES)
+    state.nonce = REKEY_AFTER
+    key = AESGCM(b"k" * 32).encrypt(bytes(4) + b"\xff" * 8, bytes(32), None)[:32]
+    nonce = bytes(4) + REKEY_AFTER.to_bytes(8, "big")
+    assert state.encrypt(b"hello") == AESGCM(key).encrypt(nonce, b"hello", None)
+
+
+def test_an_altered_message_does_not_move_the_key():
+    """Else a stranger's bytes at the right moment would part the two ends."""
+    sender, receiver = CipherState(b"k" * 32, AES), CipherState(b"k" * 32, AES)
+    sender.nonce = receiver.nonce = REKEY_AFTER
+    sealed = sender.encrypt(b"hello")
+    with pytest.raises(NoiseError):
+        receiver.decrypt(sealed[:-1] + bytes([sealed[-1] ^ 1]))
+    assert receiver.decrypt(sealed) == b"hello"
 
 
 def test_bytes_after_the_handshake_are_kept():
@@ -208,19 +300,6 @@ def respond_with(payload: bytes) -> NoiseHandshake:
 def test_payload_that_is_none(payload):
     with pytest.raises(NoiseError):
         respond_with(payload)
-
-
-def test_too_many_muxers():
-    static = X25519PrivateKey.generate()
-    proof = identity_of(BOB, static)
-    payload = NoiseHandshakePayload(identity_key=proof.public_key, identity_sig=proof.signature)
-    payload.extensions.stream_muxers.extend(f"/{n}" for n in range(1000))
-    alice = make(ALICE, initiator=True)
-    responder = HandshakeXX(initiator=False, static_key=static)
-    responder.read_message(alice.data_to_send()[2:])
-    message = responder.write_message(payload.SerializeToString())
-    with pytest.raises(NoiseError):
-        alice.receive_data(len(message).to_bytes(2, "big") + message)
 
 
 def test_payload_in_the_clear_first_message():

@@ -27,7 +27,7 @@ from protocol.keys import PrivateKey
 from protocol.messages.keyring import SignedRelayVoucher, SignRelayVoucher
 from protocol.messages.relay import CircuitLimit, RelayRules, ScopedLimit
 from protocol.multiaddr import Multiaddr
-from protocol.noise import CipherState
+from protocol.noise_cipher import CipherState
 from protocol.policy import Decision
 from protocol.protocol_ids import CIRCUIT_HOP, CIRCUIT_STOP
 from protocol.stream_descriptor import ResetCode

@@ -13,7 +13,7 @@ from actors.switchboard.circuits import FAREWELL, QUEUE, SMALL, CircuitEnd
 from actors.switchboard.errors import CircuitCutError
 from actors.switchboard.link import Link
 from protocol import yamux
-from protocol.noise import CipherState
+from protocol.noise_cipher import CipherState
 from protocol.stream_descriptor import MAX_DATA, ResetCode
 from protocol.yamux import Role
 from tests.actors.dataplane import (

@@ -6,12 +6,13 @@ import socket
 import pytest
 import trio
 
-from actors.switchboard import upgrade
+from actors.switchboard import ciphers, upgrade
 from actors.switchboard.errors import HandshakeError, NotAuthorisedError, WrongPeerError
 from actors.switchboard.upgrade import RefusedPeerError
 from actors.switchboard.wire import SocketPipe
 from protocol.multistream import Initiator, Responder, encode_message
 from protocol.noise import NoiseHandshake
+from protocol.noise_cipher import Cipher
 from protocol.yamux import Role
 
 from .support import key_of, noise_identity, peer_of, tcp_pair, upgrader_of
@@ -60,6 +61,29 @@ async def test_both_sides_know_each_other_and_share_keys():
     assert server.receive.decrypt(client.send.encrypt(b"hello")) == b"hello"
     assert client.receive.decrypt(server.send.encrypt(b"there")) == b"there"
     assert client.plaintext == server.plaintext == b""
+
+
+@pytest.mark.parametrize("slow", [(), ("client",), ("server",), ("client", "server")])
+async def test_aes_is_used_if_it_is_faster_for_both(monkeypatch, slow):
+    real = NoiseHandshake
+
+    def handshake(*, initiator, ciphers, **rest):
+        here = "client" if initiator else "server"
+        return real(initiator=initiator, ciphers=() if here in slow else (Cipher.AES_GCM,), **rest)
+
+    monkeypatch.setattr(upgrade, "NoiseHandshake", handshake)
+    with closing(*tcp_pair()) as (left, right):
+        client, server = await both(left, right)
+    assert client.send.cipher is server.receive.cipher is (Cipher.CHACHA_POLY if slow else Cipher.AES_GCM)
+    assert server.receive.decrypt(client.send.encrypt(b"hello")) == b"hello"
+    assert client.receive.decrypt(server.send.encrypt(b"there")) == b"there"
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_cipher_is_named_if_it_takes_clearly_less_time(monkeypatch, faster):
+    times = {Cipher.CHACHA_POLY: 10.0, Cipher.AES_GCM: 7.0 if faster else 9.0}
+    monkeypatch.setattr(ciphers, "_seconds", times.__getitem__)
+    assert ciphers.better_ciphers.__wrapped__() == ((Cipher.AES_GCM,) if faster else ())
 
 
 @pytest.mark.parametrize("without", ["client", "server"])
