@@ -33,6 +33,9 @@ another attempt than the present one is ignored, so that what was given up canno
         renewing --> connecting: disconnected
         renewing --> connecting: expired
         renewing --> renewing: network_changed
+        reserving --> waiting: leaving
+        held --> waiting: leaving
+        renewing --> waiting: leaving
         held --> connecting: expired
         connecting --> stopped: stop
         reserving --> stopped: stop
@@ -49,6 +52,10 @@ another attempt than the present one is ignored, so that what was given up canno
 - Failures back off exponentially with jitter. The pause is at most a twentieth of the time since there was last a
   reservation (but 1.5 s are always allowed, and 5 minutes never exceeded): who was away for a moment is back in a
   moment. A relay that answers but refuses is asked less often, and one that says "not you" least.
+- A relay that says that it is shutting down, be it by a go away or as it refuses, does not fail. What is held is
+  withdrawn at once; when its connection has ended the relay is asked again after a short pause, as if nothing had
+  happened before; only one that does so as soon as it is asked, again and again, is asked more rarely. If its
+  connection does not end it is asked again after `LEAVING_PAUSE`.
 - When the network has changed, waiting ends at once, and a reservation that seems to be held is proved by renewing it.
 - Lifetimes are counted on a clock that never goes back (`now`). `now_wall` serves to read the expiry that the relay
   tells, and to notice jumps: when the wall clock runs away from the other, either somebody has set it, which means
@@ -64,13 +71,14 @@ another attempt than the present one is ignored, so that what was given up canno
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from protocol.circuit.hop_client import Grant
 from protocol.circuit.messages import Refusal, Status
 from protocol.errors import InvalidValueError
-from protocol.reservations import MAX_TTL, MIN_TTL
+from protocol.reservations import DRAINING, MAX_TTL, MIN_TTL
 
 TRANSITIONS: Final = {
     ("stopped", "start"): "connecting",
@@ -97,6 +105,9 @@ TRANSITIONS: Final = {
     ("renewing", "disconnected"): "connecting",
     ("renewing", "expired"): "connecting",
     ("renewing", "network_changed"): "renewing",
+    ("reserving", "leaving"): "waiting",
+    ("held", "leaving"): "waiting",
+    ("renewing", "leaving"): "waiting",
     ("connecting", "stop"): "stopped",
     ("reserving", "stop"): "stopped",
     ("waiting", "stop"): "stopped",
@@ -128,6 +139,13 @@ REFUSED_PAUSE: Final = 5.0
 
 DENIED_PAUSE: Final = 15.0
 """The first pause after a relay that does not serve us: until somebody authorises us, asking is in vain."""
+
+LEAVING_PAUSE: Final = 60.0
+"""Seconds until a relay that is shutting down, and is still there, is asked again."""
+
+RETURN_PAUSE: Final = (0.25, 1.5)
+"""Seconds between which a relay that has shut down is asked again: a relay that is being restarted is back by then, and
+its clients do not come at once."""
 
 PROBE_TIMEOUT: Final = 3.0
 """Seconds for the answer where the connection is in doubt: being reachable again must not take long."""
@@ -205,6 +223,7 @@ class Health:
         successes: reservations granted, renewals included.
         failures: attempts that failed or were refused, since the keeper was started.
         failures_in_row: since the last success.
+        departures: how often the relay has said that it is shutting down, which counts as no failure.
         round_trip: seconds from RESERVE to its last OK; None before the first.
         last_error: why the last attempt failed, for a person; empty when the last one succeeded.
         held_since: since when there has been a reservation without a gap, on the clock of `now`; None without one.
@@ -216,6 +235,7 @@ class Health:
     round_trip: float | None = None
     last_error: str = ""
     held_since: float | None = None
+    departures: int = 0
 
 
 class Keeper:
@@ -246,6 +266,9 @@ class Keeper:
         self._failures = 0  # that back-off counts
         self._refusals = 0  # likewise
         self._fresh = False
+        self._leaving = False  # the relay has said that it is shutting down, and is still connected
+        self._left = -math.inf  # when it did, unless what it ended had been good for some time
+        self._partings = 0  # in a row that came to nothing so
 
     @property
     def next_wakeup(self) -> float | None:
@@ -322,6 +345,8 @@ class Keeper:
         if attempt != self.attempt or self.state not in {"reserving", "renewing"}:
             return []
         self._look_at_clocks(now, now_wall)
+        if refusal.reason == DRAINING:
+            return self._leave(now)
         reason = f"the relay refused: {refusal}"
         self._count_failure(reason)
         denied = refusal.status == Status.PERMISSION_DENIED
@@ -346,10 +371,23 @@ class Keeper:
 
     def disconnected(self, now: float, now_wall: float) -> list[Command]:
         """The connection to the relay, over which the reservation was or is being made, has ended."""
+        if self._leaving and self.state == "waiting":
+            self._look_at_clocks(now, now_wall)
+            self._leaving = False
+            self._partings = self._partings + 1 if now - self._left < STABLE_AFTER else 0
+            self._deadline = now + min(LONGEST_PAUSE, self._uniform(*RETURN_PAUSE) * 2 ** min(self._partings, 16))
+            return []
         if self.state not in {"reserving", "held", "renewing"}:
             return []
         self._look_at_clocks(now, now_wall)
         return self._fail("disconnected", "the connection to the relay has ended", now)
+
+    def leaving(self, now: float, now_wall: float) -> list[Command]:
+        """The relay has said on the connection of the reservation that it goes away, and grants nothing more."""
+        if self.state not in {"reserving", "held", "renewing"}:
+            return []
+        self._look_at_clocks(now, now_wall)
+        return self._leave(now)
 
     def network_changed(self, now: float, now_wall: float) -> list[Command]:
         """This machine's addresses or routes have changed: try at once, and prove what seems to be held."""
@@ -392,6 +430,7 @@ class Keeper:
 
     def _connect(self, event: str, now: float) -> list[Command]:
         self._step(event)
+        self._leaving = False
         self.attempt += 1
         self._deadline = now + CONNECT_TIMEOUT
         return [Connect(self.attempt, self._fresh)]
@@ -418,6 +457,20 @@ class Keeper:
         longest = min(allowed, FIRST_PAUSE * 2 ** min(self._failures, 16))
         self._failures += 1
         self._deadline = now + self._uniform(longest / 2, longest)
+        return commands
+
+    def _leave(self, now: float) -> list[Command]:
+        """The relay is shutting down: that is no failure of it, unless it does so again and again."""
+        held_since = self.health.held_since
+        stable = held_since is not None and now - held_since >= STABLE_AFTER
+        self._left = -math.inf if stable else now
+        commands = self._lose(DRAINING, now)
+        self.health = dataclasses.replace(self.health, departures=self.health.departures + 1, last_error=DRAINING)
+        self._step("leaving")
+        self.attempt += 1
+        self._failures = self._refusals = 0
+        self._leaving = True
+        self._deadline = now + self._uniform(LEAVING_PAUSE / 2, LEAVING_PAUSE)
         return commands
 
     def _lose(self, reason: str, now: float) -> list[Command]:

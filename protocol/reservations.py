@@ -45,6 +45,9 @@ NetworkOf: TypeAlias = Callable[[Ip], Hashable | None]
 GUEST_RULE: Final = "gating-off"
 """The rule by which the access list lets in peers that are not listed; the limits of guests apply to these."""
 
+DRAINING: Final = "the relay is shutting down"
+"""The reason of each refusal of a relay that is being stopped: clients of ours know from it that it is no failure."""
+
 REQUEST_WINDOW: Final = 60.0
 """Requests are limited by so many in this many seconds; all of them may come at once."""
 
@@ -482,7 +485,7 @@ class RelayTable:
             return _limit_refusal(status, f"requests in {REQUEST_WINDOW:.0f} seconds", empty[0], limit)
         self._requests.take(keys, 1, now)
         if self.draining:
-            return Refusal(status, "the relay is shutting down", "draining")
+            return Refusal(status, DRAINING, "draining")
         return None
 
     def _circuit_limit(self, *decisions: Decision) -> Limit | None:

@@ -23,7 +23,13 @@ from protocol.messages import Data
 from protocol.messages.config import ConfigSnapshot, SubscribeConfig
 from protocol.messages.keyring import ReadIdentity
 from protocol.messages.network import NetworkChanged, WatchNetwork
-from protocol.messages.reachability import AnnounceAddresses, ConnectionClosed, ConnectionOpened, WatchConnections
+from protocol.messages.reachability import (
+    AnnounceAddresses,
+    ConnectionClosed,
+    ConnectionLeaving,
+    ConnectionOpened,
+    WatchConnections,
+)
 from protocol.messages.reservations import ReadRelays, Relays, RelayStatus
 from protocol.messages.switchboard import (
     Connect,
@@ -124,6 +130,13 @@ class RelayKeeper(Actor):
         reservation = self._relays.get(message.connection.peer)
         if reservation is not None and self.context.current_sender == SWITCHBOARD:
             reservation.connection_opened(message.connection)
+
+    @handles(ConnectionLeaving)
+    async def connection_leaving(self, message: ConnectionLeaving) -> None:
+        """A relay is shutting down: what it has granted is announced no more."""
+        reservation = self._relays.get(message.connection.peer)
+        if reservation is not None and self.context.current_sender == SWITCHBOARD:
+            reservation.connection_leaving(message.connection)
 
     @handles(ConnectionClosed)
     async def connection_closed(self, message: ConnectionClosed) -> None:

@@ -73,7 +73,7 @@ class KeptReservation:
         us: whom the reservation is for.
         changed: called when :attr:`announced` may have changed.
         counted: called with `granted`, `refused` or `failed` at the end of each attempt, and with `lost` when the
-            connection of a reservation has ended.
+            connection of a reservation has ended, or `leaving` when the relay shuts down.
         uniform, now, wall: randomness and the clocks.
 
     Attributes:
@@ -215,8 +215,20 @@ class KeptReservation:
             return
         if self._machine.state in ("held", "renewing") and connection.id != self._used:
             self.network_changed()  # the relay may take the older one for dead, or we do
-        elif self.last_outcome == "failed":
+        elif self.last_outcome in ("failed", "leaving"):
             self.retry()
+
+    def connection_leaving(self, connection: ConnectionInfo) -> None:
+        """The relay has said on a connection that it goes away."""
+        if self._inherited is not None and self._inherited.connection == connection.id:
+            self._inherited = None
+            self._changed()
+        if connection.id != self._used:
+            return
+        if len(self._connections) > 1:
+            self.network_changed()  # it has meant that one only, if it grants a reservation over another
+        else:
+            self._do(self._machine.leaving(self._now(), self._wall()))
 
     def connection_closed(self, connection: ConnectionInfo) -> None:
         """A connection is gone."""
@@ -284,6 +296,8 @@ class KeptReservation:
             self.last_outcome = "granted"
         elif self._seen.failures > before.failures:
             self.last_outcome = failure
+        elif self._seen.departures > before.departures:
+            self.last_outcome = "leaving"
         else:
             return
         self._inherited = None
@@ -300,7 +314,10 @@ class KeptReservation:
             try:
                 await work()
             except PeerupError as error:
-                self._do(self._machine.failed(attempt, str(error), self._now(), self._wall()))
+                reason = str(error)
+                if error.code == "not-authorised":
+                    reason = f"the relay does not authorise this node (there: peerup relay authorize {self._us})"
+                self._do(self._machine.failed(attempt, reason, self._now(), self._wall()))
 
     async def _connect(self, attempt: int, *, fresh: bool) -> None:
         if fresh and self._used in self._connections:

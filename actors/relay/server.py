@@ -12,8 +12,8 @@ any of them has news, and each few seconds::
 A switchboard that was restarted is told everything anew. The end of this actor disturbs no circuit: the switchboard
 goes on by the last rules. Its checkpoint holds the discovered addresses.
 
-When the node stops this actor is stopped before the switchboard. Then it drains the relay: nothing new is granted, open
-circuits get some time to end, and what is left is reset.
+When the node stops this actor is stopped before the switchboard. Then it drains the relay: nothing new is granted,
+clients are told (`actors.switchboard.farewell`), open circuits get some time to end, and what is left is reset.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from actors.relay.discovery import AddressDiscovery
 from protocol.messages import Data
 from protocol.messages.config import ConfigSnapshot, RelayService, SubscribeConfig
 from protocol.messages.gate import PolicyPublished, SubscribePolicy
-from protocol.messages.reachability import AnnounceAddresses, ConnectionClosed, ConnectionOpened, WatchConnections
+from protocol.messages.reachability import (
+    AnnounceAddresses,
+    ConnectionClosed,
+    ConnectionLeaving,
+    ConnectionOpened,
+    WatchConnections,
+)
 from protocol.messages.relay import (
     DrainRelay,
     ReadRelay,
@@ -106,8 +112,12 @@ class RelayServer(Actor):
         self._draining = True
         status = await self._read_status()
         circuits = status.circuits if status is not None else 0
-        if circuits:
-            self.context.log.info("{} circuits get {:g} s to end; nothing new is granted", circuits, self._drain)
+        self.context.log.info(
+            "the relay is shutting down: {} circuits get at most {:g} s to end; nothing new is granted",
+            circuits,
+            self._drain,
+        )
+        began = self.context.now()
         try:
             await self.context.ask(SWITCHBOARD, DrainRelay(), timeout=self._drain)
         except DeadlineExceededError:
@@ -115,6 +125,8 @@ class RelayServer(Actor):
         except AskError as error:
             self.context.log.info("the relay was not drained: {}", error)
             return
+        else:
+            self.context.log.info("no circuit is left after {:.1f} s", self.context.now() - began)
         try:
             await self.context.ask(SWITCHBOARD, WithdrawRelay(), timeout=WITHDRAW_DEADLINE)
         except AskError as error:
@@ -176,6 +188,10 @@ class RelayServer(Actor):
             dialled=connection.direction == "inbound",
         ):
             self._found_out()
+
+    @handles(ConnectionLeaving)
+    async def connection_leaving(self, message: ConnectionLeaving) -> None:
+        """What its peer says counts until it is gone."""
 
     @handles(ConnectionClosed)
     async def connection_closed(self, message: ConnectionClosed) -> None:

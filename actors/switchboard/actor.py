@@ -158,6 +158,7 @@ class Switchboard(Actor):
             on_stream=self._stream_opened,
             on_opened=self._connection_opened,
             on_ended=self._connection_ended,
+            on_gone_away=self._connection_gone_away,
             is_relay=self._is_relay,
             limits=self._session_limits,
         )
@@ -614,9 +615,13 @@ class Switchboard(Actor):
         self._reach.improver.ended(connection.peer)
         self._relaying.connection_ended(connection)
 
+    def _connection_gone_away(self, connection: Connection) -> None:
+        self._reach.departures.said(connection)
+        self._watchers.leaving(connection)
+
     def _connection_opened(self, connection: Connection) -> None:
         self._watchers.opened(connection)
-        self._reach.improver.opened(connection)
+        self._reach.opened(connection)
         self._liveness.superseded(self._table.of(connection.peer))
         self.context.nursery.start_soon(self._get_identified, connection)
 

@@ -6,6 +6,7 @@ changes or somebody's time is up, what the policy allowed before and does not al
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 
 from actors.reactor import Reactor
@@ -85,6 +86,7 @@ class Admittance:
         self._closed = False
         self.refusals = Refusals(context.now)
         self._refused_lines: Rare[PeerId] = Rare(context.now)
+        self._defects: Rare[str] = Rare(context.now)
         self._expiry_checked = context.wall()
 
     def close(self) -> None:
@@ -154,6 +156,12 @@ class Admittance:
         if not self.decide(upgraded.peer).allowed and not self.judge_caller(upgraded.peer, pipe):
             raise RefusedPeerError(upgraded.peer)
         self.establish(pipe, upgraded, outbound=False)
+
+    def broke(self, error: Exception) -> None:
+        """A handshake has ended in an error that nobody foresaw: a defect, which costs the caller its connection."""
+        more = self._defects.note(f"{type(error).__name__} {_place(error)}")
+        if more is not None:
+            self._context.log.opt(exception=error).error("a handshake broke, which is a defect of this node{}", more)
 
     def establish(self, pipe: Pipe, upgraded: Upgraded, *, outbound: bool) -> Connection:
         """A connection of a pipe whose upgrade is done.
@@ -271,3 +279,10 @@ class Admittance:
     def flush(self) -> None:
         """Tell the decisions that were not told yet."""
         self._decisions.flush()
+
+
+def _place(error: Exception) -> str:
+    """Where an error was raised."""
+    return "".join(
+        [f"{frame.f_code.co_qualname}:{line}" for frame, line in traceback.walk_tb(error.__traceback__)][-1:]
+    )

@@ -23,6 +23,7 @@ from protocol.errors import ProtocolError
 from protocol.multiaddr import Component, Multiaddr, MultiaddrError
 from protocol.peer_id import PeerId
 from protocol.protocol_ids import CIRCUIT_HOP
+from protocol.reservations import DRAINING
 from protocol.stream_descriptor import ResetCode
 
 CONNECT_DEADLINE = 5.0
@@ -36,6 +37,9 @@ _REFUSALS = {
     Status.RESOURCE_LIMIT_EXCEEDED: "too many circuits",
     Status.CONNECTION_FAILED: "the peer did not take the circuit",
 }
+
+
+_ENDED_BY_RELAY = frozenset((ResetCode.SHUTDOWN, ResetCode.CONNECTION_LOST))
 
 
 class CircuitPipe:
@@ -200,6 +204,8 @@ def refusal_words(refusal: Refusal) -> str:
         meaning = _REFUSALS.get(Status(refusal.status))
     except ValueError:
         meaning = None
+    if refusal.reason == DRAINING:
+        meaning = "it grants nothing any more"
     return f"{meaning} ({refusal})" if meaning else str(refusal)
 
 
@@ -207,6 +213,8 @@ def cut_words(connection: Connection, code: int, limit: Limit | None) -> str:
     """Why a circuit over this connection to a relay has ended whose stream was reset with this code."""
     relay = connection.peer
     end = connection.end
+    if connection.leaving and (end is not None or code in _ENDED_BY_RELAY):
+        return f"the relay {relay} is shutting down"
     if end is None and code == ResetCode.CONNECTION_LOST:
         return f"the connection to the relay {relay} ended"
     if end is not None:

@@ -26,6 +26,7 @@ import trio
 from actors.switchboard.errors import TooManyError
 from actors.switchboard.link import Channel, LinkEnd
 from actors.switchboard.wire import Acknowledgement, Way
+from protocol import yamux
 from protocol.identify import Identification
 from protocol.messages import Data
 from protocol.messages.switchboard import ConnectionInfo
@@ -52,6 +53,11 @@ class Muxed(Protocol):
     end: LinkEnd | None
 
     @property
+    def session(self) -> yamux.Session:
+        """Its muxer, which says go away."""
+        ...
+
+    @property
     def streams(self) -> int:
         """Open streams, both directions."""
         ...
@@ -63,6 +69,9 @@ class Muxed(Protocol):
     def acknowledgement(self) -> Acknowledgement | None:
         """How the peer's machine acknowledges what is sent; None where nobody knows."""
         ...
+
+    def plan_flush(self) -> None:
+        """Send what the muxer has to say."""
 
     def close(self, code: str = ..., reason: str = ...) -> None:
         """Close in good order."""
@@ -84,6 +93,7 @@ class Connection:
         identification: what the peer said of itself; None until then. `identify_failure` says why it did not.
         inbound_streams: streams of the peer that were handed out or are used here, with their protocol.
         gone_away: the peer takes no more streams on it, so it never becomes the best again.
+        leaving: the peer has said so itself, because it is about to end.
         drained_since: since when it has been without a stream while draining; None when it is not draining.
     """
 
@@ -98,6 +108,7 @@ class Connection:
     identify_failure: str = ""
     draining: bool = False
     gone_away: bool = False
+    leaving: bool = False
     drained_since: float | None = None
     end: LinkEnd | None = None
     inbound_streams: dict[Channel, str] = dataclasses.field(default_factory=dict)
@@ -139,6 +150,18 @@ class Connection:
     def direction(self) -> str:
         """`outbound` if we dialled."""
         return "outbound" if self.outbound else "inbound"
+
+    @property
+    def parting(self) -> bool:
+        """Whether one side has said that it goes away."""
+        return self.leaving or self.link.session.local_gone
+
+    def say_go_away(self) -> None:
+        """Take no more streams of the peer, and open none; what runs goes on. Twice is once."""
+        session = self.link.session
+        if self.link.end is None and not session.local_gone:
+            session.go_away()
+            self.link.plan_flush()
 
     def info(self) -> ConnectionInfo:
         """What other actors are told."""
@@ -283,12 +306,15 @@ class ConnectionTable:
         heir.draining = False
         heir.drained_since = None
 
-    def gone_away(self, connection: Connection, now: float) -> None:
-        """The peer takes no more streams on this connection: drain it, and let another of the peer's take its place."""
+    def gone_away(self, connection: Connection, now: float, patience: float = 0.0) -> None:
+        """The peer takes no more streams on this connection: drain it, and let another of the peer's take its place.
+
+        It is not closed for so many seconds, however idle.
+        """
         if connection.gone_away or connection.end is not None:
             return
         connection.gone_away = connection.draining = True
-        connection.drained_since = now
+        connection.drained_since = now + patience
         known = self._by_peer.get(connection.peer, [])
         if connection in known and self.best(connection.peer) is None:
             self._inherit(known)
@@ -304,7 +330,7 @@ class ConnectionTable:
             if not connection.draining or connection.drained_since is None:
                 continue
             if connection.link.streams:
-                connection.drained_since = now
+                connection.drained_since = max(connection.drained_since, now)
             elif now - connection.drained_since >= LINGER:
                 over.append(connection)
         return over

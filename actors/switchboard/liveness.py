@@ -137,7 +137,8 @@ class Liveness:
     def superseded(self, connections: Iterable[Connection]) -> None:
         """A new connection of a peer is there; these are all of its connections."""
         for connection in connections:
-            if connection.draining and connection not in self._checks:
+            # one that either side is leaving takes no stream to ask over
+            if connection.draining and not connection.parting and connection not in self._checks:
                 self._begin(connection, "after the peer has made another connection")
 
     def tick(self) -> None:

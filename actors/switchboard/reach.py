@@ -11,6 +11,7 @@ from actors.switchboard.addresses import AddressBook
 from actors.switchboard.admittance import Admittance
 from actors.switchboard.circuit_pipes import DialledCircuit
 from actors.switchboard.connections import DOUBT, Connection, ConnectionTable
+from actors.switchboard.departures import Departures
 from actors.switchboard.dialer import Dialed, Dialer
 from actors.switchboard.errors import (
     AddressError,
@@ -49,6 +50,7 @@ class Reach:
     Attributes:
         book: where peers may be reached.
         relays: through whom.
+        departures: which relays are leaving.
         improver: looks for direct ways to peers that are connected through a relay.
         dialer: dials under way.
         keeper: who needs whom.
@@ -78,6 +80,14 @@ class Reach:
         self._numbers = numbers
         self.book = AddressBook()
         self.relays = RelayBook()
+        self.departures = Departures(
+            context.nursery,
+            table,
+            is_relay=lambda peer: peer in self.relays,
+            now=context.now,
+            randomness=context.random,
+            log=lambda text: context.log.info("{}", text),
+        )
         self.dialer: Dialer[tuple[Pipe, Upgraded], Connection] = Dialer(
             context.nursery,
             resolve=_resolve,
@@ -113,7 +123,18 @@ class Reach:
         if peer in self.relays:
             return direct
         circuits = self.relays.circuits(peer, [address for address in known if address.is_relayed])
-        return direct + tuple(address for address in circuits if _relay_of(address) != self._own)
+        usable = tuple(address for address in circuits if _relay_of(address) != self._own)
+        staying = tuple(address for address in usable if _relay_of(address) not in self.departures)
+        return direct + (staying or usable)  # a relay that is leaving serves at least to say why there is no way
+
+    def opened(self, connection: Connection) -> None:
+        """A connection is there. If it is one to a relay there may be a way now to those whom nobody could reach."""
+        self.improver.opened(connection)
+        if connection.relayed or connection.peer not in self.relays:
+            return
+        for peer in self.keeper.peers():
+            if peer != connection.peer and self._table.best(peer) is None:
+                self.keeper.retry(peer)
 
     async def connect(self, peer: PeerId, *, anyway: bool = False) -> tuple[Connection, tuple[str, ...]]:
         """The connection to a peer, which is dialled if there is none, and each attempt in words.
@@ -176,6 +197,7 @@ class Reach:
         return connection, tried
 
     async def _keep_connected(self, peer: PeerId) -> None:
+        await self.departures.until_gone(peer)
         try:
             await self.connect_proven(peer)
         except PeerupError as error:
@@ -253,6 +275,8 @@ class Reach:
             circuit = DialledCircuit(connection, peer, ahead=ahead)
             return await self._upgrade(circuit, peer)
         except (SwitchboardError, LinkClosedError) as error:
+            if connection.leaving:
+                raise _leaving(relay) from error
             gone = connection.link.end is not None
             if gone and connection.outbound and not connection.heard:
                 raise RelayRefusedError(
@@ -267,6 +291,8 @@ class Reach:
 
     async def _connect_relay(self, relay: PeerId, address: Multiaddr) -> Connection:
         """A direct connection to a relay."""
+        if relay in self.departures:
+            raise _leaving(relay)
         for connection in self._table.of(relay):
             if not connection.relayed and not connection.draining:
                 return connection
@@ -306,6 +332,10 @@ async def _resolve(address: Multiaddr) -> Sequence[Multiaddr]:
 def _relay_of(address: Multiaddr) -> PeerId | None:
     relay = address.relay
     return None if relay is None else relay.peer_id
+
+
+def _leaving(relay: PeerId) -> RelayRefusedError:
+    return RelayRefusedError(f"the relay {relay} is shutting down")
 
 
 def why_lost(connection: Connection, error: SwitchboardError) -> SwitchboardError:

@@ -9,6 +9,7 @@ cross a further process. `RelayTable` decides, `HopExchange` talks with clients 
     both have agreed  -> Splice of both streams, until one is reset, both have ended, or the table says that time is up
     a new policy      -> RelayTable.set_acl: what it does not allow ends now
     the last direct connection of a peer ends -> so does its reservation
+    the relay is to stop -> `Farewell` tells its clients, and cuts what nobody uses
 
 Nothing waits without a bound: exchanges are limited for each connection and in all, each has its deadlines, what a
 circuit keeps is bounded by windows, and the growth of all windows together has a limit.
@@ -26,6 +27,7 @@ from actors.reactor import Reactor
 from actors.switchboard.channel import Channel
 from actors.switchboard.connections import Connection, ConnectionTable
 from actors.switchboard.errors import UnreachableError
+from actors.switchboard.farewell import Farewell
 from actors.switchboard.hop_streams import HopExchange
 from actors.switchboard.pacing import Pacer
 from actors.switchboard.protocols import CancellableTimer, ProtocolTable
@@ -75,6 +77,7 @@ class _Served:
         self.pacer = pacer
         self.open: dict[int, tuple[Splice, float]] = {}
         self.opening: dict[int, tuple[HopExchange, float]] = {}
+        self.farewell: Farewell | None = None  # while it drains
 
 
 class Relaying:
@@ -139,13 +142,23 @@ class Relaying:
             self._protocols.serve_here(CIRCUIT_HOP, self.accept)
         else:
             self._served.table.draining = False
+            self._stop_farewell(self._served)
             self._served.table.set_limits(limits, now)
             self._served.pacer.go_through_soon()
 
     def drain(self, on_drained: Callable[[], None]) -> None:
-        """Grant nothing new; call back, perhaps at once, when no circuit is left."""
-        if self._served is not None:
-            self._served.table.drain()
+        """Grant nothing new, tell the clients; call back, perhaps at once, when no circuit is left."""
+        served = self._served
+        if served is not None:
+            served.table.drain()
+            if served.farewell is None:
+                served.farewell = Farewell(
+                    self._connections,
+                    circuits=lambda: [circuit for circuit in served.table.circuits if circuit.is_open],
+                    cut=lambda circuit: self._cut_idle(served, circuit),
+                    now=self._context.now,
+                    call_later=self._reactor.call_later,
+                )
         self._on_drained.append(on_drained)
         self._look_for_drained()
 
@@ -155,6 +168,7 @@ class Relaying:
         if served is None:
             return
         self._served = None
+        self._stop_farewell(served)
         self._protocols.withdraw_here(CIRCUIT_HOP)
         self._count_carried(served)
         for splice, _ in list(served.open.values()):
@@ -383,6 +397,18 @@ class Relaying:
                 spliced[0].reset(ResetCode.GATED if denied else ResetCode.LIMIT_EXCEEDED)
         self._look_for_drained()
         self._arm(served)
+
+    def _cut_idle(self, served: _Served, circuit: Circuit) -> None:
+        """Nobody uses this circuit, and the relay is to stop."""
+        spliced = served.open.get(circuit.number)
+        if spliced is not None:
+            self._count("circuit", "idle")
+            spliced[0].reset(ResetCode.SHUTDOWN)
+
+    def _stop_farewell(self, served: _Served) -> None:
+        farewell, served.farewell = served.farewell, None
+        if farewell is not None:
+            farewell.stop()
 
     def _circuit_over(self, served: _Served, circuit: Circuit, code: int) -> None:
         served.open.pop(circuit.number, None)

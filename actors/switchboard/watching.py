@@ -7,7 +7,7 @@ from collections.abc import Callable
 from actors.switchboard.connections import Connection
 from actors.switchboard.link import LinkEnd
 from protocol.messages import Message
-from protocol.messages.reachability import ConnectionClosed, ConnectionOpened
+from protocol.messages.reachability import ConnectionClosed, ConnectionLeaving, ConnectionOpened
 from protocol.peer_id import PeerId
 
 
@@ -37,6 +37,10 @@ class ConnectionWatchers:
         self._tell_all(
             connection.peer, lambda: ConnectionOpened(connection.info(), connection.identified.is_set(), observed)
         )
+
+    def leaving(self, connection: Connection) -> None:
+        """The peer of a connection has said that it goes away."""
+        self._tell_all(connection.peer, lambda: ConnectionLeaving(connection.info()))
 
     def closed(self, connection: Connection, end: LinkEnd) -> None:
         """A connection is gone."""

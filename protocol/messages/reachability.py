@@ -42,6 +42,13 @@ class ConnectionClosed(Message):
     reason: str
 
 
+@message("switchboard.connection-leaving")
+class ConnectionLeaving(Message):
+    """The peer of this connection is about to end: it has said that it takes no more streams. What runs goes on."""
+
+    connection: ConnectionInfo
+
+
 @message("switchboard.watched-connections")
 class WatchedConnections(Message):
     """The connections at this moment, identified or not."""
@@ -51,7 +58,7 @@ class WatchedConnections(Message):
 
 @message("switchboard.watch-connections")
 class WatchConnections(Request[WatchedConnections]):
-    """Tell me (the sender) `ConnectionOpened` and `ConnectionClosed`, of these peers or, if none is named, of all.
+    """Tell me (the sender) `ConnectionOpened`, `ConnectionLeaving` and `ConnectionClosed`, of these peers or of all.
 
     Asking again replaces the peers. Ends with the sender or the switchboard: ask again when it is up.
     """

@@ -106,7 +106,7 @@ class World:
 
 def act_on(world, event):
     match event:
-        case "start" | "stop" | "network_changed":
+        case "start" | "stop" | "network_changed" | "leaving":
             return world.do(event)
         case "disconnected":
             world.now += 60

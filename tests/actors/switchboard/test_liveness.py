@@ -46,7 +46,7 @@ class FakeConnection:
 
     path = "direct"
     relayed = False
-    draining = gone_away = False
+    draining = gone_away = parting = False
     via = Way("direct", "tcp", FAR, FAR)
 
     def __init__(self, name, local=FAR, remote=FAR):

@@ -1,0 +1,130 @@
+"""Relays that are leaving: what is new goes another way at once, and what runs through them has time to end.
+
+Theory of operation. A relay that is being stopped says go away on its connections (a yamux frame) and grants nothing
+from then on, but lets open circuits run for a while. For its clients, which are told by that frame, this means::
+
+    go away from a relay -> no circuits are asked for there any more; other relays are used
+                         -> relayed connections through it take no new streams; without a stream for `QUIET` seconds
+                            they are closed, so that the relay need not wait for what carries nothing
+                         -> the connection to it stays, however idle: its end tells when the relay has ended
+    that connection ends -> whoever needs the relay dials it again after a short pause, at random
+
+That a relay leaves is no failure of it. After `PATIENCE` seconds it is dialled all the same: it may have meant only
+that one connection, or be told to give its circuits more time than anybody waits for.
+
+A peer that is no relay of ours says so for itself alone, and may be dialled anew at once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from actors.switchboard.connections import Connection, ConnectionTable
+from protocol.peer_id import PeerId
+
+PATIENCE: Final = 60.0
+"""Seconds for which a relay that has said go away, and is still there, is believed to be leaving."""
+
+QUIET: Final = 0.3
+"""Seconds without a stream after which a relayed connection is closed: more than a round trip, for streams that are on
+their way, and less than whoever stops a relay notices."""
+
+LOOK: Final = 0.1
+"""Seconds between looks at the relayed connections, while there are such and their relay is leaving."""
+
+PAUSE: Final = (0.25, 1.0)
+"""Seconds between which the first dial of a relay that has ended is spread, so that its clients do not come at once."""
+
+CODE: Final = "relay-leaving"
+
+
+class Departures:
+    """See the module.
+
+    Args:
+        nursery: where relayed connections are seen off.
+        is_relay: whether the configuration names this peer as a relay.
+        now, randomness: clock and jitter.
+        log: takes a line about a relay.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        table: ConnectionTable,
+        *,
+        is_relay: Callable[[PeerId], bool],
+        now: Callable[[], float],
+        randomness: random.Random,
+        log: Callable[[str], None],
+    ) -> None:
+        self._nursery = nursery
+        self._table = table
+        self._is_relay = is_relay
+        self._now = now
+        self._random = randomness
+        self._log = log
+        self._leaving: dict[PeerId, Connection] = {}
+
+    def __contains__(self, relay: PeerId | None) -> bool:
+        """Whether this relay is leaving."""
+        return relay in self._leaving
+
+    def said(self, connection: Connection) -> None:
+        """The peer of a connection has said go away."""
+        if connection.gone_away:
+            return
+        connection.leaving = True
+        relay = connection.peer
+        if not self._matters(connection):
+            self._table.gone_away(connection, self._now())
+            return
+        self._table.gone_away(connection, self._now(), PATIENCE)
+        if relay not in self._leaving:
+            self._leaving[relay] = connection
+            self._log(f"the relay {relay} is shutting down; what is new goes another way")
+            for each in self._through(relay):
+                self._table.gone_away(each, self._now())
+            self._nursery.start_soon(self._see_off, relay, connection)
+
+    async def until_gone(self, peer: PeerId) -> None:
+        """Return when this peer is no relay that is leaving: at once, or a moment after it has ended."""
+        connection = self._leaving.get(peer)
+        if connection is None:
+            await trio.lowlevel.checkpoint()
+            return
+        with trio.move_on_after(PATIENCE):
+            await connection.ended.wait()
+        await trio.sleep(self._random.uniform(*PAUSE))
+
+    def _matters(self, connection: Connection) -> bool:
+        """Whether it is the connection over which a relay serves us."""
+        if connection.relayed:
+            return False
+        for other in self._table.of(connection.peer):
+            if other is not connection and not other.relayed and not other.draining:
+                return False  # it only ends one that it has too many
+        return self._is_relay(connection.peer) or bool(self._through(connection.peer))
+
+    def _through(self, relay: PeerId) -> list[Connection]:
+        return [connection for connection in self._table if connection.via.relay == relay]
+
+    async def _see_off(self, relay: PeerId, connection: Connection) -> None:
+        """Close what runs through a leaving relay as soon as it carries nothing."""
+        quiet: dict[Connection, float] = {}
+        with trio.move_on_after(PATIENCE):
+            while connection.end is None:
+                now = self._now()
+                for each in self._through(relay):
+                    self._table.gone_away(each, now)  # it may have come up meanwhile
+                    if each.link.streams:
+                        quiet.pop(each, None)
+                    elif now - quiet.setdefault(each, now) >= QUIET and each.end is None:
+                        each.link.close(CODE, f"the relay {relay} is shutting down")
+                with trio.move_on_after(LOOK if self._through(relay) else PATIENCE):
+                    await connection.ended.wait()
+        del self._leaving[relay]
