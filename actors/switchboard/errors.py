@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from protocol.errors import PeerupError
 from supervisor.errors import RefusedError
@@ -37,13 +37,26 @@ class UnreachableError(SwitchboardError):
         self.tried = tuple(tried)
 
 
+_STAGE_WORDS: Final = {
+    "security": "agreeing on encryption",
+    "handshake": "proving who we are",
+    "judgement": "",  # the reason says all
+    "muxer": "agreeing on multiplexing",
+    "transport": "first bytes",
+    "tls": "TLS",
+    "websocket": "WebSocket",
+}
+"""What a person is told of a stage."""
+
+
 class HandshakeError(SwitchboardError):
     """The other side did not complete negotiation or the security handshake. `stage` says how far it came."""
 
     code: ClassVar[str] = "handshake-failed"
 
     def __init__(self, stage: str, reason: str) -> None:
-        super().__init__(f"{stage}: {reason}")
+        words = _STAGE_WORDS.get(stage, stage)
+        super().__init__(f"{words}: {reason}" if words else reason)
         self.stage = stage
 
 

@@ -24,8 +24,9 @@ def way_words(path: str, transport: str, relay: str | None, relay_name: str) -> 
 def paths(session: Session, peer: str | None) -> None:
     """Show each live connection: to whom, over which path, and what passed.
 
-    Every path is measured now. Nobody is dialled. One in parentheses is not used for new streams any more, because
-    there is a better one.
+    PATH: direct or relayed, the transport, the relay, and who connected: -> this node, <- the peer. One in parentheses
+    is not used for new streams any more, because there is a better one. RTT: the time to the peer and back, measured
+    now. Nobody is dialled for this.
     """
     data = session.client.get("/v1/paths", **({} if peer is None else {"peer": peer}))
     columns = (
@@ -33,7 +34,7 @@ def paths(session: Session, peer: str | None) -> None:
         Column("PATH", fold=True),
         Column("ADDRESS", fold=True),
         Column("RTT", right=True),
-        Column("STRM", right=True),
+        Column("STREAMS", right=True),
         Column("SENT", right=True),
         Column("RECEIVED", right=True),
     )
@@ -42,7 +43,7 @@ def paths(session: Session, peer: str | None) -> None:
             path["name"] or short_id(path["peer_id"]),
             _way(path),
             path["remote_address"],
-            "none" if path["rtt"] is None else f"{path['rtt'] * 1000:.1f}ms",
+            "no answer" if path["rtt"] is None else f"{path['rtt'] * 1000:.1f}ms",
             path["streams"],
             size(path["sent"]),
             size(path["received"]),
@@ -86,8 +87,8 @@ def _limit(path: dict[str, Any]) -> str:
 def traceroute(session: Session, peer: str) -> None:
     """Show the hops to a peer, this node, a relay if there is one, the peer, with the time to each and back.
 
-    Connects first if need be. The time to the peer holds the time to the relay before it. Exit status 1 if the peer
-    did not answer.
+    Connects first if need be. RTT: the time to this hop and back; that of the peer holds that of the relay before it.
+    Exit status 1 if the peer did not answer.
     """
     from peerup.client import segment
 
@@ -99,7 +100,7 @@ def traceroute(session: Session, peer: str) -> None:
             hop["hop"],
             "this node" if hop["role"] == "node" else f"{hop['role']} {hop['name'] or short_id(hop['peer_id'])}",
             hop["address"] or "-",
-            "-" if hop["role"] == "node" else "none" if hop["rtt_ms"] is None else f"{hop['rtt_ms']:.2f}ms",
+            "-" if hop["role"] == "node" else "no answer" if hop["rtt_ms"] is None else f"{hop['rtt_ms']:.2f}ms",
         )
         for hop in data["hops"]
     ]

@@ -20,7 +20,17 @@ SERVER_COMMANDS: dict[str, str] = {
 }
 """Commands of a relay itself, as `name: module:attribute`."""
 
-STATE_STYLES = {"held": "green", "renewing": "green", "waiting": "red"}
+RESERVATIONS = {
+    "starting": "being made",
+    "connecting": "being made",
+    "reserving": "being made",
+    "held": "held",
+    "renewing": "held",
+    "waiting": "none",
+}
+"""What a person is told of each state: whether there is a reservation."""
+
+STYLES = {"held": "green", "none": "red"}
 
 
 @click.group(
@@ -76,7 +86,12 @@ def remove(session: Session, which: str) -> None:
 
 @command("list", json_output=True)
 def list_relays(session: Session) -> None:
-    """Show the relays and the reservations there."""
+    """Show the relays, and whether peers can reach this node through each.
+
+    RESERVATION: held (they can), being made, or none (they cannot; the reason is below). RENEWAL: when it is renewed,
+    by itself. RTT: the time to the relay and back. CIRCUIT LIMIT: after what time, or how many bytes each way, the
+    relay cuts a connection through it.
+    """
     from peerup.client import NotRunningError
 
     try:
@@ -85,25 +100,35 @@ def list_relays(session: Session) -> None:
         data = _configured(session)
     columns = (
         Column("RELAY"),
-        Column("STATE"),
-        Column("EXPIRES", right=True),
+        Column("RESERVATION"),
+        Column("RENEWAL", right=True),
         Column("RTT", right=True),
-        Column("PER CIRCUIT"),
-        Column("ADDRESSES", fold=True),
+        Column("CIRCUIT LIMIT", fold=True),
     )
 
     def show() -> None:
         table(columns, [_row(item) for item in data], empty="no relays; see `peerup relay add --help`")
         for item in data:
-            if item["last_failure"]:
-                again = "" if item["next_attempt"] is None else f" (next attempt in {span(item['next_attempt'])})"
-                click.echo(f"{_name(item)}: {item['last_failure']}{again}")
-            if item["warning"]:
-                click.echo(f"{_name(item)}: {item['warning']}")
+            _explain(item)
         if data and data[0]["state"] is None:
             click.echo("the node is not running, so nothing is known of the reservations")
 
     session.show(data, show)
+
+
+def _explain(item: dict[str, Any]) -> None:
+    """What does not fit into a table; addresses in one piece, to be copied."""
+    name = _name(item)
+    reached = item["relayed_addresses"]
+    click.echo(f"peers reach this node through {name} at" if reached else f"{name} is expected at")
+    for address in reached or item["addresses"]:
+        click.echo(f"  {address}")
+    if item["last_failure"]:
+        what = "not renewed: " if RESERVATIONS.get(item["state"]) == "held" else ""
+        again = "" if item["next_attempt"] is None else f" (next attempt in {span(item['next_attempt'])})"
+        click.echo(f"{name}: {what}{item['last_failure']}{again}")
+    if item["warning"]:
+        click.echo(f"{name}: {item['warning']}")
 
 
 def _relay_meant(session: Session, which: str) -> PeerId | Multiaddr:
@@ -142,26 +167,25 @@ def _name(item: dict[str, Any]) -> str:
 
 
 def _row(item: dict[str, Any]) -> tuple[Any, ...]:
-    state = item["state"] or "-"
+    told = RESERVATIONS.get(item["state"], "-")
     return (
         _name(item),
-        styled(state, STATE_STYLES.get(state, "")),
-        span(item["expires_in"]),
+        styled(told, STYLES.get(told, "")),
+        span(item["next_attempt"]) if item["state"] == "held" else "now" if item["state"] == "renewing" else "-",
         "-" if item["rtt"] is None else f"{item['rtt'] * 1000:.1f}ms",
         _limit(item),
-        "\n".join(item["relayed_addresses"] or item["addresses"]),
     )
 
 
 def _limit(item: dict[str, Any]) -> str:
-    """What a circuit may take, such as `2m00s, 128.0 KiB`."""
+    """What a circuit may take, such as `2m00s, 128.0 KiB each way`."""
     if item["expires_in"] is None:
         return "-"
     parts = []
     if item["limit_seconds"] is not None:
         parts.append(span(item["limit_seconds"]))
     if item["limit_bytes"] is not None:
-        parts.append(size(item["limit_bytes"]))
+        parts.append(f"{size(item['limit_bytes'])} each way")
     return ", ".join(parts) or "unlimited"
 
 

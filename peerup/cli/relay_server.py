@@ -253,11 +253,13 @@ def _print_info(data: dict[str, Any]) -> None:
     else:
         state = "draining" if live["draining"] else "serving" if live["serving"] else "not serving yet"
         click.echo(f"{'state':<14} {state}, up {span(live['uptime'])}, pid {live['pid']}")
-        click.echo(f"{'reservations':<14} {live['reservations']}")
-        click.echo(f"{'circuits':<14} {live['circuits']}, {size(live['bytes'])} so far")
-    click.echo("limits")
+        click.echo(f"{'reservations':<14} {live['reservations']} (devices that can be reached through it)")
+        click.echo(f"{'circuits':<14} {live['circuits']} open; {size(live['bytes'])} carried since the start")
+    click.echo("limits (keys below relay_service)")
     for key, limit in data["limits"].items():
-        click.echo(f"  {key:<20} {_limit_words(key, limit)}")
+        if key != "guest_circuit" or not data["gating"]:
+            click.echo(f"  {key:<20} {_limit_words(key, limit)}")
+    click.echo(f"  {'drain_time':<20} {span(data['drain_time'])}")
     click.echo("on a client")
     if data["client_command"]:
         for address in data["addresses"]:
@@ -306,11 +308,11 @@ def _limits(config: NodeConfig) -> dict[str, Any]:
     }
 
 
-_SCOPES = {"per_peer": "a peer", "per_ip": "an IP", "per_network": "a network", "total": "in all"}
+_SCOPES = {"per_peer": "per peer", "per_ip": "per IP", "per_network": "per network", "total": "in all"}
 
 
 def _limit_words(key: str, limit: Any) -> str:
-    """A limit such as `64 a peer, 512 in all`."""
+    """A limit such as `64 per peer, 512 in all`."""
     if not isinstance(limit, dict):
         return span(limit)
     if "duration" in limit:
@@ -380,7 +382,12 @@ def _by_comment(path: Path, text: str) -> Any:
 
 @command("list-peers", json_output=True)
 def list_peers(session: Session) -> None:
-    """Show who may use this relay, and what they use of it now."""
+    """Show who may use this relay, and what they use of it now.
+
+    EXPIRES: until when it may be used. RESERVED FOR: how long the device can still be reached through it; devices renew
+    that by themselves. CIRCUITS, BYTES: open connections through the relay that the device is an end of, and what
+    passed over these.
+    """
     from actors.gate.authorized_keys_file import load_authorized_keys
     from peerup.cli.auth import present, when
     from peerup.client import NotRunningError
@@ -402,9 +409,9 @@ def list_peers(session: Session) -> None:
         Column("PEER"),
         Column("COMMENT", fold=True),
         Column("EXPIRES"),
-        Column("CONN"),
-        Column("RESERVED", right=True),
-        Column("CIRC", right=True),
+        Column("ONLINE"),
+        Column("RESERVED FOR", right=True),
+        Column("CIRCUITS", right=True),
         Column("BYTES", right=True),
     )
 

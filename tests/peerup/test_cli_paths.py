@@ -114,7 +114,7 @@ async def test_a_path_that_is_given_up_stands_in_parentheses_and_one_that_is_sil
     )
     result = await commands.run("paths")
     assert "(relayed" in result.stdout
-    assert "none" in result.stdout
+    assert "no answer" in result.stdout
     assert "home does not answer: no answer" in result.stderr
 
 

@@ -57,7 +57,8 @@ US = key_of("us").peer_id
 
 
 class Relay:
-    """One relay. `mode`: `fine`, `full`, `denied`, `down` (refuses connections), `hole` (swallows packets)."""
+    """One relay. `mode`: `fine`, `full`, `denied`, `down` (refuses connections), `hole` (swallows
+    packets), `stranger` (does not authorise us)."""
 
     def __init__(self, world, name, *, lifetime=3600, limit=Limit(120, 131072)):  # noqa: B008 - frozen
         self.world = world
@@ -263,6 +264,8 @@ class Surroundings:
                     await trio.sleep(DIAL_DEADLINE if relay.mode == "hole" else 3 * ROUND_TRIP)
                     if relay.mode in ("down", "hole"):
                         raise RefusedError("unreachable", f"{relay.address}: {relay.mode}")
+                    if relay.mode == "stranger":
+                        raise RefusedError("not-authorised", "the peer closed the connection")
                 if peer not in self.connections:
                     self._open(peer)
                 return self.connections[peer]

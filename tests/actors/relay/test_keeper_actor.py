@@ -153,6 +153,15 @@ async def test_a_relay_that_does_not_serve_us_is_asked_seldom_and_at_once_when_t
         assert await around.until(lambda: len(around.announces) == 2, 5) < 1
 
 
+async def test_who_is_not_authorised_at_the_relay_is_told_what_to_do_there(around, autojump_clock):
+    relay = Relay(around, "relay")
+    relay.mode = "stranger"
+    async with around.run(relay) as world:
+        await trio.sleep(60)
+        told = (await status_of(world, relay)).last_failure
+        assert told == f"the relay does not authorise this node (there: peerup relay authorize {US})"
+
+
 async def test_a_reservation_that_is_denied_later_ends_at_once(around, autojump_clock):
     relay = Relay(around, "relay", lifetime=120)
     async with around.run(relay):

@@ -7,7 +7,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.switchboard.errors import NotAuthorisedError
+from actors.switchboard.errors import HandshakeError, NotAuthorisedError
 from actors.switchboard.refusals import LINE_INTERVAL, LONGEST, REMEMBERED, Rare, Refusals
 from protocol.messages.switchboard import Connect, NeedPeer, OpenStream
 from protocol.peer_id import PeerId
@@ -176,3 +176,12 @@ async def test_a_needed_peer_that_refuses_us_fills_no_log():
             assert len(ends) <= 1, about
     finally:
         loguru.logger.remove(sink)
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [("judgement", "it hung up"), ("muxer", "agreeing on multiplexing: it hung up"), ("new", "new: it hung up")],
+)
+def test_people_are_not_told_our_names_for_stages(stage, said):
+    error = HandshakeError(stage, "it hung up")
+    assert (str(error), error.stage) == (said, stage)
