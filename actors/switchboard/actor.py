@@ -170,6 +170,7 @@ class Switchboard(Actor):
             judge=self._admittance.judge_caller,
             welcome=self._admittance.welcome,
             refused=self._numbers.handshake_refused,
+            broke=self._admittance.broke,
             now=context.now,
             call_later=self._reactor.call_later,
             limits=self._limits.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
@@ -228,6 +229,7 @@ class Switchboard(Actor):
             judge=self._admittance.judge_caller,
             welcome=self._admittance.welcome,
             refused=self._numbers.handshake_refused,
+            broke=self._admittance.broke,
             now=context.now,
             call_later=self._reactor.call_later,
         )

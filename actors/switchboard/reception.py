@@ -44,6 +44,8 @@ class Reception:
         judge: whether this peer, over this pipe, may connect; called once its id is proven.
         welcome: takes over the pipe of a peer that may; raises a SwitchboardError where there is no room.
         refused: told of each caller that did not get in, by one of a few reasons.
+        broke: told of errors in handshakes that nobody foresaw; without it they are raised. Whatever defect a stranger
+            finds, it shall end no more than its own connection.
         now, call_later: clock and timer.
         limits: see `actors.switchboard.admission`.
     """
@@ -59,6 +61,7 @@ class Reception:
         refused: Callable[[str], None],
         now: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], CancellableTimer],
+        broke: Callable[[Exception], None] | None = None,
         limits: Limits | None = None,
     ) -> None:
         self._nursery = nursery
@@ -67,6 +70,7 @@ class Reception:
         self._judge = judge
         self._welcome = welcome
         self._refused = refused
+        self._broke = broke
         self._now = now
         self._call_later = call_later
         self._admission: Admission[_Caller] = Admission(limits)
@@ -169,6 +173,11 @@ class Reception:
             self._refused(error.stage)
         except SwitchboardError as error:
             self._refused(error.code)
+        except Exception as error:
+            if self._broke is None:
+                raise
+            self._refused("defect")
+            self._broke(error)
         finally:
             if not handed_over:
                 pipe.close()

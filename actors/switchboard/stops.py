@@ -9,7 +9,9 @@ policy decides as on any other caller. A peer that proves to be another one than
 
 Whoever calls through a relay is a stranger until then, and all of them come from one address. So handshakes have
 places, a number for each relay and one in all. When there is none, the oldest handshake that has taken longer than
-`PATIENCE` makes room: those who dawdle lose theirs to the next. Deadlines are those of all upgrades.
+`PATIENCE` makes room: those who dawdle lose theirs to the next. Deadlines are those of all upgrades. And each relay
+spends tokens, as a source of callers does: what its strangers can make us compute is bounded however fast they are, and
+however badly the relay means it. Who may connect gives the token back.
 
 The answer to CONNECT, to the proposal and to the first handshake message, which a relay may pass on together, leave
 together: no round trip is lost.
@@ -37,11 +39,16 @@ from protocol.circuit.stop import StopResponder
 from protocol.errors import PeerupError
 from protocol.peer_id import PeerId
 from protocol.stream_descriptor import ResetCode
+from protocol.token_bucket import TokenBucket
 
 HANDSHAKES = 64
 """Handshakes in circuits at once, as among callers."""
 HANDSHAKES_PER_RELAY = 32
 """Of one relay: a second one stays usable however busy the first is."""
+RATE = 50.0
+"""Handshakes a second of strangers through one relay: they cost at most a twentieth of one core."""
+BURST = 256.0
+"""Tokens that a relay may save up."""
 PATIENCE = 1.0
 """Seconds that a handshake keeps its place when others want it: several round trips to the far side of the world."""
 
@@ -64,6 +71,7 @@ class Stops:
         welcome: takes over the pipe of a peer that may; raises a SwitchboardError where there is no room.
         refused: told of each circuit that came to nothing, by one of a few reasons.
         now, call_later: clock and timer.
+        broke: told of errors that nobody foresaw, see `actors.switchboard.reception.Reception`.
     """
 
     def __init__(
@@ -77,8 +85,11 @@ class Stops:
         refused: Callable[[str], None],
         now: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], CancellableTimer],
+        broke: Callable[[Exception], None] | None = None,
         handshakes: int = HANDSHAKES,
         handshakes_per_relay: int = HANDSHAKES_PER_RELAY,
+        rate: float = RATE,
+        burst: float = BURST,
     ) -> None:
         self._nursery = nursery
         self._upgrader = upgrader
@@ -88,10 +99,13 @@ class Stops:
         self._refused = refused
         self._now = now
         self._call_later = call_later
+        self._broke = broke
         self._limit = handshakes
         self._limit_per_relay = handshakes_per_relay
         self._running: dict[_Handshake, None] = {}  # oldest first
         self._by_relay: Counter[PeerId] = Counter()
+        self._rate, self._burst = rate, burst
+        self._tokens: dict[PeerId, TokenBucket] = {}  # of those that the configuration names, or named
 
     @property
     def handshakes(self) -> int:
@@ -133,12 +147,14 @@ class Stops:
     def _decide(self, connection: Connection, channel: Channel, responder: StopResponder) -> None:
         source = responder.source
         assert source is not None
-        scope = self._place(connection.peer)
+        tokens = self._tokens_of(connection.peer)
+        scope = self._place(connection.peer) if tokens.level(self._now()) >= 1 else None
         if scope is None:
             responder.refuse(Status.RESOURCE_LIMIT_EXCEEDED, "too many handshakes are under way", rule="handshakes")
             self._refused("circuit-queue-full")
             _answer_last(channel, responder.data_to_send())
             return
+        tokens.take(1, self._now())
         responder.accept()
         channel.send(responder.data_to_send())
         limit = responder.limit
@@ -164,6 +180,12 @@ class Stops:
         self._by_relay[relay] += 1
         return place
 
+    def _tokens_of(self, relay: PeerId) -> TokenBucket:
+        tokens = self._tokens.get(relay)
+        if tokens is None:
+            tokens = self._tokens[relay] = TokenBucket(self._rate, self._burst, self._now())
+        return tokens
+
     def _leave(self, handshake: _Handshake) -> None:
         if self._running.pop(handshake, 0) is None:
             self._by_relay[handshake.relay] -= 1
@@ -175,7 +197,10 @@ class Stops:
             if peer != source:
                 self._refused("circuit-wrong-source")
                 return False
-            return self._judge(peer, pipe)
+            if not self._judge(peer, pipe):
+                return False
+            self._tokens_of(place.relay).take(-1, self._now())
+            return True
 
         handed_over = False
         try:
@@ -191,6 +216,11 @@ class Stops:
             self._refused(error.stage)
         except PeerupError as error:
             self._refused(error.code)
+        except Exception as error:
+            if self._broke is None:
+                raise
+            self._refused("defect")
+            self._broke(error)
         finally:
             if not handed_over:
                 pipe.close()

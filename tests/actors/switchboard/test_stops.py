@@ -48,7 +48,7 @@ class World:
         self.judged, self.welcomed, self.refused = [], [], []
         way = Way("relayed" if relayed else "direct", "tcp", ADDRESS, ADDRESS, peer_of("other") if relayed else None)
         self.connection = types.SimpleNamespace(
-            peer=RELAY, relayed=relayed, via=way, end=None, link=self.ends.server, remote_address=ADDRESS
+            peer=RELAY, relayed=relayed, via=way, end=None, leaving=False, link=self.ends.server, remote_address=ADDRESS
         )
         self.stops = Stops(
             nursery,
@@ -226,3 +226,37 @@ async def test_one_busy_relay_leaves_room_for_another():
         made.connection = types.SimpleNamespace(**(vars(made.connection) | {"peer": peer_of("second")}))
         other = made.ask()
         await until(lambda: other.machine.state == "open", "the other relay's circuit")
+
+
+async def test_strangers_through_a_relay_have_a_rate_and_who_may_connect_does_not_count():
+    async with world(allowed=("alice",), rate=1e-6, burst=5) as made:
+        for _ in range(8):
+            await call(made)
+        await until(lambda: len(made.welcomed) == 8, "all those who may connect")
+        await until(lambda: made.stops.handshakes == 0)
+        for number in range(5):
+            await call(made, who="mallory", claimed="mallory")
+            await until(lambda number=number: made.refused.count("not-authorised") == number + 1, "the refusal")
+        turned_away = made.ask("mallory")
+        await until(lambda: turned_away.machine.state == "refused", "the refusal for the rate")
+        assert turned_away.machine.refusal.status == Status.RESOURCE_LIMIT_EXCEEDED
+        assert made.refused[-1] == "circuit-queue-full"
+        assert made.stops.handshakes == 0
+
+
+async def test_a_defect_that_a_stranger_finds_costs_the_stranger_its_circuit_alone():
+    broke = []
+    async with world(broke=broke.append) as made:
+
+        def defect(*_):
+            raise AssertionError("what nobody foresaw")
+
+        made.stops._judge = defect
+        _, end, _ = await call(made)
+        await until(lambda: broke, "the defect")
+        assert isinstance(broke[0], AssertionError)
+        assert made.refused == ["defect"]
+        assert await end.receive() == b""
+        made.stops._judge = lambda *_: True
+        await call(made)
+        await until(lambda: made.welcomed, "the next one")

@@ -130,3 +130,27 @@ async def test_muxer_frames_in_the_message_that_ends_the_negotiation_are_heard()
                 while bytes.fromhex("000200020000000000004711") not in heard:
                     heard += await secured.receive()
             assert heard.startswith(Initiator(("/yamux/1.0.0",)).data_to_send())
+
+
+async def test_a_defect_that_a_stranger_finds_costs_the_stranger_its_connection_alone(monkeypatch):
+    async with two_nodes() as (alice, bob):
+        port = int(bob.address.rsplit("/", 1)[1])
+        await alice.ask("switchboard", Connect(bob.peer))
+        judge = bob.switchboard._admittance.judge_peer
+
+        def defect(peer, path):
+            if peer == alice.peer:
+                return judge(peer, path)
+            raise AssertionError("what nobody foresaw")
+
+        monkeypatch.setattr(bob.switchboard._admittance, "judge_peer", defect)
+        ends = []
+        for number in range(3):
+            await stranger(number, port, ends)
+        assert ends == ["silence"] * 3
+        await until(lambda: bob.switchboard._reception.handshakes == 0)
+        await alice.ask("switchboard", PingPeer(bob.peer))
+        assert len(bob.connections("alice")) == 1, "the connection that was there before"
+        assert bob.failures == []
+        samples = bob.switchboard.context.metrics.samples()
+        assert [one.value for one in samples if one.labels.get("reason") == "defect"] == [3]
