@@ -228,6 +228,11 @@ class SectionReader:
         """Count these keys as known without reading them."""
         self._seen.update(keys)
 
+    def without_effect(self, key: str, why: str) -> None:
+        """Take a key that means nothing here, whatever it says, and tell whoever has written it."""
+        if self._take(key) is not _MISSING:
+            self.warn(key, f"has no effect and can be removed: {why}")
+
     def finish(self) -> None:
         """Note every key that nobody asked for."""
         for key in self._values:

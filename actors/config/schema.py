@@ -67,16 +67,14 @@ class NetworkConfig:
 
     listen_addresses: tuple[Multiaddr, ...] = ()
     force_private_reachability: bool = False
-    resource_limits_enabled: bool = False
     tls: TlsConfig = TlsConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class RelayConfig:
-    """Relays to reserve a place at. `reservation_interval` in seconds."""
+    """Relays to reserve a place at."""
 
     addresses: tuple[Multiaddr, ...] = ()
-    reservation_interval: float = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,9 +252,9 @@ def _network(reader: SectionReader) -> NetworkConfig:
     made = NetworkConfig(
         (Multiaddr("/ip4/0.0.0.0/tcp/0"), Multiaddr("/ip6/::/tcp/0")) if listen is None else listen,
         reader.boolean("force_private_reachability", default=False),
-        reader.boolean("resource_limits_enabled", default=False),
         tls,
     )
+    reader.without_effect("resource_limits_enabled", "limits are always in force, see `limits`")
     reader.finish()
     return made
 
@@ -272,9 +270,9 @@ def _tls(reader: SectionReader) -> TlsConfig:
 
 
 def _relay(reader: SectionReader) -> RelayConfig:
-    made = RelayConfig(
-        reader.items("addresses", _address_with_peer) or (), reader.duration("reservation_interval", 120.0)
-    )
+    made = RelayConfig(reader.items("addresses", _address_with_peer) or ())
+    # peer-up demands it, so it must not keep a peer-up configuration from loading.
+    reader.without_effect("reservation_interval", "each relay says how long a reservation lasts; it is renewed in time")
     reader.finish()
     return made
 

@@ -48,15 +48,11 @@ network:
 @TLS@
   # Treat this node as not reachable from outside, whatever is found out about it. Default: false
   # force_private_reachability: false
-  # Accepted for compatibility; limits are always in force here (see `limits`). Default: false
-  # resource_limits_enabled: false
 
 relay:
   # [live] Relays that carry connections when no direct path exists, each ending with /p2p/<peer id>; edit with
   # `peerup relay`.
   addresses: []
-  # Accepted for compatibility; a place at a relay is renewed when half to three quarters of its time have passed.
-  reservation_interval: "2m"
 
 # Serve as a relay for the peers in authorized_keys; on a machine that they all can reach. `peerup relay setup` makes
 # a configuration for it. Each limit may also be `unlimited`; per_network counts a /24 of IPv4, a /48 of IPv6.

@@ -41,7 +41,6 @@ def test_a_peer_up_configuration_loads_as_it_is():
         "/ip6/::/tcp/0",
         "/ip6/::/udp/0/quic-v1",
     ]
-    assert config.relay.reservation_interval == 120
     assert [str(address.peer_id) for address in config.relay.addresses] == [HOME]
     assert config.discovery.network == "family"
     assert config.security.enable_connection_gating
@@ -59,9 +58,24 @@ def test_a_peer_up_configuration_loads_as_it_is():
 def test_an_unknown_key_is_reported_with_its_line_and_is_not_fatal():
     warnings = [str(warning) for warning in read(PEER_UP).warnings]
     line = PEER_UP.splitlines().index("colour_of_the_bike_shed: green") + 1
-    assert warnings == [f"line {line}: colour_of_the_bike_shed: is not a key that peerup knows; it is ignored"]
+    assert warnings[-1] == f"line {line}: colour_of_the_bike_shed: is not a key that peerup knows; it is ignored"
+    assert [warning.key for warning in read(PEER_UP).warnings] == [
+        "network.resource_limits_enabled",
+        "relay.reservation_interval",
+        "colour_of_the_bike_shed",
+    ]
     nested = read("telemetry:\n  metrics:\n    enabled: true\n    port: 9\n").warnings
     assert [(warning.line, warning.key) for warning in nested] == [(4, "telemetry.metrics.port")]
+
+
+@pytest.mark.parametrize("value", ["2m", "2", "-1h", "never", "[]", ""])
+def test_a_key_that_means_nothing_here_is_told_whatever_it_says(value):
+    (warning,) = read(f"relay:\n  reservation_interval: {value}\n").warnings
+    assert str(warning) == (
+        "line 2: relay.reservation_interval: has no effect and can be removed: each relay says how long a reservation "
+        "lasts; it is renewed in time"
+    )
+    assert read("relay: {addresses: []}\nnetwork: {}\n").warnings == ()
 
 
 def test_relays_may_be_absent_and_gating_is_on_unless_it_is_switched_off():
@@ -118,8 +132,8 @@ def test_the_template_names_files_where_addresses_need_a_certificate(tmp_path):
             "network:\n  listen_addresses:\n    - /ip4/0.0.0.0/tcp/1\n    - nonsense\n",
             "line 4: network.listen_addresses[1]",
         ),
-        ("relay:\n  reservation_interval: 2\n", "line 2: relay.reservation_interval: must be a duration above zero"),
-        ("relay:\n  reservation_interval: 2 minutes\n", "'2 minutes' is not a duration such as 30s, 2m or 1h30m"),
+        ("relay_service:\n  drain_time: 2\n", "line 2: relay_service.drain_time: must be a duration above zero"),
+        ("relay_service:\n  drain_time: 2 minutes\n", "'2 minutes' is not a duration such as 30s, 2m or 1h30m"),
         (
             "relay:\n  addresses:\n    - /ip4/1.2.3.4/tcp/1\n",
             "line 3: relay.addresses[0]: /ip4/1.2.3.4/tcp/1 does not end",
