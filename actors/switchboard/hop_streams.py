@@ -81,6 +81,7 @@ class Relay(Protocol):
 
 _UNANSWERED: Final = Refusal(Status.UNUSED, "the client hung up", "hung-up")
 _SILENT: Final = Refusal(Status.UNUSED, "no request in time", "request-timeout")
+_DISPLACED: Final = Refusal(Status.UNUSED, "others need the place", "displaced")
 
 
 class HopExchange:
@@ -176,6 +177,15 @@ class HopExchange:
         if not self._over and self.hop.state == "connecting":
             self._drop_target(ResetCode.LIMIT_EXCEEDED)
             self._refuse(refusal)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is done here until the client says something."""
+        return self._answered or self.hop.state == "request"
+
+    def make_room(self) -> None:
+        """Reset everything: others have a better right to this place."""
+        self._abandon(_DISPLACED, ResetCode.LIMIT_EXCEEDED)
 
     def abort(self, code: int) -> None:
         """Reset everything: this relay serves no more."""

@@ -111,7 +111,7 @@ class Relaying:
         self._acl = acl
         self._note_refusal = refused
         self._served: _Served | None = None
-        self._exchanges: dict[Connection, set[HopExchange]] = defaultdict(set)
+        self._exchanges: dict[Connection, dict[HopExchange, None]] = defaultdict(dict)  # of each, the oldest first
         self._exchange_count = 0
         self._growth = Growth(WINDOW_GROWTH)
         self._requests: Counter[str] = Counter()
@@ -247,14 +247,30 @@ class Relaying:
             channel.reset(ResetCode.SERVICE_UNAVAILABLE)
             return
         known = self._exchanges.get(connection, ())
-        if self._exchange_count >= MAX_EXCHANGES or len(known) >= MAX_EXCHANGES_PER_CONNECTION:
+        full = self._exchange_count >= MAX_EXCHANGES
+        if len(known) >= MAX_EXCHANGES_PER_CONNECTION or (full and not self._make_room(len(known))):
             self._count("unknown", "too-many-exchanges")
             channel.reset(ResetCode.LIMIT_EXCEEDED)
             return
         exchange = HopExchange(self, connection, channel)
-        self._exchanges[connection].add(exchange)
+        self._exchanges[connection][exchange] = None
         self._exchange_count += 1
         exchange.begin(first)
+
+    def _make_room(self, present: int) -> bool:
+        """End an exchange for one more of a client that has so many; whether there is one that should.
+
+        Of the client that has most, if that has more; else of the one who has had time to speak for longest. Honest
+        clients ask at once. Without this a few that say nothing could keep all others from asking.
+        """
+        most = max(self._exchanges.values(), key=len)
+        candidates = [most] if len(most) > present + 1 else self._exchanges.values()
+        waiting = next((exchange for exchanges in candidates for exchange in exchanges if exchange.idle), None)
+        if waiting is None and len(most) > present + 1:
+            waiting = next(iter(most))
+        if waiting is not None:
+            waiting.make_room()
+        return waiting is not None
 
     def policy_changed(self) -> None:
         """There is another policy, or somebody's time in it has passed: what it does not allow ends."""
@@ -355,7 +371,7 @@ class Relaying:
         """See `Relay`."""
         known = self._exchanges.get(exchange.connection)
         if known is not None and exchange in known:
-            known.remove(exchange)
+            del known[exchange]
             self._exchange_count -= 1
             if not known:
                 del self._exchanges[exchange.connection]

@@ -97,12 +97,35 @@ async def test_streams_that_never_ask_take_a_bounded_part_of_the_room(monkeypatc
         assert world.room.status().requests["unknown request-timeout"] == MAX_EXCHANGES_PER_CONNECTION
 
 
-async def test_all_connections_together_cannot_fill_the_room(monkeypatch):
+@pytest.mark.parametrize("crowd", [4, 160])
+async def test_all_connections_together_cannot_fill_the_room(monkeypatch, crowd):
     monkeypatch.setattr(actors.switchboard.relaying, "MAX_EXCHANGES", 100)
     async with relaying() as world:
-        streams = [world.connect(f"silent {number}").hop() for number in range(4) for _ in range(40)]
+        clients = [world.connect(f"silent {number}") for number in range(crowd)]
+        streams = [client.hop() for client in clients for _ in range(160 // crowd)]
         await until(lambda: sum(stream.code is not None for stream in streams) == 60, "the reset of those too many")
         assert world.exchanges == 100
+        # Those who say nothing keep nobody out.
+        await works(world)
+        assert world.exchanges <= 100
+        counted = world.room.status().requests
+        assert counted.get("unknown displaced", 0) + counted.get("unknown too-many-exchanges", 0) >= 60
+
+
+async def test_circuits_that_never_open_cannot_fill_the_room_either(monkeypatch):
+    monkeypatch.setattr(actors.switchboard.relaying, "MAX_EXCHANGES", 60)
+    async with no_leaks(), relaying() as world:
+        target = world.connect("their own")
+        target.silent = True
+        assert (await target.reserve()).state == "granted"
+        for number in range(3):
+            client = world.connect(f"client {number}")
+            for _ in range(30):
+                client.hop(ConnectClient(target.id).data_to_send())
+        await until(lambda: world.exchanges == 60 and len(world.room.status().open) >= 50, "a full room")
+        await works(world)
+        assert world.exchanges <= 60
+        assert world.room.status().circuits <= 60
 
 
 @pytest.mark.parametrize(
