@@ -17,7 +17,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from actors.config.changes import describe_changes
+from actors.config.changes import describe_changes, not_live
 from actors.config.file import parse_config, read_config_text
 from actors.config.proxies_file import DesiredProxy, ProxiesFileError, load_proxies, save_proxies
 from actors.config.reconciler import KEEPER, Reconciler, proxy_child, service_child
@@ -72,6 +72,7 @@ class Config(Actor):
         self._desired: dict[str, DesiredProxy] = {}
         self._passing: dict[str, DesiredProxy] = {}  # without a listener; gone when the node ends
         self._proxies_problem = ""
+        self._at_start: dict[str, str] = {}  # what counts until the node is started again
         self._config: NodeConfig
         self._snapshot: ConfigSnapshot
         self._reconciler: Reconciler
@@ -80,6 +81,7 @@ class Config(Actor):
         """Read the configuration; only the first of its name gives up when it is broken."""
         state = checkpoint.state if checkpoint is not None else {}
         self._config = self._first_config(restarted=checkpoint is not None)
+        self._at_start = dict(state.get("at_start") or not_live(self._config))
         self._snapshot = _snapshot(self._config, state.get("version", 0) + 1)
         self._load_desired()
         self._passing = {actor: _passing(actor, packed) for actor, packed in state.get("passing", {}).items()}
@@ -105,6 +107,7 @@ class Config(Actor):
             "proxies": {actor: proxy.listen for actor, proxy in self._desired.items()},
             "problems": [*self._problems, *([self._proxies_problem] if self._proxies_problem else [])],
             "warnings": [str(warning) for warning in self._config.warnings],
+            "after_restart": [key for key, value in not_live(self._config).items() if self._at_start.get(key) != value],
             "subscribers": sorted(self._subscribers),
             "children": self._reconciler.describe(),
         }
@@ -352,7 +355,12 @@ class Config(Actor):
             actor: [proxy.peer.to_wire(), proxy.peer_name, proxy.service] for actor, proxy in self._passing.items()
         }
         self.context.checkpoint(
-            {"version": self._snapshot.version, "started": self._reconciler.started, "passing": passing}
+            {
+                "version": self._snapshot.version,
+                "started": self._reconciler.started,
+                "passing": passing,
+                "at_start": self._at_start,
+            }
         )
 
 

@@ -46,6 +46,11 @@ def describe_changes(old: NodeConfig, new: NodeConfig) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def not_live(config: NodeConfig) -> dict[str, str]:
+    """What counts as it was when the node was started, by key, in a form to be compared."""
+    return {key: str(value) for key, value, _ in _scalars(config, config) if key not in LIVE}
+
+
 def _entries(section: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[str]:
     for name in sorted(old.keys() | new.keys()):
         if name not in new:

@@ -60,7 +60,7 @@ relay:
 #   enabled: false
 #   # [live] Where this relay can be reached, instead of what it finds out. Default: found out
 #   announce_addresses: []
-#   drain_time: 30s                 # when the relay stops, open circuits get so long; none are added
+#   drain_time: 30s                 # when the relay stops, open circuits get so long; counts from the next start on
 #   reservation_ttl: 1h             # [live] how long a place is reserved, 30s at least; clients renew it in time
 #   reservations:                   # [live] reserved places at a time
 #     per_peer: unlimited           # a peer has at most one

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from peerup.cli.actors import outline
+from peerup.cli.files import after_restart, note_after_restart
 from peerup.cli.framework import Failure, Session, command, examples
 from peerup.cli.output import good, note
 
@@ -24,7 +25,11 @@ def config() -> None:
 @command("validate", json_output=True)
 @click.argument("path", metavar="[FILE]", type=click.Path(path_type=Path), required=False)
 def validate(session: Session, path: Path | None) -> None:
-    """Check a configuration file. Exit status 1 if the node would refuse it; unknown keys are warnings."""
+    """Check a configuration file, by default this home's.
+
+    Exit status 1 if the node would refuse it; unknown keys are warnings. Says which keys of a running node take effect
+    only when it is started again.
+    """
     from actors.config.file import load_config
     from actors.config.schema import ConfigError
 
@@ -34,19 +39,23 @@ def validate(session: Session, path: Path | None) -> None:
     except ConfigError as error:
         problems = [dataclasses.asdict(problem) for problem in error.problems]
         if session.as_json:
-            session.show({"file": str(file), "valid": False, "problems": problems, "warnings": []}, lambda: None)
+            data = {"file": str(file), "valid": False, "problems": problems, "warnings": [], "after_restart": None}
+            session.show(data, lambda: None)
             raise click.exceptions.Exit(1) from None
         raise Failure(
             f"{file} cannot be used:\n" + "\n".join(f"  {problem}" for problem in error.problems), code=error.code
         ) from error
     warnings = [dataclasses.asdict(warning) for warning in found.warnings]
+    later = after_restart(session) if file == session.home.config_file else None
 
     def human() -> None:
         for warning in found.warnings:
             note(f"warning: {warning}")
         good(f"{file}: valid")
+        note_after_restart(later)
 
-    session.show({"file": str(file), "valid": True, "problems": [], "warnings": warnings}, human)
+    data = {"file": str(file), "valid": True, "problems": [], "warnings": warnings, "after_restart": later}
+    session.show(data, human)
 
 
 @command("show", json_output=True)

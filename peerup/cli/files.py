@@ -73,6 +73,26 @@ def tell_node(session: Session, route: str) -> dict[str, Any]:
     return {"running": True, "reloaded": not problems, "problems": problems}
 
 
+def after_restart(session: Session) -> list[str] | None:
+    """The keys of the configuration that the running node goes by as they were; None where no node tells.
+
+    What they say now takes effect when the node is started again.
+    """
+    from peerup.client import ClientError
+
+    try:
+        told = session.client.get("/v1/actors/config")["description"].get("after_restart", [])
+    except ClientError:
+        return None
+    return list(told)
+
+
+def note_after_restart(keys: list[str] | None) -> None:
+    """Tell a person of these keys."""
+    for key in keys or []:
+        note(f"{key}: changed since the node was started; takes effect when it is started again")
+
+
 def report(session: Session, text: str, data: dict[str, Any], node: dict[str, Any]) -> None:
     """Say what was changed, and whether the running node has it."""
 

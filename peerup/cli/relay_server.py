@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peerup.cli.files import AUTHORIZED_KEYS, authorized_keys_path, find_peer, read_config, report, tell_node
+from peerup.cli.files import (
+    AUTHORIZED_KEYS,
+    after_restart,
+    authorized_keys_path,
+    find_peer,
+    note_after_restart,
+    read_config,
+    report,
+    tell_node,
+)
 from peerup.cli.framework import EXIT_CODES, Failure, Session, command, examples
 from peerup.cli.output import Column, good, note, short_id, size, span, table
 
@@ -238,6 +247,8 @@ def info(session: Session) -> None:
         "live": live,
     }
     session.show(data, lambda: _print_info(data))
+    if live is not None and not session.as_json:
+        note_after_restart(after_restart(session))
 
 
 def _print_info(data: dict[str, Any]) -> None:
@@ -486,19 +497,22 @@ def config() -> None:
 def validate(session: Session, path: Path | None) -> None:
     """Check a relay's configuration, by default this home's. Exit status 1 if it cannot be served.
 
-    Every problem is shown with its line; unknown keys are warnings. FILE may also be the relay-server.yaml of a
+    Every problem is shown with its line; unknown keys are warnings. Says which keys of a running relay take effect only
+    when it is started again. FILE may also be the relay-server.yaml of a
     peer-up relay: then it is said what `peerup relay setup --import` would make of it.
     """
     from actors.config.relay_init import check_relay_config
 
     file = path or session.home.config_file
     found = check_relay_config(file, whole_home=path is None)
+    later = after_restart(session) if path is None and not found.problems else None
     data = {
         "file": str(file),
         "valid": not found.problems,
         "kind": found.kind,
         "problems": [{"line": item.line, "key": item.key, "reason": item.reason} for item in found.problems],
         "warnings": [{"line": item.line, "key": item.key, "reason": item.reason} for item in found.warnings],
+        "after_restart": later,
     }
     if found.problems and not session.as_json:
         for warning in found.warnings:
@@ -510,6 +524,7 @@ def validate(session: Session, path: Path | None) -> None:
         for warning in found.warnings:
             note(f"warning: {warning}")
         good(f"{file}: valid{', of a peer-up relay' if found.kind == 'peer-up' else ''}")
+        note_after_restart(later)
 
     session.show(data, human)
     if found.problems:

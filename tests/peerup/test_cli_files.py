@@ -192,6 +192,7 @@ def test_config_validate(node):
         "valid": True,
         "problems": [],
         "warnings": [],
+        "after_restart": None,
     }
     bad = node.home / "bad.yaml"
     bad.write_text("version: 1\nservices:\n  ssh:\n    local_address: nowhere\n")

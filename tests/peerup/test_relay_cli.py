@@ -262,6 +262,7 @@ def test_validate_names_every_problem_with_its_line(relay):
         "kind": "peerup",
         "problems": [],
         "warnings": [],
+        "after_restart": None,
     }
     text = (
         file.read_text().replace("    per_ip: 64\n", "    per_ip: some\n").replace("drain_time: 30s", "drain_time: -1s")

@@ -231,6 +231,25 @@ def test_systemd_is_told_how_long_the_drain_may_take(tmp_path):
         assert daemon.wait(30) == 0
 
 
+def test_it_says_what_takes_effect_with_the_next_start_only(tmp_path):
+    relay = Relay(tmp_path / "relay")
+    relay.start()
+    try:
+        assert relay.json("relay", "config", "validate")["after_restart"] == []
+        assert "started again" not in relay.run("relay", "info").stderr
+        config = relay.home / "config.yaml"
+        text = config.read_text().replace("drain_time: 30s", "drain_time: 2m").replace("ttl: 1h", "ttl: 2h")
+        config.write_text(text)
+        assert relay.json("config", "reload")["problems"] == []
+        for command in (("relay", "config", "validate"), ("config", "validate")):
+            assert relay.json(*command)["after_restart"] == ["relay_service.drain_time"]
+        for command in (("relay", "config", "validate"), ("config", "validate"), ("relay", "info")):
+            assert "relay_service.drain_time: changed since the node was started" in relay.run(*command).stderr
+    finally:
+        relay.stop()
+    assert relay.json("config", "validate")["after_restart"] is None
+
+
 def test_a_node_says_that_it_is_no_relay(tmp_path):
     node = Hidden(tmp_path / "node")
     assert "is not a relay" in node.run("relay", "serve", status=1).stderr

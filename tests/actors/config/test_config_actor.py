@@ -367,6 +367,23 @@ async def test_it_publishes_what_changed_and_only_then(machine):
         assert reloaded.version == 2
 
 
+async def test_what_waits_for_the_next_start_of_the_node_is_told_until_it_is_undone(machine):
+    before = machine.path.read_text()
+    async with Stage() as stage:
+        await stage.start("config", config(machine, watch=False))
+        assert stage.describe("config")["after_restart"] == []
+        machine.put(before + "relay_service: {enabled: true, drain_time: 1m, reservation_ttl: 2h}\n")
+        await stage.ask("config", ReloadConfig())
+        waiting = ["relay_service.enabled", "relay_service.drain_time"]
+        assert stage.describe("config")["after_restart"] == waiting
+        await stage.kill("config")  # its end starts nothing else again
+        await stage.start("config", config(machine, watch=False))
+        assert stage.describe("config")["after_restart"] == waiting
+        machine.put(before)
+        await stage.ask("config", ReloadConfig())
+        assert stage.describe("config")["after_restart"] == []
+
+
 async def test_a_broken_file_keeps_the_last_good_configuration_even_across_a_kill(machine):
     async with Stage() as stage:
         await stage.start("config", config(machine, watch=False))
