@@ -45,6 +45,12 @@ NetworkOf: TypeAlias = Callable[[Ip], Hashable | None]
 GUEST_RULE: Final = "gating-off"
 """The rule by which the access list lets in peers that are not listed; the limits of guests apply to these."""
 
+
+def guest_share(limit: int) -> int:
+    """How much of a limit guests may use together: three quarters, so that no crowd of them keeps listed peers out."""
+    return limit - limit // 4
+
+
 DRAINING: Final = "the relay is shutting down"
 """The reason of each refusal of a relay that is being stopped: clients of ours know from it that it is no failure."""
 
@@ -228,14 +234,20 @@ class _Usage:
             else:
                 del self._counts[key]
 
-    def refusal(self, keys: Collection[Key], limits: Scoped, status: Status) -> Refusal | None:
-        """Why one more cannot be had; None if it can."""
+    def refusal(
+        self, keys: Collection[Key], limits: Scoped, status: Status, shared: Collection[Key] = ()
+    ) -> Refusal | None:
+        """Why one more cannot be had; None if it can. Of those that are `shared`, it is for a guest (`guest_share`)."""
         for key in keys:
             limit = limits.limit(key[0])
+            if limit is not None and key in shared:
+                limit = guest_share(limit)
             if limit is not None and self._counts.get(key, 0) >= limit:
                 return _limit_refusal(status, self._noun, key[0], limit)
         return None
 
+
+_IN_ALL: Final[tuple[Key, ...]] = (("total", None),)
 
 _WIDTH: Final = {
     "peer": "for each peer",
@@ -294,11 +306,12 @@ class RelayTable:
     def reserve(self, peer: PeerId, address: Ip, now: float, now_wall: float) -> HeldReservation | Refusal:
         """Decide a RESERVE of a peer that is connected from this address."""
         keys = self._keys(peer, address)
-        refusal = self._refuse_request(keys, Status.RESERVATION_REFUSED, now)
+        decision = self._acl(peer, now_wall)
+        shared = _IN_ALL if decision.rule == GUEST_RULE else ()
+        refusal = self._refuse_request(keys, Status.RESERVATION_REFUSED, now, shared)
         if refusal is not None:
             return refusal
         self._collect_due(now)
-        decision = self._acl(peer, now_wall)
         if not decision.allowed:
             denied = Refusal(Status.PERMISSION_DENIED, "this relay does not serve you", decision.rule)
             held = self._drop_reservation(peer)
@@ -308,7 +321,7 @@ class RelayTable:
         old = self._reservations.get(peer)
         if old is not None:
             self._reserved.remove(old.keys)
-        refusal = self._reserved.refusal(keys, self.limits.reservations, Status.RESERVATION_REFUSED)
+        refusal = self._reserved.refusal(keys, self.limits.reservations, Status.RESERVATION_REFUSED, shared)
         if refusal is not None:
             if old is not None:
                 self._reserved.add(old.keys)
@@ -337,11 +350,12 @@ class RelayTable:
 
         A circuit that is returned counts until `close`; it must be `opened` within `HANDSHAKE_TIMEOUT` seconds.
         """
-        keys = self._keys(source, address)
-        refusal = self._refuse_request(keys, Status.RESOURCE_LIMIT_EXCEEDED, now)
+        own = self._keys(source, address)
+        decision = self._acl(source, now_wall)
+        guest = decision.rule == GUEST_RULE
+        refusal = self._refuse_request(own, Status.RESOURCE_LIMIT_EXCEEDED, now, _IN_ALL if guest else ())
         if refusal is not None:
             return refusal
-        decision = self._acl(source, now_wall)
         if not decision.allowed:
             return Refusal(Status.PERMISSION_DENIED, "this relay does not serve you", decision.rule)
         other = self._acl(destination, now_wall)
@@ -353,8 +367,9 @@ class RelayTable:
         held = self.reservation_of(destination, now)
         if held is None:
             return Refusal(Status.NO_RESERVATION, "that peer has no reservation here at present", "no-reservation")
-        keys = tuple(dict.fromkeys((*keys, *held.keys)))  # what both ends share counts once
-        refusal = self._connected.refusal(keys, self.limits.circuits, Status.RESOURCE_LIMIT_EXCEEDED)
+        keys = tuple(dict.fromkeys((*own, *held.keys)))  # what both ends share counts once
+        shared = {*_IN_ALL, *held.keys}.difference(own[:-1]) if guest else ()
+        refusal = self._connected.refusal(keys, self.limits.circuits, Status.RESOURCE_LIMIT_EXCEEDED, shared)
         if refusal is not None:
             return refusal
         self._last_number += 1
@@ -476,10 +491,12 @@ class RelayTable:
         network = self._network_of(address)
         if network is not None:
             keys.append(("network", network))
-        return (*keys, ("total", None))
+        return (*keys, *_IN_ALL)
 
-    def _refuse_request(self, keys: tuple[Key, ...], status: Status, now: float) -> Refusal | None:
-        empty = self._requests.exhausted(keys, now)
+    def _refuse_request(
+        self, keys: tuple[Key, ...], status: Status, now: float, shared: Collection[Key]
+    ) -> Refusal | None:
+        empty = self._requests.exhausted(keys, now, shared)
         if empty is not None:
             limit = self.limits.requests.limit(empty[0]) or 0
             return _limit_refusal(status, f"requests in {REQUEST_WINDOW:.0f} seconds", empty[0], limit)

@@ -116,11 +116,14 @@ class ScopedBuckets:
         for bucket in self._of(keys, now):
             bucket.take(amount, now)
 
-    def exhausted(self, keys: Iterable[Key], now: float) -> Key | None:
-        """The first of these scopes from which not even one can be taken; None if there is none."""
+    def exhausted(self, keys: Iterable[Key], now: float, shared: Collection[Key] = ()) -> Key | None:
+        """The first of these scopes from which not even one can be taken; None if there is none.
+
+        Of those that are `shared` the last quarter is kept for others.
+        """
         for key in keys:
             bucket = self._bucket(key, now)
-            if bucket is not None and bucket.level(now) < 1:
+            if bucket is not None and bucket.level(now) < 1 + (bucket.burst // 4 if key in shared else 0):
                 return key
         return None
 

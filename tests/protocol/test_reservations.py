@@ -279,6 +279,36 @@ def test_own_devices_are_not_cut_and_guests_are():
     assert made.allow(mine, Direction.TO_SOURCE, 1 << 40, 1e6).count == 1 << 40
 
 
+def test_no_crowd_of_guests_takes_all_of_what_is_shared():
+    made = table(
+        lambda peer, _: Decision(allowed=True, rule="authorized_keys:1" if peer in PEERS[:3] else "gating-off"),
+        reservations=Scoped(None, None, None, 8),
+        circuits=Scoped(4, None, None, 100),
+        requests=Scoped(None, None, None, 40),
+    )
+    results = [made.reserve(peer, IP, 0.0, WALL) for peer in PEERS[3:]]
+    assert sum(isinstance(one, HeldReservation) for one in results) == 6
+    assert "limit of 6 reservations in all" in results[-1].reason
+    assert isinstance(made.reserve(A, FAR, 0.0, WALL), HeldReservation)
+    assert isinstance(made.reserve(B, FAR, 0.0, WALL), HeldReservation)
+    refused(made.reserve(C, FAR, 0.0, WALL), Status.RESERVATION_REFUSED, "reservations-total")
+    # ... nor of what others may have at one listed peer,
+    results = [made.connect(peer, IP, A, 0.0, WALL) for peer in PEERS[4:9]]
+    assert sum(isinstance(one, Circuit) for one in results) == 3
+    refused(results[-1], Status.RESOURCE_LIMIT_EXCEEDED, "circuits-per-peer")
+    assert isinstance(made.connect(B, FAR, A, 0.0, WALL), Circuit)
+    # ... while a guest has all of its own.
+    assert [type(made.connect(PEERS[9], IP, peer, 0.0, WALL)) for peer in (B, *PEERS[3:6])] == [Circuit] * 4
+    # The last requests are for those who are listed.
+    while (
+        not isinstance(last := made.connect(PEERS[10], IP, PEERS[11], 0.0, WALL), Refusal)
+        or "requests" not in last.rule
+    ):
+        assert isinstance(last, Refusal)
+    assert last.rule == "requests-total"
+    assert isinstance(made.reserve(A, FAR, 0.0, WALL), HeldReservation)
+
+
 def test_a_circuit_does_not_end_with_the_reservation():
     made = table()
     made.reserve(B, IP, 0.0, WALL)
