@@ -123,7 +123,7 @@ class Departures:
                     self._table.gone_away(each, now)  # it may have come up meanwhile
                     if each.link.streams:
                         quiet.pop(each, None)
-                    elif now - quiet.setdefault(each, now) >= QUIET and each.end is None:
+                    elif now - quiet.setdefault(each, now) >= QUIET and each.link.end is None:
                         each.link.close(CODE, f"the relay {relay} is shutting down")
                 with trio.move_on_after(LOOK if self._through(relay) else PATIENCE):
                     await connection.ended.wait()

@@ -72,6 +72,7 @@ class Farewell:
             self._timer = None
 
     def _look(self) -> None:
+        self._timer = None
         self._tell()
         self._look_at_circuits()
         if not self._stopped:  # by what came of a cut

@@ -19,11 +19,13 @@ from protocol.keeper import (
     CHECK_INTERVAL,
     CONNECT_TIMEOUT,
     DOUBTED_LIFETIME,
+    LEAVING_PAUSE,
     LONGEST_LIFETIME,
     LONGEST_PAUSE,
     PLAUSIBLE_LIFETIME,
     PROBE_TIMEOUT,
     RESERVE_TIMEOUT,
+    RETURN_PAUSE,
     SHORTEST_LIFETIME,
     TRANSITIONS,
     Connect,
@@ -34,6 +36,7 @@ from protocol.keeper import (
 )
 from protocol.keys import PrivateKey
 from protocol.multiaddr import Multiaddr
+from protocol.reservations import DRAINING
 
 RELAY = PrivateKey.from_seed(b"r" * 32).peer_id
 US = PrivateKey.from_seed(b"u" * 32).peer_id
@@ -279,6 +282,62 @@ def test_a_reservation_that_is_lost_again_and_again_costs_pauses():
         world.answer("connected")
         commands += world.grant()
     assert world.now > 1000 + 190 * ALWAYS_ALLOWED_PAUSE
+
+
+def test_a_relay_that_shuts_down_has_not_failed_and_is_asked_again_when_it_has_ended():
+    world = World().reach("held")
+    world.now += 3000
+    failures = world.keeper.health.failures
+    assert world.do("leaving") == [Withdraw(DRAINING)]
+    assert world.keeper.health.last_error == DRAINING
+    assert world.sleep(25) == [], "it is still there, and told us not to ask"
+    assert world.do("disconnected") == []
+    assert world.keeper.due == pytest.approx(world.now + RETURN_PAUSE[1])
+    assert world.sleep(2) == [Connect(world.keeper.attempt, False)]
+    assert world.keeper.health.failures == failures
+    world.answer("failed", "connection refused")  # it takes some time until it is back
+    assert world.keeper.due - world.now <= ALWAYS_ALLOWED_PAUSE
+    world.sleep(2)
+    world.answer("connected")
+    assert world.grant() == [Publish(world.keeper.grant)]
+
+
+@pytest.mark.parametrize("state", ["reserving", "renewing"])
+def test_a_relay_that_says_as_it_refuses_that_it_shuts_down_is_one_that_leaves(state):
+    world = World().reach(state)
+    world.answer("refused", Refusal(Status.RESERVATION_REFUSED, DRAINING))
+    assert (world.keeper.state, world.keeper.grant) == ("waiting", None)
+    assert world.keeper.health.failures == 0
+    assert world.keeper.health.departures == 1
+    assert world.keeper.due == pytest.approx(world.now + LEAVING_PAUSE)
+    assert world.sleep(LEAVING_PAUSE) == [Connect(world.keeper.attempt, False)]
+
+
+def test_a_relay_that_is_always_about_to_leave_is_asked_ever_less_often():
+    world = World().reach("reserving")
+    asked = []
+    for _ in range(20):
+        world.answer("refused", Refusal(Status.RESERVATION_REFUSED, DRAINING))
+        world.do("disconnected")
+        before = world.now
+        while not world.wake():
+            pass
+        asked.append(world.now - before)
+        world.answer("connected")
+    assert asked[0] < asked[3] < asked[-1] == LONGEST_PAUSE
+    world.grant()
+    world.now += 60
+    world.do("leaving")
+    world.do("disconnected")
+    assert world.keeper.due <= world.now + RETURN_PAUSE[1], "what was before it was good does not count"
+
+
+def test_a_change_of_network_ends_the_wait_for_a_relay_that_leaves():
+    world = World().reach("held")
+    world.do("leaving")
+    assert world.do("network_changed") == [Connect(world.keeper.attempt, False)]
+    assert world.do("disconnected") == []
+    assert world.keeper.state == "connecting"
 
 
 def test_a_connection_that_does_not_answer_is_replaced():

@@ -21,6 +21,7 @@ from protocol.messages.network import NetworkChanged, WatchNetwork
 from protocol.messages.reachability import (
     AnnounceAddresses,
     ConnectionClosed,
+    ConnectionLeaving,
     ConnectionOpened,
     WatchConnections,
     WatchedConnections,
@@ -40,6 +41,7 @@ from protocol.messages.switchboard import (
 from protocol.messages.system import ActorDown, ChildSpec, Strategy, SupervisorSpec
 from protocol.multiaddr import Multiaddr
 from protocol.protocol_ids import CIRCUIT_HOP
+from protocol.reservations import DRAINING
 from protocol.stream_descriptor import ResetCode, reset_message
 from supervisor.actor import Actor, handles
 from supervisor.errors import RefusedError
@@ -83,6 +85,8 @@ class Relay:
         self.asked.append(self.world.now())
         if self.mode == "full":
             server.refuse(Status.RESERVATION_REFUSED, "all 2 places are taken")
+        elif self.mode == "leaving":
+            server.refuse(Status.RESERVATION_REFUSED, DRAINING)
         elif self.mode == "denied":
             server.refuse(Status.PERMISSION_DENIED, "you are not on the list")
         else:
@@ -125,6 +129,11 @@ class Surroundings:
         relay.mode = mode
         if mode == "down":
             self.simulated.actor("switchboard").lose(relay.peer)
+
+    def leave(self, relay):
+        """The relay is told to stop, and says so; its connections stay for the time being."""
+        relay.mode = "leaving"
+        self.simulated.actor("switchboard").leaving(relay.peer)
 
     @property
     def announces(self):
@@ -223,6 +232,11 @@ class Surroundings:
                         trio.lowlevel.notify_closing(sock)
                 if info is not None:
                     self._tell(peer, ConnectionClosed(info, "remote-close", why))
+
+            def leaving(self, peer):
+                """The peer says go away."""
+                if peer in self.connections:
+                    self._tell(peer, ConnectionLeaving(self.connections[peer]))
 
             def replace(self, peer):
                 """A second connection takes the place of the first, which ends."""

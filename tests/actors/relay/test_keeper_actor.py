@@ -4,6 +4,7 @@ import loguru
 import pytest
 import trio
 
+from protocol.messages.reachability import ConnectionLeaving
 from protocol.messages.reservations import ReadRelays
 from protocol.messages.system import Describe
 from protocol.multiaddr import Multiaddr
@@ -93,6 +94,46 @@ async def test_a_relay_that_restarts_has_us_again_at_once(around, autojump_clock
             await trio.sleep(100)
         relay.mode = "fine"
         assert (await status_of(world, relay)).last_failure == ""
+
+
+@pytest.mark.parametrize("drain", [0.2, 25, 300])
+async def test_a_relay_that_is_stopped_is_announced_no_more_at_once_and_again_when_it_is_back(
+    around, autojump_clock, drain
+):
+    stays, leaves = Relay(around, "stays"), Relay(around, "leaves")
+    async with around.run(stays, leaves) as world:
+        await around.until(lambda: len(around.announces) == 2, 2)
+        await trio.sleep(100)
+        around.leave(leaves)
+        assert await around.until(lambda: around.announces == (stays.relayed,), 1) < ROUND_TRIP
+        asked = len(leaves.asked)
+        await trio.sleep(drain)
+        assert len(leaves.asked) - asked <= drain / 30, "it has said that it grants nothing"
+        status = await status_of(world, leaves)
+        assert (status.state, status.last_failure) == ("waiting", "the relay is shutting down")
+        assert status.failed == 0
+        around.stop(leaves)
+        await trio.sleep(3)  # until systemd, say, has it running again
+        leaves.mode = "fine"
+        assert await around.until(lambda: len(around.announces) == 2, 10) < 2.0
+        assert stays.granted == 1
+
+
+async def test_a_relay_that_leaves_on_one_of_two_connections_is_asked_over_the_other(around, autojump_clock):
+    relay = Relay(around, "relay")
+    async with around.run(relay):
+        await around.until(lambda: around.announces, 2)
+        await trio.sleep(100)
+        board = around.simulated.actor("switchboard")
+        old = board.connections[relay.peer]
+        board._open(relay.peer)
+        await around.until(lambda: relay.granted == 2, 1)
+        before = len(around.announced)
+        board._tell(relay.peer, ConnectionLeaving(board.connections[relay.peer]))
+        await around.until(lambda: relay.granted == 3, 1)
+        board._tell(relay.peer, ConnectionLeaving(old))  # which has no reservation
+        await trio.sleep(10)
+        assert (relay.granted, len(around.announced)) == (3, before)
 
 
 async def test_a_relay_that_was_away_for_a_day_is_asked_ever_less_often_and_found_again(around, autojump_clock):
