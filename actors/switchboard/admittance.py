@@ -24,6 +24,7 @@ from protocol import yamux
 from protocol.peer_id import PeerId
 from protocol.policy import BASIC_PROTOCOLS, Decision
 from protocol.protocol_ids import CIRCUIT_STOP
+from protocol.reservations import GUEST_RULE
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Context
 
@@ -172,7 +173,8 @@ class Admittance:
         try:
             if self._closed:
                 raise ConnectionLostError("this node is stopping")
-            self._table.check_room(upgraded.peer)
+            guest = not outbound and self.decide(upgraded.peer).rule == GUEST_RULE
+            self._table.check_room(upgraded.peer, guest=guest)
             way = pipe.way
         except SwitchboardError:
             pipe.close()

@@ -32,6 +32,7 @@ from protocol.messages import Data
 from protocol.messages.switchboard import ConnectionInfo
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
+from protocol.reservations import guest_share
 
 SIMULTANEOUS = 5.0
 """Seconds within which two connections count as one accident. Longer than any dial takes to notice the other's."""
@@ -254,14 +255,15 @@ class ConnectionTable:
                 return connection
         return None
 
-    def check_room(self, peer: PeerId) -> None:
-        """Raise if one more connection to this peer would be too many.
+    def check_room(self, peer: PeerId, *, guest: bool = False) -> None:
+        """Raise if one more connection to this peer, a `guest` or not, would be too many.
 
         Raises:
             TooManyError: it would.
         """
-        if self._count >= self._limit:
-            raise TooManyError(f"{self._limit} connections are open, the limit")
+        limit = guest_share(self._limit) if guest else self._limit
+        if self._count >= limit:
+            raise TooManyError(f"{limit} connections are open, the limit")
         if len(self._by_peer.get(peer, ())) >= self._limit_per_peer:
             raise TooManyError(f"{self._limit_per_peer} connections to this peer are open, the limit")
 

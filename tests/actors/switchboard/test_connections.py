@@ -106,6 +106,15 @@ def test_limits():
     assert len(table) == 3
 
 
+def test_guests_leave_room_for_others():
+    table = ConnectionTable(US, limit=4)
+    for number in range(3):
+        table.add(connection(str(number), outbound=False, peer=peer_of(f"guest {number}")), 0)
+    with pytest.raises(TooManyError, match="3 connections"):
+        table.check_room(THEM, guest=True)
+    table.check_room(THEM)
+
+
 def test_removing_twice_is_harmless():
     table = ConnectionTable(US)
     made = connection("1", outbound=False)

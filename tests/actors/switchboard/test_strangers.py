@@ -1,5 +1,6 @@
 """What many strangers at once cost a switchboard and its friends."""
 
+import contextlib
 import socket
 import time
 
@@ -154,3 +155,33 @@ async def test_a_defect_that_a_stranger_finds_costs_the_stranger_its_connection_
         assert bob.failures == []
         samples = bob.switchboard.context.metrics.samples()
         assert [one.value for one in samples if one.labels.get("reason") == "defect"] == [3]
+
+
+async def guest(number, port, ends):
+    """Connects and stays until it is hung up on."""
+    static, identity = noise_identity(key_of(f"guest {number}"))
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        with contextlib.suppress(HandshakeError, trio.BrokenResourceError):
+            await Upgrader(static, identity).outbound(SocketPipe(stream.socket._sock), key_of("bob").peer_id)
+            while await stream.receive_some(65536):
+                pass
+        ends.append(number)
+
+
+async def test_guests_cannot_take_all_connections():
+    async with LocalNode.open("bob", max_connections=4) as bob, LocalNode.open("alice") as alice:
+        bob.gate.publish(peers=["alice"], gating=False)
+        await until(lambda: bob.switchboard._publishers.policy.policy.version == bob.gate.policy.version)
+        port = int(bob.address.rsplit("/", 1)[1])
+        ends = []
+        async with trio.open_nursery() as nursery:
+            for number in range(5):
+                nursery.start_soon(guest, number, port, ends)
+            await until(lambda: len(ends) == 2)
+            assert len(bob.switchboard._table) == 3
+            alice.config.say_where("bob", bob.address)
+            connected = await alice.ask("switchboard", Connect(bob.peer))
+            assert connected.connection.peer == bob.peer
+            await until(lambda: len(bob.connections("alice")) == 1)
+            assert len(ends) == 2, "nobody had to go for that"
+            nursery.cancel_scope.cancel()
