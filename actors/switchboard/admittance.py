@@ -26,6 +26,7 @@ from protocol.policy import BASIC_PROTOCOLS, Decision
 from protocol.protocol_ids import CIRCUIT_STOP
 from protocol.reservations import GUEST_RULE
 from protocol.stream_descriptor import ResetCode
+from protocol.token_bucket import TokenBucket
 from supervisor.actor import Context
 
 RELAY_PROTOCOLS = BASIC_PROTOCOLS | {CIRCUIT_STOP}
@@ -33,6 +34,11 @@ RELAY_PROTOCOLS = BASIC_PROTOCOLS | {CIRCUIT_STOP}
 
 HUNG_UP = frozenset(("remote-close", "remote-go-away", "connection-lost"))
 """How a connection that we made looks when the peer ended it; without a word before, that means it refuses us."""
+
+LINES_AT_ONCE = 256.0
+"""Callers whose coming and going is written to the log at once;"""
+LINES_PER_SECOND = 0.2
+"""and so many in each second later: 17,000 a day. The audit log and the counters know of all."""
 
 CONFIGURED_RELAY = Decision(allowed=True, rule="configured-relay")
 
@@ -88,6 +94,7 @@ class Admittance:
         self.refusals = Refusals(context.now)
         self._refused_lines: Rare[PeerId] = Rare(context.now)
         self._defects: Rare[str] = Rare(context.now)
+        self._lines = TokenBucket(LINES_PER_SECOND, LINES_AT_ONCE, context.now())
         self._expiry_checked = context.wall()
 
     def close(self) -> None:
@@ -211,8 +218,9 @@ class Admittance:
         self._numbers.connection_opened(connection)
         if not outbound:
             self.refusals.forget(upgraded.peer)
+        connection.written_about = upgraded.peer not in self.refusals and (outbound or self._spend_line(now))
         self._context.log.log(
-            "DEBUG" if upgraded.peer in self.refusals else "INFO",
+            "INFO" if connection.written_about else "DEBUG",
             "connected to {} ({}, {}, {})",
             upgraded.peer, connection.direction, connection.way, upgraded.send.cipher.value,
         )  # fmt: skip
@@ -230,6 +238,13 @@ class Admittance:
         self.refusals.forget(peer)
         self._refused_lines.forget(peer)
 
+    def _spend_line(self, now: float) -> bool:
+        """Whether one more caller is worth a line; those that come and go all day would fill the disk with theirs."""
+        if self._lines.level(now) < 1:
+            return False
+        self._lines.take(1, now)
+        return True
+
     def _tell_end(self, connection: Connection, end: LinkEnd) -> None:
         more: str | None = ""
         if connection.heard:
@@ -239,7 +254,8 @@ class Admittance:
             more = self._refused_lines.note(connection.peer)
         if more is not None:
             why = "it has shut down" if connection.leaving and end.code in HUNG_UP else end.reason
-            self._context.log.info("connection to {} ended: {}{}", connection.peer, why, more)
+            level = "INFO" if connection.written_about or connection.outbound else "DEBUG"
+            self._context.log.log(level, "connection to {} ended: {}{}", connection.peer, why, more)
 
     # ---- enforcement
 

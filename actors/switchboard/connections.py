@@ -90,6 +90,7 @@ class Connection:
     Attributes:
         via: how the bytes go.
         opened: on the monotonic clock; `opened_at` is the same moment on the wall clock.
+        written_about: its coming was written to the log, and so is its end.
         was_allowed: the policy has at some time allowed the peer; when it no longer does, the connection goes.
         identification: what the peer said of itself; None until then. `identify_failure` says why it did not.
         inbound_streams: streams of the peer that were handed out or are used here, with their protocol.
@@ -105,6 +106,7 @@ class Connection:
     opened: float
     opened_at: float
     was_allowed: bool = False
+    written_about: bool = True
     identification: Identification | None = None
     identify_failure: str = ""
     draining: bool = False

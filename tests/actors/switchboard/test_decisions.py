@@ -1,4 +1,4 @@
-from actors.switchboard.decisions import SINGLES, DecisionLog
+from actors.switchboard.decisions import NAMED, NAMED_PER_SECOND, SINGLES, DecisionLog
 from protocol.peer_id import PeerId
 from protocol.policy import Decision
 
@@ -64,3 +64,20 @@ def test_the_next_window_starts_afresh():
     log.note(peer(1), "connection", DENIED, "direct", 1.0)
     assert told[SINGLES].count == 5
     assert told[SINGLES + 1].count == 1
+
+
+def test_strangers_who_come_all_day_are_named_in_the_end_by_their_number_alone():
+    told = []
+    log = DecisionLog(told.append)
+    day, allowed = 86_400, Decision(allowed=True, rule="authorized_keys:1")
+    for second in range(day):
+        for number in range(3):
+            log.note(peer(3 * second + number), "connection", DENIED, f"direct {second}", float(second))
+        if second % 60 == 0:
+            log.note(peer(7), "connection", allowed, "direct", float(second))
+    log.flush()
+    refused = [one for one in told if not one.allowed]
+    assert sum(one.count for one in refused) == 3 * day
+    assert sum(one.peer is not None for one in refused) <= NAMED + NAMED_PER_SECOND * day + 1
+    assert len(told) < 1.4 * day, "one line a second, and those that name a peer"
+    assert sum(one.count for one in told if one.peer == peer(7) and one.allowed) == day / 60
