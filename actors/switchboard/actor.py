@@ -3,54 +3,52 @@
 This file only brings the rooms together: it answers messages, applies the policy, and counts. What happens in each room
 is told in its own module: `transports`, `admission`, `reception`, `upgrade` and `admittance` for callers, `reach`,
 `dialer` and `keeper` for dials, `connections`, `liveness`, `watching`, `protocols`, `identify`, `ourselves`, `ping`,
-`publishers`, and, for the bytes, `link`, `attached` and `doors`.
+`publishers`, and, for the bytes, `handovers`, `link`, `attached` and `doors`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import resource
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 import trio
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from actors.outbox import Outbox
 from actors.reactor import Reactor
 from actors.switchboard.admission import Limits
 from actors.switchboard.admittance import Admittance
-from actors.switchboard.attached import AttachedStreams, NotATcpSocketError, check_socket, socket_of
+from actors.switchboard.attached import AttachedStreams, socket_of
 from actors.switchboard.connections import MAX_CONNECTIONS, Connection, ConnectionTable
 from actors.switchboard.decisions import DecisionLog
 from actors.switchboard.doors import Doors
-from actors.switchboard.errors import ConnectionLostError, SwitchboardError, TooManyError, refusal
+from actors.switchboard.errors import ConnectionLostError, SwitchboardError, refusal
+from actors.switchboard.handovers import Handovers
 from actors.switchboard.identify import IdentifyRoom
-from actors.switchboard.link import Channel, LinkClosedError, LinkEnd
+from actors.switchboard.link import Channel, LinkEnd
 from actors.switchboard.listeners import Listeners
 from actors.switchboard.liveness import MONITOR, Liveness
 from actors.switchboard.numbers import Numbers
-from actors.switchboard.ourselves import KEYRING, KEYRING_DEADLINE, Ourselves
+from actors.switchboard.ourselves import KEYRING, KEYRING_DEADLINE, Ourselves, noise_key
 from actors.switchboard.paths import Paths
 from actors.switchboard.ping import PingServer, ping
 from actors.switchboard.pipes import Pipes, TlsFiles
-from actors.switchboard.protocols import Agreed, InboundStreams, ProtocolTable
+from actors.switchboard.protocols import InboundStreams, ProtocolTable
 from actors.switchboard.publishers import CONFIG, GATE, Publishers
 from actors.switchboard.reach import Reach, why_lost
 from actors.switchboard.reception import Reception
 from actors.switchboard.relaying import Relaying
 from actors.switchboard.stops import Stops
-from actors.switchboard.streams import Negotiation, abandoning, open_ahead, open_early
 from actors.switchboard.upgrade import Upgrader
 from actors.switchboard.watching import ConnectionWatchers
 from protocol import yamux
 from protocol.errors import InvalidValueError, PeerupError
-from protocol.messages import Data, Descriptor, Message
+from protocol.messages import Data
 from protocol.messages.config import ConfigSnapshot
 from protocol.messages.doors import LendListener, ServeAt
 from protocol.messages.gate import PolicyPublished
-from protocol.messages.keyring import ReadIdentity, SignNoiseStaticKey
+from protocol.messages.keyring import ReadIdentity
 from protocol.messages.network import NetworkChanged
 from protocol.messages.paths import MeasurePaths, PathsMeasured, Traced, TracePath
 from protocol.messages.reachability import AnnounceAddresses, WatchConnections, WatchedConnections
@@ -63,7 +61,6 @@ from protocol.messages.switchboard import (
     Connect,
     Connected,
     Disconnect,
-    InboundStream,
     NeedPeer,
     OpenAttached,
     OpenStream,
@@ -75,7 +72,6 @@ from protocol.messages.switchboard import (
     ReleasePeer,
     ServeProtocol,
     StreamAttached,
-    StreamOffered,
     StreamOpened,
     StreamsClosed,
     SwitchboardStatus,
@@ -83,7 +79,6 @@ from protocol.messages.switchboard import (
 )
 from protocol.messages.system import ActorDown, ActorUp
 from protocol.multiaddr import Multiaddr
-from protocol.noise import Identity as NoiseIdentity
 from protocol.peer_id import PeerId
 from protocol.policy import Decision
 from protocol.protocol_ids import CIRCUIT_HOP, CIRCUIT_STOP, IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG
@@ -141,7 +136,7 @@ class Switchboard(Actor):
         self._numbers = Numbers(context.metrics)
         identity = await context.ask(KEYRING, ReadIdentity(), timeout=KEYRING_DEADLINE)
         self._own = identity.peer_id
-        upgrader = Upgrader(*await self._noise_key())
+        upgrader = Upgrader(*await noise_key(context))
         self._reactor = Reactor(context.now)
         self._table = ConnectionTable(self._own, limit=self._max_connections)
         self._publishers = Publishers(context, self._policy_changed, self._apply_config)
@@ -185,13 +180,6 @@ class Switchboard(Actor):
             numbers=self._numbers,
         )
         self._paths = Paths(context, self._own, self._table, self._reach)
-        self._inbound = InboundStreams(
-            self._protocols,
-            self._reactor.call_later,
-            self._admittance.judge_stream,
-            self._admittance.may_connect,
-            self._hand_out,
-        )
         self._attached = AttachedStreams(context, self._reactor.call_later)
         self._doors = Doors(
             self._reactor,
@@ -200,6 +188,22 @@ class Switchboard(Actor):
             opened=lambda: self._numbers.stream("outbound", "opened"),
             tell=context.tell,
             warn=context.log.warning,
+        )
+        self._handovers = Handovers(
+            self._reach,
+            self._attached,
+            self._doors,
+            protocols=self._protocols,
+            numbers=self._numbers,
+            call_later=self._reactor.call_later,
+            tell=context.tell,
+        )
+        self._inbound = InboundStreams(
+            self._protocols,
+            self._reactor.call_later,
+            self._admittance.judge_stream,
+            self._admittance.may_connect,
+            self._handovers.hand_out,
         )
         self._ourselves = Ourselves(
             context,
@@ -302,62 +306,14 @@ class Switchboard(Actor):
     @handles(OpenStream, concurrent=True)
     async def open_stream(self, request: OpenStream) -> StreamOpened:
         """Open a stream to a peer, connecting first where needed."""
-        connection = self._reach.known_to_speak(request.peer, request.protocols)
-        if connection is not None:
-            try:
-                sock = open_ahead(connection, request.protocols[0], self._reactor.call_later, _hand_over)
-            except (PeerupError, OSError):
-                pass  # the slow way finds the words for it
-            else:
-                self._numbers.stream("outbound", "opened")
-                return StreamOpened(request.protocols[0], Descriptor(sock.detach()), connection.info())
-        try:
-            connection, protocol, stream = await self._reach.open(request.peer, request.protocols)
-            unread = stream.take_unread()
-            with abandoning(stream.channel):
-                descriptor = Descriptor(stream.channel.hand_over(unread).detach())
-        except OSError as error:
-            self._numbers.stream("outbound", "no-descriptor")
-            raise RefusedError("no-descriptor", f"no descriptor for the stream: {error}") from error
-        except PeerupError as error:
-            self._numbers.stream("outbound", error.code)
-            raise refusal(error) from error
-        self._numbers.stream("outbound", "opened")
-        return StreamOpened(protocol, descriptor, connection.info())
+        return await self._handovers.open(request)
 
     @handles(OpenAttached, concurrent=True)
     async def open_attached(self, request: OpenAttached) -> StreamAttached:
         """Open a stream to a peer, connecting first where needed, and carry its bytes from and to a socket."""
         owner = self.context.current_sender
         self._watch(owner)
-        sock = socket_of(request.socket)
-        if sock is None:
-            raise refusal(NotATcpSocketError("the descriptor is not a socket"))
-        try:
-            check_socket(sock)
-            connection = self._reach.known_to_speak(request.peer, request.protocols)
-            if connection is not None and (opened := self._attach_ahead(owner, connection, request, sock)):
-                return opened
-            connection, _ = await self._reach.connect(request.peer)
-            if self._reach.may_speak(connection, request.protocols):
-                return await self._attach_early(owner, connection, request, sock)
-            connection, protocol, stream = await self._reach.open(request.peer, request.protocols)
-            unread = stream.take_unread()
-            with abandoning(stream.channel):
-                stream_id = self._attached.open(owner, connection, protocol, stream.channel, sock, unread=unread)
-        except OSError as error:
-            sock.close()
-            self._numbers.stream("outbound", "socket-lost")
-            raise RefusedError("socket-lost", f"the client hung up: {error}") from error
-        except PeerupError as error:
-            sock.close()
-            self._numbers.stream("outbound", error.code)
-            raise refusal(error) from error
-        except BaseException:
-            sock.close()
-            raise
-        self._numbers.stream("outbound", "opened")
-        return StreamAttached(stream_id, protocol, connection.way)
+        return await self._handovers.open_attached(owner, request)
 
     @handles(AttachSocket)
     async def attach_socket(self, message: AttachSocket) -> None:
@@ -627,72 +583,14 @@ class Switchboard(Actor):
         self._liveness.superseded(self._table.of(connection.peer))
         self.context.nursery.start_soon(self._get_identified, connection)
 
+    def _stream_opened(self, connection: Connection, channel: Channel) -> None:
+        self._inbound.accept(connection, channel)
+
     async def _get_identified(self, connection: Connection) -> None:
         await self._identify.identify(connection)
         if connection.end is None:
             self._watchers.opened(connection)
         self._reach.improver.opened(connection)
-
-    def _attach_ahead(
-        self, owner: str, connection: Connection, request: OpenAttached, sock: socket.socket
-    ) -> StreamAttached | None:
-        protocol = request.protocols[0]
-
-        def attach(channel: Channel, negotiation: Negotiation) -> str:
-            return self._attached.open(owner, connection, protocol, channel, sock, negotiation=negotiation)
-
-        try:
-            stream_id = open_ahead(connection, protocol, self._reactor.call_later, attach)
-        except PeerupError:
-            return None  # the slow way finds the words for it
-        self._numbers.stream("outbound", "opened")
-        return StreamAttached(stream_id, protocol, connection.way)
-
-    async def _attach_early(
-        self, owner: str, connection: Connection, request: OpenAttached, sock: socket.socket
-    ) -> StreamAttached:
-        protocol = request.protocols[0]
-        stream_id = ""
-
-        def attach(channel: Channel, negotiation: Negotiation) -> None:
-            nonlocal stream_id
-            stream_id = self._attached.open(owner, connection, protocol, channel, sock, negotiation=negotiation)
-
-        try:
-            await open_early(connection, protocol, self._reactor.call_later, attach)
-        except (ConnectionLostError, LinkClosedError) as error:
-            self._attached.disown(stream_id)
-            raise why_lost(connection, ConnectionLostError(str(error))) from error
-        except PeerupError:
-            self._attached.disown(stream_id)
-            raise
-        self._numbers.stream("outbound", "opened")
-        return StreamAttached(stream_id, protocol, connection.way)
-
-    def _stream_opened(self, connection: Connection, channel: Channel) -> None:
-        self._inbound.accept(connection, channel)
-
-    def _hand_out(self, connection: Connection, channel: Channel, agreed: Agreed) -> None:
-        connection.inbound_streams[channel] = agreed.protocol
-        channel.on_closed = lambda: _forget(connection, channel)
-        try:
-            if not self._doors.carry(connection, channel, agreed):
-                self._tell_of_stream(connection, channel, agreed)
-        except (OSError, LinkClosedError, TooManyError):
-            channel.reset(ResetCode.LIMIT_EXCEEDED)
-            self._numbers.stream("inbound", "no-descriptor")
-        else:
-            self._numbers.stream("inbound", "opened")
-
-    def _tell_of_stream(self, connection: Connection, channel: Channel, agreed: Agreed) -> None:
-        message: Message
-        if self._protocols.attaches(agreed.protocol):
-            stream_id = self._attached.offer(agreed.actor, connection, agreed.protocol, channel, agreed.unread)
-            message = StreamOffered(stream_id, connection.peer, agreed.protocol, connection.way, agreed.rule)
-        else:
-            descriptor = Descriptor(channel.hand_over(agreed.unread).detach())
-            message = InboundStream(connection.peer, agreed.protocol, descriptor, connection.info(), agreed.rule)
-        self.context.tell(agreed.actor, message)
 
     def _serve_own_protocols(self) -> None:
         pings = PingServer()
@@ -719,14 +617,6 @@ class Switchboard(Actor):
             lambda connection: self.context.nursery.start_soon(self._identify.push, connection)
         )
 
-    async def _noise_key(self) -> tuple[X25519PrivateKey, NoiseIdentity]:
-        """A Noise key for the life of this process, signed by the node's identity."""
-        static = X25519PrivateKey.generate()
-        signature = await self.context.ask(
-            KEYRING, SignNoiseStaticKey(static.public_key().public_bytes_raw()), timeout=KEYRING_DEADLINE
-        )
-        return static, NoiseIdentity(signature.public_key, signature.signature)
-
     # ---- time
 
     async def _tick(self) -> None:
@@ -744,11 +634,3 @@ class Switchboard(Actor):
         if actor not in self._watched:
             self._watched.add(actor)
             self.context.watch(actor)
-
-
-def _hand_over(channel: Channel, negotiation: Negotiation) -> socket.socket:
-    return channel.hand_over(negotiation=negotiation)
-
-
-def _forget(connection: Connection, channel: Channel) -> None:
-    connection.inbound_streams.pop(channel, None)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
 from actors.switchboard.connections import Connection, ConnectionTable
 from actors.switchboard.errors import TooManyError
 from actors.switchboard.identify import OwnDescription
@@ -15,8 +17,9 @@ from actors.switchboard.interfaces import expand
 from actors.switchboard.listeners import Listeners
 from actors.switchboard.protocols import ProtocolTable
 from actors.switchboard.version import AGENT
-from protocol.messages.keyring import SignPeerRecord
+from protocol.messages.keyring import SignNoiseStaticKey, SignPeerRecord
 from protocol.multiaddr import Multiaddr
+from protocol.noise import Identity as NoiseIdentity
 from supervisor.actor import Context
 from supervisor.errors import AskError
 
@@ -26,6 +29,18 @@ KEYRING_DEADLINE = 5.0
 """Seconds for the keyring to sign."""
 MAX_ANNOUNCED = 64
 """Addresses that one actor may announce: more would not fit into the messages that tell them."""
+
+
+async def noise_key(context: Context) -> tuple[X25519PrivateKey, NoiseIdentity]:
+    """A Noise key for the life of this process, and the word of the node's identity that it is its own.
+
+    Raises:
+        AskError: the keyring does not sign.
+    """
+    static = X25519PrivateKey.generate()
+    request = SignNoiseStaticKey(static.public_key().public_bytes_raw())
+    signature = await context.ask(KEYRING, request, timeout=KEYRING_DEADLINE)
+    return static, NoiseIdentity(signature.public_key, signature.signature)
 
 
 class Ourselves:
@@ -106,7 +121,7 @@ class Ourselves:
     async def _sign(self, addresses: tuple[Multiaddr, ...]) -> None:
         self._record_seq = seq = max(self._record_seq + 1, int(self._context.wall() * 1000))
         try:
-            signed = await self._context.ask("keyring", SignPeerRecord(addresses, seq), timeout=KEYRING_DEADLINE)
+            signed = await self._context.ask(KEYRING, SignPeerRecord(addresses, seq), timeout=KEYRING_DEADLINE)
         except AskError as error:
             self._context.log.warning("the peer record is not signed: {}", error)
             record = None
