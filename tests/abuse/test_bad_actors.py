@@ -14,61 +14,27 @@ from typing import Any
 import pytest
 
 from demo.node import Node
-from protocol.messages import Message, Request
+from protocol.messages import Request
 from protocol.messages.config import ConfigSnapshot, SubscribeConfig
 from protocol.messages.gate import PolicyPublished, SubscribePolicy
 from protocol.messages.keyring import SignNoiseStaticKey
 from protocol.messages.switchboard import ReadStatus
-from protocol.messages.system import (
-    ActorDown,
-    ChildSpec,
-    CollectMetrics,
-    DropCheckpoint,
-    EdgeFilter,
-    Hang,
-    InjectProcessFault,
-    KeepCheckpoint,
-    LastWords,
-    ProcessFault,
-    ReadDeadLetters,
-    ReadEstate,
-    Ready,
-    SaveCheckpoint,
-    SetFaults,
-    SetLogLevel,
-    SetTaps,
-    StartChild,
-    Stop,
-    StopChild,
-    TapRule,
-)
+from protocol.messages.system import ChildSpec, CollectMetrics, ReadDeadLetters, SetLogLevel, StopChild
 from supervisor.authority import CODE
 from supervisor.errors import AskError
 from supervisor.visitor import Visitor
+from tests.support.commands import commands
 from tests.support.processes import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 NAME = "proxy/gone/bad"
-EVERYTHING = EdgeFilter()
-
-COMMANDS: dict[str, Message] = {
-    "stop": Stop("because I say so"),
-    "start": StartChild(ChildSpec("proxy/evil/x", "actors.metrics.actor:Metrics", {"listen": "127.0.0.1:0"})),
-    "stop a child": StopChild("service/web"),
-    "tap": SetTaps((TapRule("t", EVERYTHING, NAME, 1e12, 1e9),)),
-    "fault": SetFaults(()),
-    "hang": Hang(),
-    "hurt": InjectProcessFault("gate", ProcessFault.KILL),
-    "log": SetLogLevel("trace", None),
-    "ready": Ready(99, {"peer_id": "someone"}),
-    "last words": LastWords(1, "x", "I am the switchboard, and I end"),
-    "checkpoint": SaveCheckpoint({"evil": True}, ()),
-    "another's checkpoint": KeepCheckpoint("gate", (NAME,), {"evil": True}, ()),
-    "drop": DropCheckpoint("gate"),
-    "estate": ReadEstate(),
-    "down": ActorDown("gate", "as I say"),
-}
+COMMANDS = commands(
+    NAME,
+    victim="gate",
+    sibling="service/web",
+    child=ChildSpec("proxy/evil/x", "actors.metrics.actor:Metrics", {"listen": "127.0.0.1:0"}),
+)
 PROCESSES = ("root", "proxies", "config", "keyring", "gate", "switchboard", "api", "service/web")
 
 

@@ -20,25 +20,11 @@ from protocol.messages.system import (
     ChildSpec,
     CollectMetrics,
     DropCheckpoint,
-    EdgeFilter,
-    Hang,
-    InjectProcessFault,
     KeepCheckpoint,
-    LastWords,
-    ProcessFault,
     ReadDeadLetters,
-    ReadEstate,
-    Ready,
     SaveCheckpoint,
-    SetFaults,
-    SetLogLevel,
-    SetTaps,
-    StartChild,
-    Stop,
-    StopChild,
     Strategy,
     SupervisorSpec,
-    TapRule,
 )
 from supervisor import authority, estate
 from supervisor.actor import Actor, Checkpoint, handles
@@ -49,6 +35,7 @@ from supervisor.exchange import Exchange
 from supervisor.overseer import FACTORY, Overseer, supervisor_arguments
 from supervisor.port import NameState
 from supervisor.simulation import Simulation
+from tests.support.commands import commands
 
 READ_ONLY = {
     "system.ok", "system.refusal", "system.ping", "system.pong", "system.describe", "system.description",
@@ -56,24 +43,7 @@ READ_ONLY = {
     "system.read-dead-letters", "system.dead-letters", "system.read-tree", "system.tree", "system.child-started",
 }  # fmt: skip
 
-BAD = {
-    "stop": Stop("go"),
-    "ready": Ready(1, {}),
-    "last words": LastWords(1, "x", "y"),
-    "checkpoint": SaveCheckpoint({"evil": True}, ()),
-    "foreign checkpoint": KeepCheckpoint("b", ("bad",), {"evil": True}, ()),
-    "drop": DropCheckpoint("b"),
-    "estate": ReadEstate(),
-    "start": StartChild(ChildSpec("new", "summer", {})),
-    "stop child": StopChild("b"),
-    "log": SetLogLevel("trace", None),
-    "taps": SetTaps((TapRule("t", EdgeFilter(), "bad", 1e12, 1e9),)),
-    "faults": SetFaults(()),
-    "process fault": InjectProcessFault("b", ProcessFault.KILL),
-    "hang": Hang(),
-    "up": ActorUp("b", 7),
-    "down": ActorDown("b", "so they say"),
-}
+BAD = commands("bad", victim="b", sibling="b", child=ChildSpec("new", "summer", {}))
 
 
 def test_every_message_of_the_runtime_is_classified():
