@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from demo.node import Node
 from peerup.client import Client, ClientError
 from tests.chaos.load import EchoLoad, EchoServer, echo_works
 from tests.support.listeners import listeners
+from tests.support.nodes import Node
 from tests.support.processes import descriptors, tree, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]

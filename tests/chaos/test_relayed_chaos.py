@@ -24,11 +24,12 @@ from unittest import mock
 import pytest
 from ruamel.yaml import YAML
 
-from demo.node import DemoError, Node
+from demo.node import DemoError
 from demo.relayed import Hidden, Relay
 from protocol.reservations import MIN_TTL
 from tests.chaos.load import CHUNK, EchoLoad, EchoServer, echo_works, pattern
 from tests.chaos.test_chaos import by_name, hurt, is_whole
+from tests.support.nodes import Node
 from tests.support.processes import descriptors, pids_with_environment, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(400)]

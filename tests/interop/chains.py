@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import trio
 
-from demo.node import Node
 from tests.interop import nodes
 from tests.interop.conftest import StartForeign
 from tests.interop.peers import Answer, ForeignPeer, Peer, do, waiting_for
+from tests.support.nodes import Node
 
 OURS = "peerup"
 SERVICE = "web"

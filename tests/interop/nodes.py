@@ -12,8 +12,9 @@ from typing import Any
 
 import trio
 
-from demo.node import DemoError, Node
+from demo.node import DemoError
 from tests.interop.content import blocks
+from tests.support.nodes import Node
 
 READY = 60.0
 """Seconds until a node must have its reservation, or have taken over a configuration, also where all cores are busy."""

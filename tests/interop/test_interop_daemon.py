@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator
 import pytest
 import trio
 
-from demo.node import Node
 from tests.interop import nodes
 from tests.interop.content import sha256
 from tests.interop.peers import ForeignPeer, do, finished, opened
 from tests.support.listeners import listeners
+from tests.support.nodes import Node
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -22,11 +22,14 @@ from typing import Any
 from peerup.client import Client, ClientError
 from tests.natlab.lab import Host
 from tests.natlab.network import Node as Machine
+from tests.support.nodes import run_here
 
 READY = 30.0
 """Seconds for a daemon to be up on a busy machine."""
 
-STOP = 20.0
+STOP = 40.0
+"""Seconds for a daemon to stop on a busy machine, where it takes one alone; one that hangs fails its test."""
+
 PATIENCE = 60.0
 
 
@@ -61,7 +64,12 @@ class Peerup:
         self.client = Client(home / "run" / "control.sock", timeout=60)
 
     def __call__(self, *arguments: str, status: int = 0) -> str:
-        """What a command prints. It is run outside of the host: it only touches files and the control socket."""
+        """What a command prints. It is run outside of the host: it only touches files and the control socket.
+
+        While the node does not run, commands are run in this process.
+        """
+        if self.daemon is None and not status:
+            return run_here(self.home, *arguments)
         done = subprocess.run(
             self.command(*arguments), capture_output=True, text=True, timeout=90, check=False, env=_environment()
         )
@@ -80,21 +88,43 @@ class Peerup:
             config.write(f"relay_service:\n  enabled: true\n{limits}")
 
     def start(self) -> None:
+        self.begin_start()
+        self.wait_ready()
+
+    def begin_start(self) -> None:
+        """Start it, and do not wait until it is up."""
         with self.log.open("ab") as log, self.host.enter():
             self.daemon = subprocess.Popen(
                 self.command("daemon"), stdout=subprocess.DEVNULL, stderr=log, env=_environment(), cwd=self.home
             )
-        wait_for(lambda: self.client.get("/v1/status")["peer_id"], f"the node in {self.host.name}", READY)
+
+    def wait_ready(self) -> None:
+        """Return when it answers."""
+        daemon = self.daemon
+        assert daemon is not None
+
+        def answers() -> bool:
+            assert daemon.poll() is None, f"the node in {self.host.name} has ended with status {daemon.returncode}"
+            return bool(self.client.get("/v1/status")["peer_id"])
+
+        wait_for(answers, f"the node in {self.host.name}", READY)
+
+    def begin_stop(self) -> None:
+        """Tell it to stop, and do not wait until it has."""
+        if self.daemon is not None:
+            self.daemon.terminate()
 
     def stop(self) -> None:
+        """Stop it; it must do so by itself."""
+        self.begin_stop()
         daemon, self.daemon = self.daemon, None
         if daemon is not None:
-            daemon.terminate()
             try:
                 daemon.wait(STOP)
             except subprocess.TimeoutExpired:
                 daemon.kill()
-                daemon.wait(STOP)
+                daemon.wait()
+                raise AssertionError(f"the node in {self.host.name} did not stop within {STOP:g} s") from None
 
     def kill(self) -> None:
         """All its processes at once, as when the power fails."""
@@ -207,8 +237,11 @@ class Pair:
         return [*self.relays, self.home, self.laptop]
 
     def start(self) -> None:
-        for node in self.nodes:
-            node.start()
+        for nodes in (self.relays, [self.home, self.laptop]):
+            for node in nodes:
+                node.begin_start()
+            for node in nodes:
+                node.wait_ready()
         wait_for(lambda: self.home.held() == len(self.relays), "reservations at all relays")
 
     def greeting(self, address: tuple[str, int], timeout: float = 30.0) -> bool:
@@ -219,8 +252,13 @@ class Pair:
 
     def close(self) -> None:
         self.echo.close()
-        for node in reversed(self.nodes):
-            node.stop()
+        # The relays last: they would wait for circuits that are open.
+        with contextlib.ExitStack() as stack:
+            for nodes in (self.relays, [self.home, self.laptop]):
+                for node in nodes:
+                    stack.callback(node.stop)
+                for node in nodes:
+                    stack.callback(node.begin_stop)
 
 
 def relay_address(relay: Peerup) -> str:
