@@ -99,9 +99,15 @@ def _read_outcome(outcome: int) -> str:
 
 
 def _tell_failure(said: str) -> int:
-    reason = "the part of the node that carried it ended" if said in ("", FINISHED) else said
+    reason = "the part of the node that carried it ended" if said in ("", FINISHED) else _meaning_first(said)
     sys.stderr.write(f"error: the connection to the service broke off: {reason}\n")
     return 1
+
+
+def _meaning_first(said: str) -> str:
+    """`code: name (meaning)` as `meaning (code: name)`: what a person understands comes first."""
+    words, opened, meaning = said.partition(" (")
+    return f"{meaning[:-1]} ({words})" if opened and meaning.endswith(")") else said
 
 
 def _receive(sock: socket.socket, sink: int) -> None:

@@ -109,7 +109,7 @@ def build_tree(options: Options) -> SupervisorSpec:
             _actor(
                 "switchboard",
                 "actors.switchboard.actor:Switchboard",
-                listen=[str(address) for address in config.network.listen_addresses],
+                listen=[str(address) for address in config.network.served_addresses],
                 max_connections=limits.connections,
                 max_streams=limits.streams_per_connection,
                 admission={"concurrent": limits.handshakes},

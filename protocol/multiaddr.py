@@ -315,7 +315,9 @@ def _parse_text(text: str) -> tuple[Component, ...]:
     if len(text) > MAX_TEXT:
         raise MultiaddrError(f"a multiaddr has at most {MAX_TEXT} characters, not {len(text)}")
     if not text.startswith("/"):
-        raise MultiaddrError(f"a multiaddr begins with '/', not as {text[:40]!r} does")
+        raise MultiaddrError(
+            f"a multiaddr looks like /ip4/192.0.2.7/tcp/4001 and begins with '/', not as {text[:40]!r} does"
+        )
     parts = text.rstrip("/").split("/")[1:]
     components: list[Component] = []
     position = 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.config.paths import NodeHome
-from actors.config.schema import check_network_name
+from actors.config.schema import check_network_name, check_served
 from actors.config.template import render_config
 from actors.files import FileExistsAlreadyError, create_exclusive, make_private_directory
 from actors.gate.authorized_keys_file import HEADER
@@ -48,10 +48,11 @@ def init_node(
     Raises:
         FileExistsAlreadyError: there is a configuration already.
         FileError, KeyFileError: something cannot be made, or an existing key cannot be used.
-        InvalidValueError: not a network name.
+        InvalidValueError: not a network name, or an address where no node can listen.
     """
     if network is not None:
         check_network_name(network)
+    check_served(listen_addresses or ())
     home.check()
     if home.config_file.exists():
         raise FileExistsAlreadyError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config.reader import Problem, SectionReader
-from actors.config.schema import ConfigError
+from actors.config.schema import ConfigError, is_served
 from protocol.errors import InvalidValueError
 from protocol.multiaddr import Multiaddr
 
@@ -87,8 +87,12 @@ def read_peer_up_relay(values: Any, file: Path) -> PeerUpRelay:
     metrics, audit = telemetry.section("metrics"), telemetry.section("audit")
     key_file = identity.text("key_file", "relay_node.key")
     listen = network.items("listen_addresses", Multiaddr)
-    if not listen:
-        root.problem("network", "names no listen_addresses")
+    served = tuple(filter(is_served, listen or ()))
+    if not served:
+        root.problem("network", "names no listen_addresses with an IP address and a TCP port")
+    for address in listen or ():
+        if address not in served:
+            network.warn("listen_addresses", f"{address} is not taken over: only TCP and WebSocket are served")
     if "enable_connection_gating" not in security.keys():  # noqa: SIM118  # not a dict
         security.warn("enable_connection_gating", "is missing: peer-up then lets everybody in; here it is on")
     gating = security.boolean("enable_connection_gating", default=True)
@@ -98,7 +102,7 @@ def read_peer_up_relay(values: Any, file: Path) -> PeerUpRelay:
         health.warn("enabled", "has no counterpart; ask `peerup status`, or let systemd watch")
     health.ignore("listen_address")
     found = PeerUpRelay(
-        listen_addresses=listen or (),
+        listen_addresses=served,
         key_file=file.parent / key_file,
         authorized_keys_file=file.parent / keys_file,
         gating=gating,

@@ -19,7 +19,7 @@ from actors.config.init import NewNode, init_node
 from actors.config.paths import NodeHome
 from actors.config.peer_up_relay import PeerUpRelay, is_peer_up_relay, read_peer_up_relay
 from actors.config.reader import Problem
-from actors.config.schema import ConfigError, NodeConfig
+from actors.config.schema import ConfigError, NodeConfig, check_served
 from actors.config.template import render_config
 from actors.config.yaml_text import YamlSyntaxError, parse_yaml, set_value
 from actors.files import FileError, FileExistsAlreadyError, create_exclusive, make_private_directory
@@ -73,6 +73,7 @@ def init_relay(home: NodeHome, settings: RelaySettings) -> NewRelay:
         raise FileExistsAlreadyError(
             f"{home.config_file} exists already and is not overwritten; for another relay choose another --home"
         )
+    check_served(settings.listen_addresses)
     imported = None if settings.imported is None else _read_imported(settings.imported)
     text = _render(settings, imported)
     config = _checked(text, home.config_file)

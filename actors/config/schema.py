@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,37 @@ class TlsConfig:
 class NetworkConfig:
     """Where the node listens; nowhere if there is no address: it dials, and is reached through relays.
 
-    `listen_addresses` may hold transports that this version does not serve.
+    `listen_addresses` may hold transports that this version does not serve; `served_addresses` are the others.
     """
 
     listen_addresses: tuple[Multiaddr, ...] = ()
     force_private_reachability: bool = False
     tls: TlsConfig = TlsConfig()
+
+    @property
+    def served_addresses(self) -> tuple[Multiaddr, ...]:
+        """Those of the addresses at which the node can listen."""
+        return tuple(filter(is_served, self.listen_addresses))
+
+
+def is_served(address: Multiaddr) -> bool:
+    """Whether a node can listen there: at an IP address, for TCP and what runs on it."""
+    endpoint = address.endpoint
+    return endpoint is not None and endpoint.transport == "tcp" and endpoint.kind in ("ip4", "ip6")
+
+
+def check_served(addresses: Iterable[Multiaddr]) -> None:
+    """Refuse addresses for a new configuration at which its node could not listen.
+
+    Raises:
+        InvalidValueError: one of them is such an address.
+    """
+    for address in addresses:
+        if not is_served(address):
+            raise InvalidValueError(
+                f"cannot listen on {address}: give an IP address with a TCP port, such as /ip4/0.0.0.0/tcp/4001 or "
+                "/ip4/0.0.0.0/tcp/443/ws"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +274,13 @@ def _network(reader: SectionReader) -> NetworkConfig:
             "listen_addresses",
             f"has {secure}, which needs a certificate; name its files as tls.certificate_file and tls.key_file",
         )
+    foreign = [address for address in listen or () if not is_served(address)]
+    if foreign:
+        words = f"{', '.join(map(str, foreign))}: no IP address with a TCP port, and nothing else is served yet"
+        if len(foreign) == len(listen or ()):
+            reader.problem("listen_addresses", f"cannot listen on {words}")
+        else:
+            reader.warn("listen_addresses", f"does not listen on {words}")
     made = NetworkConfig(
         (Multiaddr("/ip4/0.0.0.0/tcp/0"), Multiaddr("/ip6/::/tcp/0")) if listen is None else listen,
         reader.boolean("force_private_reachability", default=False),

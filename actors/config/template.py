@@ -25,7 +25,7 @@ _TLS = """\
   @tls:
   @  certificate_file: tls/fullchain.pem  # the node's own, for addresses with /tls/ws
   @  key_file: tls/privkey.pem
-  #  trusted_file: tls/authority.pem      # an authority to believe besides the system's when dialling such addresses
+  #   trusted_file: tls/authority.pem      # an authority to believe besides the system's when dialling such addresses
 """
 
 

@@ -121,6 +121,15 @@ def listen_tcp(address: Multiaddr) -> socket.socket:
         sock.close()
         if error.errno == errno.EADDRINUSE:
             raise AddressError(f"cannot listen on {address}: the port is in use by another program") from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise AddressError(
+                f"cannot listen on {address}: not permitted; ports below 1024 need CAP_NET_BIND_SERVICE "
+                f"(the systemd unit of a relay gives it), or: sysctl net.ipv4.ip_unprivileged_port_start={wanted.port}"
+            ) from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise AddressError(
+                f"cannot listen on {address}: this machine does not have this address (0.0.0.0 and :: are all it has)"
+            ) from error
         raise AddressError(f"cannot listen on {address}: {_words(error)}") from error
     return sock
 

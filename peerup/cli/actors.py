@@ -166,6 +166,7 @@ def _leaf(value: Any) -> str:
 @command(
     "log",
     json_output=True,
+    short_help="Change the log level of actors while they run.",
     epilog=examples(
         "peerup log switchboard debug --for 5m",
         "peerup log 'proxy/*' trace --for 30s",

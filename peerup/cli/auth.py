@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peerup.cli.files import AUTHORIZED_KEYS, authorized_keys_path, find_peer, report, tell_node
+from peerup.cli.files import AUTHORIZED_KEYS, authorized_keys_path, find_listed_peer, find_peer_id, report, tell_node
 from peerup.cli.framework import DURATION, Failure, Session, command, examples
 from peerup.cli.output import Column, good, note, table
 
@@ -55,11 +55,10 @@ def expiry(text: str | None) -> str | None:
 def add(session: Session, peer_id: str, comment: str, expires: str | None, path: Path | None) -> None:
     """Let the peer with this id connect."""
     from actors.gate.authorized_keys_file import add_peer
-    from protocol.peer_id import PeerId
 
     until = expiry(expires)
     attributes = {} if until is None else {"expires": until}
-    entry = add_peer(authorized_keys_path(session, path), PeerId.from_text(peer_id), comment, attributes)
+    entry = add_peer(authorized_keys_path(session, path), find_peer_id(peer_id), comment, attributes)
     report(session, f"{entry.peer} may connect", present(entry), _tell(session, path))
 
 
@@ -67,11 +66,12 @@ def add(session: Session, peer_id: str, comment: str, expires: str | None, path:
 @click.argument("peer")
 @FILE
 def remove(session: Session, peer: str, path: Path | None) -> None:
-    """Let a peer (its id, or a name of this node) connect no longer, and cut its connections."""
+    """Let a peer (its id, a name, or the comment of its line) connect no longer, and cut its connections."""
     from actors.gate.authorized_keys_file import remove_peer
 
-    found = find_peer(session, peer)
-    remove_peer(authorized_keys_path(session, path), found)
+    file = authorized_keys_path(session, path)
+    found = find_listed_peer(session, file, peer)
+    remove_peer(file, found)
     report(session, f"{found} may connect no longer", {"peer_id": str(found), "removed": True}, _tell(session, path))
 
 

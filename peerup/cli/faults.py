@@ -12,6 +12,7 @@ from peerup.cli.output import Column, good, span, table
 
 @click.group(
     "fault",
+    short_help="Break a part of the running node on purpose.",
     epilog=examples(
         "peerup fault kill switchboard",
         "peerup fault hang gate",

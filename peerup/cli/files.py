@@ -19,6 +19,12 @@ CONFIG = "/v1/config/reload"
 AUTHORIZED_KEYS = "/v1/auth/reload"
 
 
+class NoPeerIdError(InvalidValueError):
+    """A text is no peer id. `action` says where to get one."""
+
+    action = "`peerup whoami` on the other device prints its id, such as 12D3KooW..."
+
+
 def read_config(session: Session) -> NodeConfig:
     """The configuration of this home."""
     from actors.config.file import load_config
@@ -51,6 +57,41 @@ def find_peer(session: Session, text: str) -> PeerId:
                 if entry.name == text:
                     return entry.peer
         raise InvalidValueError(f"{text!r} is neither a peer id nor a name of this node") from error
+
+
+def find_peer_id(text: str) -> PeerId:
+    """The peer id in this text, for commands where a name would have no meaning yet.
+
+    Raises:
+        NoPeerIdError: it is none.
+    """
+    from protocol.peer_id import PeerId
+
+    try:
+        return PeerId.from_text(text)
+    except InvalidValueError as error:
+        raise NoPeerIdError(str(error)) from error
+
+
+def find_listed_peer(session: Session, path: Path, text: str) -> PeerId:
+    """The peer that is meant, of those in this authorized_keys file: by the comment of its line, else by id or name.
+
+    Raises:
+        InvalidValueError: none is, or several have this comment.
+    """
+    from actors.gate.authorized_keys_file import load_authorized_keys
+
+    found = [entry.peer for entry in load_authorized_keys(path).entries if entry.comment == text]
+    if len(found) > 1:
+        raise InvalidValueError(f"{len(found)} lines of {path} have the comment {text!r}; say which by the peer id")
+    if found:
+        return found[0]
+    try:
+        return find_peer(session, text)
+    except InvalidValueError as error:
+        raise InvalidValueError(
+            f"{text!r} is neither a peer id, nor a name of this node, nor the comment of a line in {path}"
+        ) from error
 
 
 def tell_node(session: Session, route: str) -> dict[str, Any]:
@@ -93,17 +134,17 @@ def note_after_restart(keys: list[str] | None) -> None:
         note(f"{key}: changed since the node was started; takes effect when it is started again")
 
 
-def report(session: Session, text: str, data: dict[str, Any], node: dict[str, Any]) -> None:
-    """Say what was changed, and whether the running node has it."""
+def report(session: Session, text: str, data: dict[str, Any], node: dict[str, Any], *, what: str = "node") -> None:
+    """Say what was changed, and whether the running node (or `what` else it is) has it."""
 
     def human() -> None:
         good(text)
         if node["reloaded"]:
-            click.echo("the running node has taken it over")
+            click.echo(f"the running {what} has taken it over")
         elif not node["running"]:
-            click.echo("the node is not running; this counts from its next start on")
+            click.echo(f"the {what} is not running; this counts from its next start on")
 
     session.show(data | {"node": node}, human)
     if node["running"] and not node["reloaded"]:
-        note(f"warning: the running node has not taken it over: {'; '.join(node['problems'])}")
+        note(f"warning: the running {what} has not taken it over: {'; '.join(node['problems'])}")
         raise click.exceptions.Exit(1)

@@ -10,7 +10,9 @@ import functools
 import importlib
 import json
 import os
+import pwd
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Any, ClassVar
@@ -20,6 +22,8 @@ import click
 from protocol.errors import PeerupError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from actors.config.paths import NodeHome
     from peerup.client import Client
 
@@ -84,10 +88,31 @@ class Session:
 
     @functools.cached_property
     def home(self) -> NodeHome:
-        """The node's directories."""
+        """The node's directories.
+
+        Raises:
+            Failure: they are another user's. We could not read them; or, as root, would leave what that user cannot.
+        """
         from actors.config.paths import node_home
 
-        return node_home(self._given_home, os.environ)
+        home = node_home(self._given_home, os.environ)
+        owner = _owner_if_not_ours(home.config_file)
+        if owner is not None:
+            where = "" if home.explicit is None else f" --home {shlex.quote(str(home.explicit))}"
+            raise Failure(
+                f"the node in {home.config_dir} belongs to the user {owner}",
+                f"run this as that user: sudo -u {shlex.quote(owner)} peerup{where} ...",
+                code="not-yours",
+                as_json=self.as_json,
+            )
+        return home
+
+    @functools.cached_property
+    def program(self) -> str:
+        """What to type for this program and this node, such as `peerup --home DIR`, for hints that can be copied."""
+        if self._given_home is None or os.environ.get("PEERUP_HOME") == self._given_home:
+            return "peerup"
+        return f"peerup --home {shlex.quote(self._given_home)}"
 
     @functools.cached_property
     def client(self) -> Client:
@@ -111,6 +136,29 @@ class Session:
         """Tell a person at a terminal what takes time; nothing for programs."""
         if sys.stderr.isatty() and not self.as_json:
             click.echo(text, err=True)
+
+
+def _owner_if_not_ours(config_file: Path) -> str | None:
+    """The user to whom a node belongs that we cannot work on: we may not look, or are root. None if we can."""
+    for path in (config_file, *config_file.parents):
+        try:
+            owner = path.stat().st_uid
+        except PermissionError:
+            continue  # whoever keeps us out owns a directory above
+        except OSError:
+            return None  # there is no such node; what wants one says so
+        ours = os.geteuid()
+        if owner == ours or (path == config_file and ours != 0):
+            return None
+        return _user_name(owner)
+    return None
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"  # as sudo understands it
 
 
 def examples(*lines: str) -> str:
@@ -137,6 +185,13 @@ def command(
                 function(session, *args, **values)
             except PeerupError as error:
                 raise Failure.from_error(error, as_json=as_json) from error
+            except PermissionError as error:
+                raise Failure(
+                    f"cannot use {error.filename}: permission denied" if error.filename else f"not permitted: {error}",
+                    "run this as the user to whom it belongs (`ls -ld` tells), or give it to you",
+                    code="not-permitted",
+                    as_json=as_json,
+                ) from error
             except KeyboardInterrupt:
                 raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
 

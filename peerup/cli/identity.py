@@ -14,6 +14,7 @@ DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001")
 @command(
     "init",
     json_output=True,
+    short_help="Make a node's home: configuration and key.",
     epilog=examples(
         "peerup init",
         "peerup init --yes --listen /ip4/127.0.0.1/tcp/4101",
@@ -49,9 +50,9 @@ def init(session: Session, listen: tuple[str, ...], network: str | None, *, yes:
         click.echo(f"  identity key     {home.key_file}{' (kept)' if made.kept_key else ''}")
         click.echo(f"  who may connect  {home.authorized_keys_file}{' (kept)' if made.kept_authorized_keys else ''}")
         click.echo("Next:")
-        click.echo("  peerup auth add PEER_ID --comment NAME   let another device in")
-        click.echo("  peerup service add ssh 127.0.0.1:22      offer a service to it")
-        click.echo("  peerup daemon                            run the node")
+        click.echo(f"  {session.program} auth add PEER_ID --comment NAME   let another device in")
+        click.echo(f"  {session.program} service add ssh 127.0.0.1:22      offer a service to it")
+        click.echo(f"  {session.program} daemon                            run the node")
 
     data = {
         "peer_id": peer_id,
@@ -64,7 +65,7 @@ def init(session: Session, listen: tuple[str, ...], network: str | None, *, yes:
     session.show(data, human)
 
 
-@command("whoami", json_output=True)
+@command("whoami", json_output=True, short_help="Print this node's peer id.")
 def whoami(session: Session) -> None:
     """Print this node's peer id: what other devices authorise it by."""
     from actors.keyring.key_file import load_key

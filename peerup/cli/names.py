@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from peerup.cli.files import CONFIG, read_config, report, tell_node
+from peerup.cli.files import CONFIG, find_peer_id, read_config, report, tell_node
 from peerup.cli.framework import Session, command, examples
 from peerup.cli.output import Column, table
 
@@ -30,9 +30,8 @@ def add(session: Session, name: str, peer_id: str, addresses: tuple[str, ...], *
     """Call the peer with this id NAME, and remember where it is."""
     from actors.config.file import edit_config
     from protocol.multiaddr import Multiaddr
-    from protocol.peer_id import PeerId
 
-    peer = PeerId.from_text(peer_id)
+    peer = find_peer_id(peer_id)
     places = [Multiaddr(address) for address in addresses]
     with edit_config(session.home.config_file) as editor:
         editor.add_name(name, peer, replace=replace)

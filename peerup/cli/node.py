@@ -15,7 +15,7 @@ STOP_SECONDS = 40.0
 """How long `stop` waits for the node to end: a little longer than the node itself gives its actors."""
 
 
-@command("status", json_output=True)
+@command("status", json_output=True, short_help="Show who this node is, and whether all of it runs.")
 def status(session: Session) -> None:
     """Show who this node is, whom it is connected to, and whether all of it runs.
 

@@ -17,7 +17,8 @@ from peerup.cli.files import (
     AUTHORIZED_KEYS,
     after_restart,
     authorized_keys_path,
-    find_peer,
+    find_listed_peer,
+    find_peer_id,
     note_after_restart,
     read_config,
     report,
@@ -85,6 +86,13 @@ def setup(
     from actors.config.relay_init import RelaySettings, init_relay
     from protocol.multiaddr import Multiaddr
 
+    if imported is not None and not imported.exists():
+        raise Failure(
+            f"there is no file {imported}",
+            "name the relay-server.yaml of a peer-up relay",
+            code="no-file",
+            as_json=session.as_json,
+        )
     asks = not yes and not session.as_json
     if imported is None and not listen and asks and not session.home.config_file.exists():
         port = click.prompt("TCP port to listen on", type=click.IntRange(1, 65535), default=DEFAULT_PORT)
@@ -120,9 +128,9 @@ def setup(
         for address in made.config.relay_service.announce_addresses:
             click.echo(f"  announces        {address}")
         click.echo("Next:")
-        click.echo("  peerup relay authorize PEER_ID --comment NAME   let a device use it")
-        click.echo("  peerup relay serve                              run it")
-        click.echo("  peerup relay info                               what clients need to know")
+        click.echo(f"  {session.program} relay authorize PEER_ID --comment NAME   let a device use it")
+        click.echo(f"  {session.program} relay serve                              run it")
+        click.echo(f"  {session.program} relay info                               what clients need to know")
 
     data = {
         "peer_id": peer_id,
@@ -357,13 +365,13 @@ def authorize(session: Session, peer_id: str, comment: str, expires: str | None)
     """
     from actors.gate.authorized_keys_file import add_peer
     from peerup.cli.auth import expiry, present
-    from protocol.peer_id import PeerId
 
     _relay_config(session)
     until = expiry(expires)
     attributes = {} if until is None else {"expires": until}
-    entry = add_peer(authorized_keys_path(session), PeerId.from_text(peer_id), comment, attributes)
-    report(session, f"{entry.peer} may use this relay", present(entry), tell_node(session, AUTHORIZED_KEYS))
+    entry = add_peer(authorized_keys_path(session), find_peer_id(peer_id), comment, attributes)
+    node = tell_node(session, AUTHORIZED_KEYS)
+    report(session, f"{entry.peer} may use this relay", present(entry), node, what="relay")
 
 
 @command("deauthorize", json_output=True, short_help="Let a device use this relay no longer.")
@@ -377,18 +385,11 @@ def deauthorize(session: Session, peer: str) -> None:
 
     _relay_config(session)
     path = authorized_keys_path(session)
-    found = _by_comment(path, peer) or find_peer(session, peer)
+    found = find_listed_peer(session, path, peer)
     remove_peer(path, found)
     data = {"peer_id": str(found), "removed": True}
-    report(session, f"{found} may use this relay no longer", data, tell_node(session, AUTHORIZED_KEYS))
-
-
-def _by_comment(path: Path, text: str) -> Any:
-    """The one peer whose line has this comment; None if there is none, or several."""
-    from actors.gate.authorized_keys_file import load_authorized_keys
-
-    found = [entry.peer for entry in load_authorized_keys(path).entries if entry.comment == text]
-    return found[0] if len(found) == 1 else None
+    node = tell_node(session, AUTHORIZED_KEYS)
+    report(session, f"{found} may use this relay no longer", data, node, what="relay")
 
 
 @command("list-peers", json_output=True)

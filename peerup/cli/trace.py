@@ -76,6 +76,7 @@ def raise_for_error(line: dict[str, Any]) -> None:
 @command(
     "why",
     json_output=True,
+    short_help="Show what led to a message.",
     epilog=examples(
         "peerup tap --limit 1          prints an id such as switchboard:1:57",
         "peerup why switchboard:1:57",

@@ -97,7 +97,7 @@ def test_auth_add_list_remove(node):
     node("names", "add", "laptop", PEERS[0])
     node("auth", "remove", "laptop")
     assert [peer["peer_id"] for peer in node.json("auth", "list")] == [PEERS[1]]
-    assert "neither a peer id nor a name" in node("auth", "remove", "laptop2", status=1).stderr
+    assert "neither a peer id, nor a name" in node("auth", "remove", "laptop2", status=1).stderr
     assert node("auth", "remove", PEERS[2], status=1).stderr
     node("auth", "add", PEERS[2], "--expires", "soon", status=2)
 

@@ -371,7 +371,7 @@ def test_authorize_list_and_deauthorize(relay):
 def test_a_comment_of_several_lines_deauthorizes_none_of_them(relay):
     for peer in PEERS[:2]:
         relay("relay", "authorize", peer, "--comment", "tablet")
-    assert "neither a peer id nor a name" in relay("relay", "deauthorize", "tablet", status=1).stderr
+    assert "have the comment 'tablet'" in relay("relay", "deauthorize", "tablet", status=1).stderr
     assert len(relay.json("list-peers")) == 2
 
 

@@ -60,6 +60,7 @@ def test_an_unknown_key_is_reported_with_its_line_and_is_not_fatal():
     line = PEER_UP.splitlines().index("colour_of_the_bike_shed: green") + 1
     assert warnings[-1] == f"line {line}: colour_of_the_bike_shed: is not a key that peerup knows; it is ignored"
     assert [warning.key for warning in read(PEER_UP).warnings] == [
+        "network.listen_addresses",
         "network.resource_limits_enabled",
         "relay.reservation_interval",
         "colour_of_the_bike_shed",
@@ -107,7 +108,7 @@ def test_every_default_that_the_template_only_mentions_is_the_default():
 def test_the_template_names_files_where_addresses_need_a_certificate(tmp_path):
     plain = render_config([Multiaddr("/ip4/0.0.0.0/tcp/443/ws")])
     assert read(plain).network.tls == TlsConfig()
-    assert read(plain.replace("  # tls:", "  tls:").replace("  #  trusted", "    trusted")).network.tls == TlsConfig(
+    assert read(plain.replace("  # tls:", "  tls:").replace("  #   trusted", "    trusted")).network.tls == TlsConfig(
         trusted_file="tls/authority.pem"
     )
     secure = render_config([Multiaddr("/ip4/0.0.0.0/tcp/443"), Multiaddr("/ip4/0.0.0.0/tcp/443/wss")])
