@@ -23,7 +23,7 @@ import os
 import select
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 import trio
 
@@ -41,6 +41,14 @@ _MAX_EVENTS: Final = 64  # of one round, so that no round is long
 
 Ready = Callable[[int], None]
 Failed = Callable[[Exception], None]
+
+
+class Rooms(NamedTuple):
+    """Where the bytes of one link lie for a moment: as they came, opened, and laid out to be sealed."""
+
+    received: memoryview
+    opened: memoryview
+    outgoing: memoryview
 
 
 class Timer:
@@ -88,7 +96,7 @@ class Reactor:
     Attributes:
         clock: the one given.
         scratch: the shared room to receive into; good within one callback.
-        inner_scratch: another one, for what is received from what was received there.
+        rooms: for the links of the switchboard, by their depth; good within one callback, too.
         rounds: how often the loop has looked for ready descriptors.
     """
 
@@ -96,7 +104,10 @@ class Reactor:
         self.clock = clock
         # Fresh pages: unlike a bytearray's they take no memory before there is traffic to fill them.
         self.scratch = _fresh_pages()
-        self.inner_scratch = _fresh_pages()
+        self.rooms = (
+            Rooms(self.scratch, _fresh_pages(), _fresh_pages()),
+            Rooms(_fresh_pages(), _fresh_pages(), _fresh_pages()),
+        )
         self.rounds = 0
         self._epoll = select.epoll()
         self._handlers: dict[int, tuple[Ready, Failed]] = {}

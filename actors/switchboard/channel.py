@@ -66,11 +66,6 @@ class Carrier(Protocol):
         ...
 
     @property
-    def max_data(self) -> int:
-        """Bytes to fetch at a time."""
-        ...
-
-    @property
     def budget(self) -> Budget:
         """What the peer may make us keep."""
         ...
@@ -346,25 +341,26 @@ class Channel:
 
     # ---- seam -> peer, called by the link
 
-    def fetch(self, buffer: memoryview, start: int) -> int:
-        """Move one message's worth of data for the peer to `buffer[start:]`, no more than its window.
+    def fetch(self, buffer: memoryview, start: int, limit: int) -> int:
+        """Move data for the peer to `buffer[start:]`, no more than its window and `limit` allow; one message of a seam.
 
         Returns the length; 0 when there is nothing to send or it may not be sent (leave the queue), -1 when it is worth
-        asking again. `buffer[start - 1]` and what is after the data, as far as a message reaches, are overwritten.
+        asking again. `buffer[start - 1]` and what is after the data, as far as a message reaches, are overwritten. A
+        seam's message is not cut by `limit`.
         """
         stream = self.stream
         window = stream.send_window
         if self._unsent and not stream.closed:
             if not window:
                 return 0
-            return self._fetch_unsent(buffer, start, window)
+            return self._fetch_unsent(buffer, start, min(window, limit))
         if self._finishing:
             if not stream.local_finished and not stream.closed:
                 self._link.session.finish(stream)
                 self._check_closed()
             return 0
         if self._end is not None:
-            return 0 if stream.closed else self._end.fetch(buffer, start, min(window, self._link.max_data))
+            return 0 if stream.closed else self._end.fetch(buffer, start, min(window, limit))
         if self._seam is None or stream.closed:
             return 0
         return self._fetch_message(self._seam, buffer, start, window)
@@ -398,11 +394,11 @@ class Channel:
         self.sent += length
         return length
 
-    def _fetch_unsent(self, buffer: memoryview, start: int, window: int) -> int:
+    def _fetch_unsent(self, buffer: memoryview, start: int, limit: int) -> int:
         data = self._unsent.popleft()
-        if len(data) > window:
-            self._unsent.appendleft(data[window:])
-            data = data[:window]
+        if len(data) > limit:
+            self._unsent.appendleft(data[limit:])
+            data = data[:limit]
         length = len(data)
         self._unsent_bytes -= length
         buffer[start : start + length] = data

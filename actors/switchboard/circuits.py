@@ -4,17 +4,11 @@ Theory of operation. The stream's channel is joined with a `CircuitEnd`, which i
 the link of the relay's connection (the outer one) asks it for bytes and gives it bytes. No descriptor, no task and no
 queue of its own lies between the two links of one process:
 
-    inner link -> peer   The inner link seals what it has when the outer link's turn comes: `fetch` has it do so, and
-                         moves what it sends straight into the outer link's frame. The rest waits in the inner link's
-                         own buffer. Only small pieces that come at other times are queued here, up to `QUEUE` bytes.
+    inner link -> peer   The inner link seals what it has when the outer link's turn comes: `fetch` has it do so,
+                         straight into the outer link's frame. Only small pieces that come at other times are queued
+                         here, up to `QUEUE` bytes.
     peer -> inner link   What the outer link delivers is given to the inner link at once, which takes all of it; its
                          yamux windows bound what it keeps. So it counts as consumed when `deliver` returns.
-
-A Noise message of the inner link that is a little longer than a frame of the outer one would be cut into a long and a
-tiny frame, again and again. So the inner link makes its messages no longer than `frame`, and frames end where messages
-end as far as the peer's window lets them.
-
-The inner link receives into a room of its own, as the bytes come out of the outer link's.
 
 During the upgrade there is no inner link yet: a task waits in `receive`. What it has not taken is not consumed, and so
 is no more than the stream's first window.
@@ -37,16 +31,16 @@ from actors.switchboard.channel import Channel
 from actors.switchboard.errors import CircuitCutError
 from actors.switchboard.wire import Acknowledgement
 from protocol.errors import PeerupError
-from protocol.stream_descriptor import MAX_DATA, ResetCode
+from protocol.stream_descriptor import ResetCode
 
 SMALL: Final = 16 * 1024
 """Bytes that are rather copied than offered again: less than it costs to be asked."""
+LEAST_TARGET: Final = 1024
+"""Bytes of a frame that are worth a Noise message of their own."""
 QUEUE: Final = 64 * 1024
 """Bytes that may be queued here."""
 FAREWELL: Final = 3.0
 """Seconds that the other end has for its own end once we have closed ours."""
-
-_PREFIX: Final = 2  # of a Noise message: its length
 
 
 class CircuitEnd:
@@ -59,7 +53,6 @@ class CircuitEnd:
     """
 
     __slots__ = (
-        "_arrived",
         "_backlog",
         "_channel",
         "_closed",
@@ -68,41 +61,36 @@ class CircuitEnd:
         "_failed",
         "_finished",
         "_flush",
-        "_incoming",
         "_news",
         "_queue",
         "_queued",
         "_ready",
-        "_rest",
+        "_take",
         "_taken",
         "_target",
         "_timer",
         "_wants",
         "_words",
-        "scratch",
     )
 
-    frame: int = MAX_DATA
-    batch: int = 1  # what is sealed goes on while the processor still has it at hand
+    depth: int = 1
 
     def __init__(self, channel: Channel, words: Callable[[int], str], *, unread: bytes = b"") -> None:
-        self.scratch = channel.reactor.inner_scratch
         self._channel = channel
         self._words = words
         self._queue: deque[memoryview] = deque()  # small pieces for the peer
         self._queued = 0
         self._backlog = bytearray(unread)  # from the peer, until somebody takes it
         self._counted = 0  # of the backlog, what is not consumed yet
-        self._incoming: memoryview | None = None  # what is being delivered
         self._target: memoryview | None = None  # where the outer link wants what it fetches
         self._taken = 0
-        self._rest = 0  # of the inner message whose beginning went last
         self._wants = False  # the inner link waits to be asked for the rest of what it has sealed
         self._flush: Callable[[], None] | None = None  # or to seal more
         self._finished = False  # the peer will send no more
         self._closed = False
         self._cut: CircuitCutError | None = None
         self._ready: Callable[[int], None] | None = None
+        self._take: Callable[[memoryview], None] = _ignore
         self._failed: Callable[[Exception], None] = _ignore
         self._news: trio.Event | None = None
         self._timer: Timer | None = None
@@ -148,9 +136,15 @@ class CircuitEnd:
 
     # ---- the wire, called by the inner link
 
-    def start(self, ready: Callable[[int], None], failed: Callable[[Exception], None]) -> None:
+    def start(
+        self,
+        ready: Callable[[int], None],
+        take: Callable[[memoryview], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
         """See `Wire`."""
         self._ready = ready
+        self._take = take
         self._failed = failed
         if self.readable:
             self._channel.reactor.call_soon(self._begin)
@@ -171,18 +165,7 @@ class CircuitEnd:
         return None
 
     def recv_into(self, buffer: memoryview, /) -> int:
-        """See `Wire`."""
-        if self._backlog:
-            length = min(len(buffer), len(self._backlog))
-            buffer[:length] = self._backlog[:length]
-            self._take_backlog(length)
-            return length
-        incoming = self._incoming
-        if incoming is not None:
-            length = min(len(buffer), len(incoming))
-            buffer[:length] = incoming[:length]
-            self._incoming = incoming[length:] if length < len(incoming) else None
-            return length
+        """See `Wire`. All bytes are given to `take`; this has the end."""
         self._check()
         if self._finished:
             return 0
@@ -192,12 +175,28 @@ class CircuitEnd:
         """See `Wire`."""
         target = self._target
         if target is not None:
-            return self._fill(target, data)
+            start = self._taken
+            length = min(len(target) - start, len(data))
+            if not length:
+                raise BlockingIOError
+            target[start : start + length] = data[:length]
+            self._taken += length
+            return length
         self._check()
         if len(data) > SMALL or self._queued + len(data) > QUEUE:
             raise BlockingIOError
         self._enqueue(memoryview(bytes(data)))
         return len(data)
+
+    def target(self) -> memoryview | None:
+        """See `Wire`."""
+        if self._target is None or len(self._target) - self._taken < LEAST_TARGET:
+            return None
+        return self._target[self._taken :]
+
+    def filled(self, length: int, /) -> None:
+        """See `Wire`."""
+        self._taken += length
 
     def close(self) -> None:
         """See `Wire`."""
@@ -226,7 +225,7 @@ class CircuitEnd:
         self._taken = 0
         if self._wants:
             self._call(WRITE)
-        if not self._taken and (flush := self._flush) is not None:
+        if (flush := self._flush) is not None and (not self._taken or limit - self._taken >= LEAST_TARGET):
             self._flush = None
             flush()
         self._target = None
@@ -243,10 +242,9 @@ class CircuitEnd:
             self._counted += length
             self._tell()
             return
-        self._incoming = buffer[start:end]
-        while self._delivering():
-            self._call(READ)
-        self._incoming = None
+        if self._backlog:
+            self._give_backlog()
+        self._give(buffer[start:end])
         if not self._channel.closed:
             self._channel.consumed(length, now)
 
@@ -278,8 +276,7 @@ class CircuitEnd:
 
     def _begin(self) -> None:
         """The inner link is there: let it have what came before it, and the end if there was one."""
-        while self._backlog and not self._closed:
-            self._call(READ)
+        self._give_backlog()
         if self._closed:
             return
         if self._cut is not None:
@@ -287,45 +284,26 @@ class CircuitEnd:
         elif self._finished:
             self._call(READ)
 
-    def _delivering(self) -> bool:
-        return self._incoming is not None and not self._closed
+    def _give_backlog(self) -> None:
+        data = bytes(self._backlog)
+        self._take_backlog(len(data))
+        self._give(memoryview(data))
+
+    def _give(self, data: memoryview) -> None:
+        """Let the inner link have this. What it raises is its own end, and not the outer link's."""
+        if data and not self._closed:
+            try:
+                self._take(data)
+            except (PeerupError, OSError) as error:
+                self._failed(error)
 
     def _call(self, what: int) -> None:
-        """Call the inner link. What it raises is its own end, and not the outer link's."""
+        """Call the inner link; as `_give`."""
         assert self._ready is not None
         try:
             self._ready(what)
         except (PeerupError, OSError) as error:
             self._failed(error)
-
-    def _fill(self, target: memoryview, data: memoryview) -> int:
-        """Move as many whole messages as fit; if not even one does, as much of it as fits."""
-        room = len(target) - self._taken
-        length = self._rest
-        if not room:
-            raise BlockingIOError
-        if length <= room:
-            available = len(data)
-            while available - length >= _PREFIX:
-                end = length + _PREFIX + (data[length] << 8 | data[length + 1])
-                if end > room:
-                    break
-                length = end
-            if not length:
-                if self._taken:
-                    raise BlockingIOError  # a frame of its own is better than a piece of this one
-                # the first one does not fit: its beginning goes, the rest follows by itself
-                length = min(room, available)
-                self._rest = _PREFIX + (data[0] << 8 | data[1]) - length
-            else:
-                self._rest = 0
-        else:
-            length = room
-            self._rest -= room
-        start = self._taken
-        target[start : start + length] = data[:length]
-        self._taken += length
-        return length
 
     def _fetch_queued(self, buffer: memoryview, start: int, limit: int) -> int:
         length = 0
@@ -372,5 +350,5 @@ class CircuitEnd:
             self._timer = None
 
 
-def _ignore(_: Exception) -> None:
+def _ignore(_: object) -> None:
     pass

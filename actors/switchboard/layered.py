@@ -18,9 +18,7 @@ class LayeredWire:
     """The base of such a wire; see `Wire`. Subclasses have `recv_into` and `send`."""
 
     def __init__(self, reactor: Reactor, below: Wire) -> None:
-        self.frame: int = below.frame
-        self.batch: int = below.batch
-        self.scratch: memoryview = below.scratch
+        self.depth: int = below.depth
         self.soon = below.soon
         self._reactor = reactor
         self._below = below
@@ -31,16 +29,27 @@ class LayeredWire:
         self._recall_planned = False
         self._closed = False
 
-    def start(self, ready: Callable[[int], None], failed: Callable[[Exception], None]) -> None:
+    def start(
+        self,
+        ready: Callable[[int], None],
+        take: Callable[[memoryview], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
         """See `Wire`."""
         self._ready, self._failed = ready, failed
-        self._below.start(self._below_ready, failed)
+        self._below.start(self._below_ready, _nobody, failed)
         self._recall()  # something may have come already
 
     def want_write(self, *, wanted: bool) -> None:
         """See `Wire`."""
         self._wanted = wanted
         self._below.want_write(wanted=wanted or bool(self._unsent))
+
+    def target(self) -> None:
+        """See `Wire`."""
+
+    def filled(self, length: int, /) -> None:
+        """See `Wire`."""
 
     def acknowledgement(self) -> Acknowledgement | None:
         """See `Wire`."""

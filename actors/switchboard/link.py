@@ -2,20 +2,27 @@
 
 Theory of operation. A link owns a wire (a TCP socket, say) that has the Noise handshake behind it. It runs yamux on it:
 
-    wire -> scratch buffer -> decrypt in place -> yamux -> channels        (as the wire becomes readable)
-    channels -> a buffer, laid out as frames -> encrypt in place -> wire   (once a round of the reactor)
+    wire -> one room -> decrypt into another -> yamux -> channels        (as the wire becomes readable)
+    channels -> a room, laid out as frames -> encrypt into a buffer -> wire   (once a round of the reactor)
 
-A byte is copied by the kernel only, and within user space only when somebody does not keep up.
+The plaintext lies in one piece on both sides of the ciphers, which cut it into Noise messages: so frames are as long as
+they may be, whatever the length of a message, and a call of a channel, of yamux or of the kernel serves four messages.
+Besides the ciphers only the kernel copies a byte, unless somebody does not keep up.
 
 Sending. Channels that have something to send stand in a queue. Once a round the link goes round that queue, one
-message of each at a time, until about four Noise messages are full; small frames of several streams share one Noise
-message, and all go out with one `send`. What the wire does not take is kept with its buffer, and nothing more is read
-from any descriptor until it has gone. A stream whose window is used up leaves the queue until the peer grants more.
+frame of each at a time, until about four Noise messages are full, and all goes out with one `send`. A channel that is
+alone gets one long frame; where there are several each gets at most one message's worth at its turn. What the wire
+does not take is kept with its buffer, and nothing more is read from any descriptor until it has gone. A stream whose
+window is used up leaves the queue until the peer grants more.
 
 Receiving. All messages that came in at once are decrypted, then given to yamux, and only then are the ends of streams
 asked to pass on what they have got (`settle`): so whoever reads it is woken once for all of it, and by one system call.
 What comes in at once is bounded, so that no link holds up the others. A peer whose frames are tiny makes us
 work much more for each byte, so less is taken from it at a time until they are larger again.
+
+A link over a circuit (the inner one) works within the callbacks of the link to the relay (the outer one), so it has
+rooms of its own: what it is given lies in the outer one's, and what it sends is sealed straight into the outer
+one's frame.
 
 The life of a link: alive, until one of the ends of :class:`LinkEnd`; then it resets what is open, closes its wire and
 tells `on_end` from the loop. There is no state in between.
@@ -35,8 +42,9 @@ from actors.switchboard.channel import Channel, LinkClosedError, SettlingEnd
 from actors.switchboard.wire import MAX_FRAME, Acknowledgement, Wire
 from protocol import yamux
 from protocol.errors import PeerupError, ProtocolError
+from protocol.noise import MAX_PLAINTEXT
 from protocol.noise_cipher import TAG_LENGTH, CipherState, NoiseError
-from protocol.stream_descriptor import ResetCode
+from protocol.stream_descriptor import MAX_DATA, ResetCode
 from protocol.yamux import GoAwayCode, Role
 
 __all__ = ["Channel", "Link", "LinkClosedError", "LinkEnd"]
@@ -53,12 +61,16 @@ SEND_TIMEOUT: Final = 60.0
 _PREFIX: Final = 2  # length of a Noise message
 _HEADER: Final = yamux.HEADER_LENGTH
 _FRAME: Final = MAX_FRAME
-_BATCH: Final = 4 * _FRAME  # of one send
-_SEND_BUFFER: Final = _BATCH + 2 * _FRAME  # a message is read before it is known how long it is
+_SHARE: Final = _HEADER + MAX_DATA  # of one of several channels: a full Noise message
+_BATCH: Final = 4 * MAX_PLAINTEXT  # of one send
+_SEND_BUFFER: Final = 6 * _FRAME  # a batch, and resets that come up meanwhile
+_MOST_CONTROL: Final = MAX_PLAINTEXT  # beyond a batch
 _RECEIVE: Final = 4 * _FRAME  # of one recv
 _SEND_ROUNDS: Final = 4  # batches of one round of the reactor
 _RECEIVE_ROUNDS: Final = 2
 _PASSED: Final = 4 * _FRAME  # bytes that are passed on before they are sent
+_OPENED: Final = 16  # where opened bytes begin: yamux and those who pass them on may write a little before them
+_LAST_WORDS: Final = 32 * 1024  # of all that is said when a link ends
 _LEAST_RECEIVE: Final = 8 * 1024  # of one recv from a peer that sends nothing but tiny frames
 _MANY: Final = 512  # frames of one recv, if they are
 _TINY: Final = 256  # bytes on average, with their headers
@@ -89,7 +101,6 @@ class Link:
     Attributes:
         reactor, session: what its channels work with.
         budget: what the peer may make us keep.
-        max_data: bytes that a stream gives at a time, so that the frame goes through the wire in one piece.
         sent, received: bytes on the wire since the link was made.
         rtt: seconds, smoothed; None until measured.
         end: why the link ended; None while it lives.
@@ -120,12 +131,9 @@ class Link:
         self.rtt: float | None = None
         self.end: LinkEnd | None = None
         self._clock = reactor.clock
-        self.max_data = wire.frame - _PREFIX - _HEADER - TAG_LENGTH
         self._wire = wire
-        self._scratch = wire.scratch
-        self._batch = min(wire.batch, _BATCH)
-        self._rounds = _SEND_ROUNDS if wire.batch > 1 else 1
-        self._full = wire.frame - TAG_LENGTH  # where the plaintext of a message must end that begins at 0
+        self._received, self._opened, self._outgoing = reactor.rooms[wire.depth]
+        self._rounds = 1 if wire.depth else _SEND_ROUNDS
         self._send_cipher = send_cipher
         self._receive_cipher = receive_cipher
         self._receive = _RECEIVE
@@ -145,10 +153,11 @@ class Link:
         self._progress_at = now  # when the wire last took something
         self._ping_value = 0
         self._ping_at: float | None = None
-        wire.start(self._wire_ready, self._failed)
+        wire.start(self._wire_ready, self._take, self._failed)
         self._timer: Timer = reactor.call_later(KEEPALIVE_INTERVAL, self._tick)
         self._ping()
-        if received or plaintext:
+        self._unopened = bool(received or plaintext)
+        if self._unopened:
             reactor.call_soon(self._open_first)
 
     def __repr__(self) -> str:
@@ -210,28 +219,31 @@ class Link:
         stream, session, length = channel.stream, self.session, end - start
         if (
             self._queue
-            or self._unsent is not None
-            or self.end is not None
+            or self._is_stuck()
             or session.has_control
             or start < _HEADER
             or length > stream.send_window
-            or length > self.max_data
+            or length > _BATCH
         ):
             return False
+        if self._passed + length + 2 * _FRAME > _SEND_BUFFER:
+            self._send_passed()
+            if self._is_stuck():
+                return False
         out = self._passed_buffer
         if out is None:
             out = self._passed_buffer = self.reactor.take_buffer(_SEND_BUFFER)
-        begin = self._passed
         session.data_header(buffer, start - _HEADER, stream, length)
-        sealed = self._send_cipher.seal_into(buffer[start - _HEADER : end], out[begin + _PREFIX :])
-        out[begin] = sealed >> 8
-        out[begin + 1] = sealed & 0xFF
-        self._passed = begin + _PREFIX + sealed
+        self._passed += self._seal(buffer[start - _HEADER : end], out[self._passed :])
         if self._passed >= _PASSED:
             self._send_passed()
         elif not self._flush_planned:
             self.plan_flush()
         return True
+
+    def _is_stuck(self) -> bool:
+        """The wire takes nothing now, or never again."""
+        return self._unsent is not None or self.end is not None
 
     def plan_flush(self) -> None:
         """Something waits to be sent: do it at the end of this round."""
@@ -248,22 +260,21 @@ class Link:
             self._read_wire()
 
     def _read_wire(self) -> None:
-        scratch = self._scratch
+        received = self._received
         for _ in range(_RECEIVE_ROUNDS):
             room, frames = self._receive, self.session.frames_received
-            tail = self._tail
-            start = len(tail)
-            if start:
-                scratch[:start] = tail
+            start = len(self._tail)
             try:
-                length = self._wire.recv_into(scratch[start : start + room])
+                length = self._wire.recv_into(received[start : start + room])
             except BlockingIOError:
                 return
             if not length:
                 self._finish(LinkEnd("remote-close", "the peer closed the connection"), ResetCode.CONNECTION_LOST, None)
                 return
             self.received += length
-            self._open_messages(scratch, start + length)
+            if start:
+                received[:start] = self._tail
+            self._open_messages(received[: start + length])
             frames = self.session.frames_received - frames
             if frames > _MANY and frames * _TINY > length:
                 self._receive = max(_LEAST_RECEIVE, room >> 1)
@@ -273,43 +284,68 @@ class Link:
             if length < room or self.end is not None:
                 return
 
+    def _take(self, data: memoryview) -> None:
+        """Bytes that the wire has at hand; for as long as the call lasts."""
+        if self._unopened:
+            self._open_first()
+        if self.end is not None:
+            return
+        self.received += len(data)
+        tail = self._tail
+        if not tail:
+            self._open_messages(data)
+            return
+        # the message that has begun is put together, and the others stay where they are
+        room = self._received
+        start = len(tail)
+        room[:start] = tail
+        stop = min(len(data), max(0, _PREFIX - start))
+        room[start : start + stop] = data[:stop]
+        if start + stop >= _PREFIX:
+            missing = min(_PREFIX + (room[0] << 8 | room[1]) - start, len(data))
+            room[start + stop : start + missing] = data[stop:missing]
+            stop = missing
+        self._open_messages(room[: start + stop], data[stop:])
+
     def _open_first(self) -> None:
         """Take what came with the handshake, unless it was taken with what came after it."""
-        if self.end is None and (self._tail or self._plaintext):
-            scratch, tail = self._scratch, self._tail
-            scratch[: len(tail)] = tail
+        unopened, self._unopened = self._unopened, False
+        if self.end is None and unopened:
             try:
-                self._open_messages(scratch, len(tail))
+                self._open_messages(memoryview(self._tail))
             except (PeerupError, OSError) as error:
                 self._failed(error)
 
-    def _open_messages(self, scratch: memoryview, end: int) -> None:
-        """Decrypt the whole messages of `scratch[:end]`, then give them to yamux; keep the rest."""
+    def _open_messages(self, *pieces: memoryview) -> None:
+        """Decrypt the whole messages of these, then give them to yamux; keep the rest of the last one."""
         self._now = now = self._clock()
+        opened, open_into = self._opened, self._receive_cipher.open_into
+        end = _OPENED
         if self._plaintext:
-            first, self._plaintext = memoryview(bytearray(b"\0" + self._plaintext)), b""
-            self.session.receive(first, 1, len(first), now)
-        opened, receive = self._receive_cipher.open, self.session.receive
-        plain: list[tuple[int, int]] = []
+            end += len(self._plaintext)
+            opened[_OPENED:end] = self._plaintext
+            self._plaintext = b""
         failure = None
-        position = 0
-        while end - position >= _PREFIX:
-            stop = position + _PREFIX + (scratch[position] << 8 | scratch[position + 1])
-            if stop > end:
+        for sealed in pieces:
+            position, length = 0, len(sealed)
+            if not length:
+                continue
+            while length - position >= _PREFIX:
+                stop = position + _PREFIX + (sealed[position] << 8 | sealed[position + 1])
+                if stop > length:
+                    break
+                try:
+                    end += open_into(sealed[position + _PREFIX : stop], opened[end:])
+                except NoiseError as error:
+                    failure = error  # what came before it is good
+                    break
+                position = stop
+            self._tail = bytes(sealed[position:])
+            if failure is not None:
                 break
-            position += _PREFIX
-            try:
-                plain.append((position, position + opened(scratch[position:stop])))
-            except NoiseError as error:
-                failure = error  # what came before it is good
-                break
-            position = stop
-        self._tail = bytes(scratch[position:end])
         try:
-            for start, stop in plain:
-                receive(scratch, start, stop, now)
-                if self.end is not None:
-                    return
+            if end > _OPENED:
+                self.session.receive(opened, _OPENED, end, now)
         finally:
             if self._unsettled:
                 self._settle(now)
@@ -333,21 +369,45 @@ class Link:
                 return
         if self.end is not None or self._unsent is not None:
             return
-        buffer = self.reactor.take_buffer(_SEND_BUFFER)
         try:
-            for _ in range(self._rounds):
-                end = self._lay_out(buffer)
-                if not end:
-                    break
-                if not self._give(buffer, end):
-                    return
-                if not self._queue:
-                    break
+            target = self._wire.target()
+            if target is not None:
+                self._fill(target)
             else:
-                self.plan_flush()
+                self._send_batches()
         except (PeerupError, OSError) as error:
             self._failed(error)
-        self.reactor.return_buffer(buffer)
+
+    def _fill(self, target: memoryview) -> None:
+        """Seal what there is straight into where the wire wants it."""
+        whole, rest = divmod(len(target), _FRAME)
+        room = min(_BATCH, whole * MAX_PLAINTEXT + max(0, rest - _PREFIX - TAG_LENGTH))
+        length = self._lay_out(room)
+        if 0 < length <= room:
+            sealed = self._seal(self._outgoing[:length], target)
+            self._wire.filled(sealed)
+            self.sent += sealed
+        elif length and not self._give_sealed(length):  # the message of a descriptor is as long as it is
+            return
+        if self._queue or self.session.has_control:
+            self.plan_flush()
+
+    def _send_batches(self) -> None:
+        for _ in range(self._rounds):
+            length = self._lay_out(_BATCH)
+            if not length or not self._give_sealed(length):
+                return
+            if not self._queue:
+                return
+        self.plan_flush()
+
+    def _give_sealed(self, length: int) -> bool:
+        """Seal so much of what is laid out and give it to the wire. Whether it took all of it."""
+        buffer = self.reactor.take_buffer(_SEND_BUFFER)
+        if self._give(buffer, self._seal(self._outgoing[:length], buffer)):
+            self.reactor.return_buffer(buffer)
+            return True
+        return False
 
     def _send_passed(self) -> None:
         """Send what was passed on: it is sealed, and so comes before all else."""
@@ -398,57 +458,47 @@ class Link:
             self.reactor.return_buffer(self._unsent_buffer)
             self._unsent_buffer = None
 
-    def _lay_out(self, buffer: memoryview) -> int:
-        """Fill `buffer` with sealed messages ready to send. Returns how many bytes they are."""
-        session, queue = self.session, self._queue
-        begin, position = self._lay_out_control(buffer, 0, _PREFIX)
-        while queue and begin < self._batch:
+    def _lay_out(self, room: int) -> int:
+        """Lay out frames, about `room` bytes of them. Returns how many bytes they are.
+
+        More it is only by frames of no length, and where `room` is less than a message of a descriptor.
+        """
+        session, queue, plain = self.session, self._queue, self._outgoing
+        position = 0
+        if session.has_control:
+            # all of it (SYNs are among it) must go before any data
+            position = session.take_control(plain, 0, room)
+            if session.has_control:
+                return position
+        reserve = min(_SHARE, room - position)
+        while queue and position + reserve <= room and reserve > _HEADER:
             channel = queue[0]
             start = position + _HEADER
-            if position - begin == _PREFIX:
-                length = channel.fetch(buffer, start)
-            else:
-                # how long the frame is shows when it is read; so it is read to where it must go if it does not fit here
-                far = start + TAG_LENGTH + _PREFIX
-                length = channel.fetch(buffer, far)
-                if length > 0:
-                    if start + length <= begin + self._full:
-                        buffer[start : start + length] = buffer[far : far + length]
-                    else:
-                        begin = self._seal(buffer, begin, position)
-                        position = begin + _PREFIX
+            length = channel.fetch(plain, start, min(MAX_DATA, room - start) if len(queue) > 1 else room - start)
             if length > 0:
-                session.data_header(buffer, position, channel.stream, length)
-                position += _HEADER + length
-                if position + _HEADER >= begin + self._full:
-                    begin = self._seal(buffer, begin, position)
-                    position = begin + _PREFIX
+                session.data_header(plain, position, channel.stream, length)
+                position = start + length
                 if len(queue) > 1:
                     queue.rotate(-1)
             elif length == 0:
                 channel.queued = False
                 queue.popleft()
-                if session.has_control:  # it finished, or was reset
-                    begin, position = self._lay_out_control(buffer, begin, position)
-        return self._seal(buffer, begin, position) if position - begin > _PREFIX else begin
+                # it finished, or was reset
+                position += session.take_control(plain, position, room + _MOST_CONTROL - position)
+        return position
 
-    def _lay_out_control(self, buffer: memoryview, begin: int, position: int) -> tuple[int, int]:
-        """Lay out all control frames (SYNs are among them, which must go before any data). The new place."""
-        session = self.session
-        while session.has_control:
-            position += session.take_control(buffer, position, begin + self._full - position)
-            if session.has_control:
-                begin = self._seal(buffer, begin, position)
-                position = begin + _PREFIX
-        return begin, position
-
-    def _seal(self, buffer: memoryview, begin: int, end: int) -> int:
-        """Encrypt the message at `begin`, whose plaintext ends at `end`. Returns where the next one begins."""
-        start = begin + _PREFIX
-        length = self._send_cipher.seal(buffer[start : end + TAG_LENGTH], end - start)
-        buffer[begin] = length >> 8
-        buffer[begin + 1] = length & 0xFF
-        return start + length
+    def _seal(self, plain: memoryview, out: memoryview) -> int:
+        """Encrypt `plain` into `out`, as Noise messages with their lengths before them. Returns how many bytes."""
+        seal_into, length = self._send_cipher.seal_into, len(plain)
+        start = end = 0
+        while start < length:
+            stop = min(start + MAX_PLAINTEXT, length)
+            sealed = seal_into(plain[start:stop], out[end + _PREFIX :])
+            out[end] = sealed >> 8
+            out[end + 1] = sealed & 0xFF
+            end += _PREFIX + sealed
+            start = stop
+        return end
 
     # ---- what yamux tells
 
@@ -542,9 +592,11 @@ class Link:
 
     def _say_go_away(self, code: GoAwayCode) -> None:
         """The last words, if the wire takes them at once."""
-        buffer = self.reactor.take_buffer(_SEND_BUFFER)
+        words = memoryview(bytearray(_LAST_WORDS + _PREFIX + TAG_LENGTH))
         with contextlib.suppress(OSError, PeerupError):
             if not self.session.local_gone:
                 self.session.go_away(code)
-            self.sent += self._wire.send(buffer[: self._lay_out(buffer)])
-        self.reactor.return_buffer(buffer)
+            plain = memoryview(bytearray(_LAST_WORDS))
+            length = self.session.take_control(plain, 0, _LAST_WORDS)
+            if not self.session.has_control:
+                self.sent += self._wire.send(words[: self._seal(plain[:length], words)])

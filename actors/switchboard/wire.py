@@ -138,30 +138,23 @@ class Wire(Protocol):
     """Both directions of one connection, as a link uses them.
 
     Attributes:
-        frame: bytes of the longest Noise message, with its length before it, that goes through in one piece; at most
-            `MAX_FRAME`.
-        batch: bytes that are worth sealing before they are sent; 1 for one message at a time.
-        scratch: room for the link to receive into; not where the wire itself has the bytes from.
+        depth: how many links are below it, whose rooms (`Reactor.rooms`) are in use when this one's link is called.
     """
 
     @property
-    def frame(self) -> int:
+    def depth(self) -> int:
         """See the class."""
         ...
 
-    @property
-    def batch(self) -> int:
-        """See the class."""
-        ...
-
-    @property
-    def scratch(self) -> memoryview:
-        """See the class."""
-        ...
-
-    def start(self, ready: Callable[[int], None], failed: Callable[[Exception], None]) -> None:
+    def start(
+        self,
+        ready: Callable[[int], None],
+        take: Callable[[memoryview], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
         """Begin: call `ready` with READ, WRITE and HANG_UP, from the reactor's loop, while there is something to read,
-        and, when it was asked for, room to send. `failed` gets what such a call raises.
+        and, when it was asked for, room to send. What has come already and lies in memory may be given to `take`
+        instead, all of it. `failed` gets what such a call raises.
 
         To be ready means that it is worth trying; level-triggered: it is called again while that is so.
         """
@@ -190,6 +183,13 @@ class Wire(Protocol):
         """
         ...
 
+    def target(self) -> memoryview | None:
+        """Where to seal what is to be sent instead of giving it to `send`; None where that is of no use now."""
+        ...
+
+    def filled(self, length: int, /) -> None:
+        """So many bytes at the beginning of `target` are to be sent."""
+
     def acknowledgement(self) -> Acknowledgement | None:
         """How the other end acknowledges what is sent; None where nobody knows."""
         ...
@@ -201,17 +201,15 @@ class Wire(Protocol):
 class SocketWire:
     """A connected, non-blocking stream socket, which it owns. The socket's own methods do the work."""
 
-    __slots__ = ("_fd", "_reactor", "_socket", "recv_into", "scratch", "send", "soon")
+    __slots__ = ("_fd", "_reactor", "_socket", "recv_into", "send", "soon")
 
-    frame: int = MAX_FRAME
-    batch: int = 4 * MAX_FRAME
+    depth: int = 0
 
     def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
         sock.setblocking(False)
         send_at_once(sock)
         with contextlib.suppress(OSError):  # not a TCP socket
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNACKNOWLEDGED * 1000))
-        self.scratch = reactor.scratch
         self.soon = reactor.call_soon
         self._reactor = reactor
         self._socket = sock
@@ -222,13 +220,24 @@ class SocketWire:
     def __repr__(self) -> str:
         return f"<SocketWire {self._fd}>"
 
-    def start(self, ready: Callable[[int], None], failed: Callable[[Exception], None]) -> None:
+    def start(
+        self,
+        ready: Callable[[int], None],
+        take: Callable[[memoryview], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
         """See `Wire`."""
         self._reactor.register(self._fd, READ, ready, failed)
 
     def want_write(self, *, wanted: bool) -> None:
         """See `Wire`."""
         self._reactor.modify(self._fd, READ | WRITE if wanted else READ)
+
+    def target(self) -> None:
+        """See `Wire`."""
+
+    def filled(self, length: int, /) -> None:
+        """See `Wire`."""
 
     def acknowledgement(self) -> Acknowledgement | None:
         """See `Wire`."""

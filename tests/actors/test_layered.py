@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from actors.reactor import READ, WRITE
 from actors.switchboard.tls import TlsPipe
 from actors.switchboard.websocket import WebSocketWire
-from actors.switchboard.wire import MAX_FRAME
 from protocol.websocket import Frames, WebSocketError
 from tests.support.certificates import Authority
 
@@ -23,7 +22,6 @@ class Loop:
     """Stands in for the reactor: what is planned is run by the test."""
 
     def __init__(self):
-        self.scratch = memoryview(bytearray(ROOM))
         self.planned = deque()
 
     def call_soon(self, function):
@@ -33,11 +31,9 @@ class Loop:
 class Ground:
     """One end of a connection in memory. `limits` say how much each call of `send` and `recv_into` moves at most."""
 
-    frame = MAX_FRAME
-    batch = 4 * MAX_FRAME
+    depth = 0
 
     def __init__(self, loop, limits):
-        self.scratch = loop.scratch
         self.soon = loop.call_soon
         self.limits = limits
         self.inbox = bytearray()
@@ -46,7 +42,7 @@ class Ground:
         self.closed = False
         self.ended = False
 
-    def start(self, ready, failed):
+    def start(self, ready, _take, failed):
         self.ready, self.failed = ready, failed
 
     def want_write(self, *, wanted):
@@ -92,7 +88,11 @@ class User:
         self.received = bytearray()
         self.over = False
         self.error = None
-        wire.start(self.ready, self.fail)
+        self.room = memoryview(bytearray(ROOM))
+        wire.start(self.ready, self.take, self.fail)
+
+    def take(self, _data):
+        raise AssertionError("nothing lies in memory here")
 
     def fail(self, error):
         self.error = error
@@ -102,7 +102,7 @@ class User:
         if events & WRITE:
             self.send()
         if events & READ and not self.over:
-            buffer = self.wire.scratch[: ROOM - 7]
+            buffer = self.room[: ROOM - 7]
             for _ in range(2):
                 try:
                     length = self.wire.recv_into(buffer)
@@ -196,7 +196,7 @@ def test_pings_are_answered_between_frames_however_little_is_taken():
     left, right = grounds(loop, [3, 0, 1])
     client, server = Frames(client=True, random_key=masks), Frames(client=False)
     user = User(WebSocketWire(loop, right, server, b""), b"")
-    left.start(lambda _: None, lambda _: None)
+    left.start(lambda _: None, lambda _: None, lambda _: None)
     for number in range(3):
         right.inbox += client._frame(9, b"%d" % number) + client.encode(b"content")
     run(loop, (right,), lambda: user.received == b"content" * 3 and not right.wanted)

@@ -8,11 +8,12 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.reactor import READ, WRITE
-from actors.switchboard.circuits import FAREWELL, QUEUE, SMALL, CircuitEnd
+from actors.reactor import READ, SCRATCH_SIZE, WRITE
+from actors.switchboard.circuits import FAREWELL, LEAST_TARGET, QUEUE, SMALL, CircuitEnd
 from actors.switchboard.errors import CircuitCutError
 from actors.switchboard.link import Link
 from protocol import yamux
+from protocol.noise import MAX_PLAINTEXT
 from protocol.noise_cipher import CipherState
 from protocol.stream_descriptor import MAX_DATA, ResetCode
 from protocol.yamux import Role
@@ -192,7 +193,7 @@ async def test_an_end_that_is_never_answered_becomes_a_reset():
 class FakeReactor:
     def __init__(self):
         self.soon = []
-        self.inner_scratch = memoryview(bytearray(1 << 19))
+        self.rooms = [[memoryview(bytearray(SCRATCH_SIZE)) for _ in range(3)] for _ in range(2)]
 
     def clock(self):
         return 0.0
@@ -238,7 +239,10 @@ class FakeLink:
 
     def __init__(self, wire):
         self.wire, self.unsent, self.received, self.ended, self.failure = wire, b"", b"", False, None
-        wire.start(self.ready, self.failed)
+        wire.start(self.ready, self.take, self.failed)
+
+    def take(self, data):
+        self.received += data
 
     def write(self, data):
         assert not self.unsent
@@ -256,11 +260,8 @@ class FakeLink:
             if not self.unsent:
                 self.wire.want_write(wanted=False)
         if what & READ:
-            room = memoryview(bytearray(100_000))
             with contextlib.suppress(BlockingIOError):
-                length = self.wire.recv_into(room)
-                self.received += room[:length]
-                self.ended = not length
+                self.ended = not self.wire.recv_into(memoryview(bytearray(10)))
 
     def failed(self, error):
         self.failure = error
@@ -294,19 +295,119 @@ def test_what_the_inner_link_sends_comes_out_in_order_whatever_the_window(batche
     assert out == expected
 
 
-@given(batch=st.lists(lengths, min_size=1, max_size=4))
-def test_frames_end_where_messages_end(batch):
+class SealingLink(FakeLink):
+    """One that seals straight into the outer link's frame, where it can."""
+
+    def __init__(self, wire, content):
+        super().__init__(wire)
+        self.content = content
+        self.plan()
+
+    def plan(self):
+        if self.content and not self.unsent:
+            self.wire.soon(self.flush)
+
+    def flush(self):
+        target = self.wire.target()
+        if target is None:
+            data, self.content = self.content[:5000], self.content[5000:]
+            self.write(data)
+        else:
+            assert len(target) >= LEAST_TARGET
+            length = min(len(target), len(self.content), 70_000)
+            target[:length] = self.content[:length]
+            self.content = self.content[length:]
+            self.wire.filled(length)
+        self.plan()
+
+    def ready(self, what):
+        super().ready(what)
+        self.plan()
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(0, 300_000), windows=st.lists(limits | st.integers(0, 2 * LEAST_TARGET), max_size=60))
+def test_what_is_sealed_straight_into_frames_comes_out_in_order(length, windows):
     channel = FakeChannel()
-    link = FakeLink(CircuitEnd(channel, words))
-    link.write(b"".join(map(message, batch)) + message(MAX_DATA - 2))
-    buffer, ends = memoryview(bytearray(MAX_DATA)), {0}
-    for length in [*batch, MAX_DATA - 2]:
-        ends.add(max(ends) + 2 + length)
-    position = 0
-    while length := channel.end.fetch(buffer, 0, MAX_DATA):
-        position += length
-        assert position in ends
-    assert position == max(ends)
+    content = random.Random(length).randbytes(length)
+    link = SealingLink(CircuitEnd(channel, words), content)
+    buffer, out = memoryview(bytearray(4 * MAX_DATA + 100)), b""
+    rounds = iter(windows)
+    for _ in range(len(windows) + length + 3):
+        limit = next(rounds, 4 * MAX_DATA)
+        got = channel.end.fetch(buffer, 50, limit)
+        assert got <= limit
+        assert got or not limit or not (link.content or link.unsent)
+        out += buffer[50 : 50 + got]
+        if len(out) == length:
+            break
+    assert out == content
+    assert channel.end.fetch(buffer, 50, 1000) == 0
+
+
+class Listening:
+    """A wire that the test itself fills."""
+
+    depth = 1
+
+    def start(self, _ready, take, failed):
+        self.take, self.failed = take, failed
+
+    def soon(self, _function):
+        pass
+
+    def want_write(self, *, wanted):
+        pass
+
+    def target(self):
+        return None
+
+    def send(self, data):
+        return len(data)
+
+    def close(self):
+        pass
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40) | st.integers(0, MAX_PLAINTEXT - yamux.HEADER_LENGTH), min_size=1, max_size=5),
+    cuts=st.lists(st.integers(1, 5) | st.integers(1, 200_000), max_size=40),
+    early=st.integers(0, 300),
+)
+def test_a_link_reads_what_lies_in_memory_however_it_is_cut(lengths, cuts, early):
+    content = [random.Random(n).randbytes(length) for n, length in enumerate(lengths)]
+    sender = CipherState(b"k" * 32)
+    stream = b""
+    for number, data in enumerate(content):
+        frame = yamux._HEADER.pack(0, yamux.DATA, 0 if number else yamux.SYN, 1, len(data)) + data
+        sealed = sender.encrypt(frame)
+        stream += len(sealed).to_bytes(2, "big") + sealed
+    heard, reactor, wire = [], FakeReactor(), Listening()
+
+    def on_stream(channel):
+        channel.on_data = heard.append
+
+    link = Link(
+        reactor,
+        wire,
+        role=Role.SERVER,
+        send_cipher=CipherState(b"s" * 32),
+        receive_cipher=CipherState(b"k" * 32),
+        received=stream[:early],
+        on_stream=on_stream,
+        on_end=heard.append,
+    )
+    position, sizes = early, iter(cuts)
+    while position < len(stream):
+        size = next(sizes, len(stream))
+        wire.take(memoryview(bytearray(stream[position : position + size])))
+        position += size
+    for function in reactor.soon:
+        function()  # what came early is taken by itself, unless more came before that
+    assert link.end is None
+    assert b"".join(heard) == b"".join(content)
+    assert link.received == len(stream)
 
 
 @given(pieces=st.lists(st.binary(min_size=1, max_size=3000), max_size=20), early=st.integers(0, 20), unread=st.binary())
