@@ -12,6 +12,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -181,32 +182,86 @@ def test_the_owner_sees_what_the_relay_does_and_changes_count_at_once(three, web
     assert fetch(port) == hashlib.sha256(CONTENT).hexdigest()
 
 
-def test_a_stop_lets_circuits_end_and_grants_nothing_new(three, web):
+class SlowFetch:
+    """A request through a tunnel of which the second half waits for `finish`."""
+
+    def __init__(self, port: int) -> None:
+        self._sock = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self._sock.sendall(b"GET / HTTP/1.0\r\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def finish(self) -> str:
+        self._sock.sendall(b"\r\n")
+        received = bytearray()
+        while data := self._sock.recv(1 << 16):
+            received += data
+        return hashlib.sha256(received.partition(b"\r\n\r\n")[2]).hexdigest()
+
+
+def circuits(nodes: Three) -> int:
+    return len(nodes.relay.client.get("/v1/relay")["open"])
+
+
+def test_a_stop_lets_what_runs_end_and_nothing_else(three, web):
     nodes = three("drain_time=10m")
     nodes.start()
     port = nodes.proxy(web)
     assert fetch(port) == hashlib.sha256(CONTENT).hexdigest()
+    with SlowFetch(port) as running:
+        wait_for(lambda: any(row["streams"] for row in streams(nodes)), "the stream is open")
+        daemon = nodes.relay.daemon
+        daemon.send_signal(signal.SIGTERM)
+        wait_for(lambda: "nothing new is granted" in nodes.relay.log.read_text(), "it drains")
+        nodes.wait_reserved(nodes.home, held=False)
+        assert "the relay is shutting down" in nodes.home.run("relay", "list").stdout
+        refused = nodes.laptop.run("ping", "home", "-c", "1", status=1)
+        assert "is shutting down" in refused.stdout + refused.stderr
+        assert daemon.poll() is None
+        assert running.finish() == hashlib.sha256(CONTENT).hexdigest(), "what runs goes on"
+    assert daemon.wait(60) == 0, "long before the relay's time is up"
+    nodes.relay.stop()
+    nodes.relay.start()
+    for node in (nodes.home, nodes.laptop):
+        nodes.wait_reserved(node)
+    assert fetch(port) == hashlib.sha256(CONTENT).hexdigest()
+
+
+def streams(nodes: Three) -> list[dict]:
+    """The laptop's connections to home."""
+    peers = nodes.laptop.client.get("/v1/peers")
+    return [row for peer in peers if peer["peer_id"] == nodes.home.peer_id for row in peer["connections"]]
+
+
+def test_a_stop_does_not_wait_for_circuits_that_carry_nothing(three, web):
+    nodes = three("drain_time=10m")
+    nodes.start()
+    port = nodes.proxy(web)
+    assert fetch(port) == hashlib.sha256(CONTENT).hexdigest()
+    assert circuits(nodes) == 1
     daemon = nodes.relay.daemon
     daemon.send_signal(signal.SIGTERM)
-    wait_for(lambda: "nothing new is granted" in nodes.relay.log.read_text(), "it drains")
-    assert fetch(port) == hashlib.sha256(CONTENT).hexdigest(), "the circuit goes on"
-    assert daemon.poll() is None
-    nodes.laptop.stop()  # and with it the last circuit ends, long before the relay's time is up
-    assert daemon.wait(30) == 0
+    assert daemon.wait(60) == 0
+    assert "no circuit is left" in nodes.relay.log.read_text()
     nodes.relay.stop()
 
 
-def test_a_second_signal_does_not_wait_for_circuits(three):
+def test_a_second_signal_does_not_wait_for_circuits(three, web):
     nodes = three("drain_time=10m")
     nodes.start()
-    nodes.laptop.run("ping", "home", "-c", "1")
-    daemon = nodes.relay.daemon
-    pids = nodes.relay.pids()
-    daemon.send_signal(signal.SIGTERM)
-    wait_for(lambda: "nothing new is granted" in nodes.relay.log.read_text(), "it drains")
-    assert daemon.poll() is None
-    daemon.send_signal(signal.SIGTERM)
-    daemon.wait(20)
+    with SlowFetch(nodes.proxy(web)):
+        wait_for(lambda: any(row["streams"] for row in streams(nodes)), "the stream is open")
+        daemon = nodes.relay.daemon
+        pids = nodes.relay.pids()
+        daemon.send_signal(signal.SIGTERM)
+        wait_for(lambda: "nothing new is granted" in nodes.relay.log.read_text(), "it drains")
+        assert daemon.poll() is None
+        daemon.send_signal(signal.SIGTERM)
+        daemon.wait(20)
     wait_for(lambda: not any(map(is_alive, pids)), "no process left")
     daemon.stdout.close()
     nodes.relay.daemon = None

@@ -127,6 +127,41 @@ def test_a_stop_gives_open_circuits_their_time(tmp_path):
             stopping.join(30)
             assert not stopping.is_alive()
         assert 2.5 < lasted < 15, f"the circuit lasted {lasted} s, of 3 s that it was granted"
+        for name in ("laptop", "home"):
+            log = tmp_path / f"{name}.log"
+            told = f"ended: the relay {world.relay.peer_id} is shutting down"
+            wait_until(lambda log=log, told=told: told in log.read_text(), within=20, what=f"the reason at {name}")
+
+
+def test_an_idle_relay_stops_at_once_and_all_is_well_soon_after_its_return(tmp_path):
+    with contextlib.ExitStack() as stack:
+        world = Relayed(tmp_path, stack, drain="1000s")
+        assert "relayed" in world.path()  # with a circuit that nobody uses any more
+        for _ in range(2):
+            daemon = world.relay._daemon
+            os.kill(daemon.pid, signal.SIGTERM)
+            assert daemon.wait(60) == 0, "the end, without its drain time"
+            daemon.stdout.close()
+            world.relay.start("--log-level", "debug")
+            wait_until(lambda: echo_works(world.port), within=30, what="the tunnel through the relay")
+        assert "no circuit is left" in (tmp_path / "relay.log").read_text()
+
+
+def test_a_relay_stops_when_the_last_tunnel_through_it_has_ended(tmp_path):
+    with contextlib.ExitStack() as stack:
+        world = Relayed(tmp_path, stack, drain="1000s")
+        with world.connection() as sock:
+            os.kill(world.relay.daemon_pid, signal.SIGTERM)
+            log = tmp_path / "laptop.log"
+            told = "is shutting down; what is new goes another way"
+            wait_until(lambda: told in log.read_text(), within=20, what="that the laptop hears of it")
+            assert not echo_works(world.port), "there is no other relay"
+            until = time.monotonic() + 2
+            while time.monotonic() < until:
+                assert echoes(sock)
+                time.sleep(0.05)
+            assert is_alive(world.relay.daemon_pid)
+        wait_until(lambda: not is_alive(world.relay.daemon_pid), within=60, what="the end of the relay")
 
 
 def test_a_second_signal_ends_a_drain_at_once(tmp_path):
