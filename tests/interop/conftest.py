@@ -12,7 +12,7 @@ import pytest
 from protocol.keys import PrivateKey
 from tests.interop.ours import our_peer
 from tests.interop.peers import ForeignPeer, Peer, foreign_peer
-from tests.interop.toolchains import BUILDERS, OPTIONAL, MissingToolError
+from tests.interop.toolchains import BUILDERS, OPTIONAL, BuildError, MissingToolError
 
 StartForeign = Callable[..., AbstractAsyncContextManager[ForeignPeer]]
 Start = Callable[[str], AbstractAsyncContextManager[Peer]]
@@ -30,6 +30,8 @@ def start_foreign(request: pytest.FixtureRequest) -> StartForeign:
             if required and name not in OPTIONAL:
                 pytest.fail(f"--interop=require, but {error}")
             pytest.skip(str(error))
+        except BuildError as error:
+            pytest.fail(f"the {name} peer: {error}", pytrace=False)
         return foreign_peer(name, command, *options)
 
     return start
