@@ -4,29 +4,44 @@ What is watched is the file's directory, so that a file that is replaced, remove
 is written to; where the file is a symbolic link, the directory of its target too. When the directory itself goes and
 comes back the watch begins anew. Notification is not relied upon alone: file systems without it, and kernels that
 have run out of watches, are covered by a slow look.
+
+The kernel is asked directly (inotify): a watch is one descriptor among those that the process waits for, it needs no
+thread, and an idle one costs nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os.path
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import trio
-import watchfiles
 
-STEP_MS = 500
-"""A burst of changes is one change; and how often the watching thread looks, which costs CPU time when idle. What a
-person changes in a file is taken over within a second; commands do not wait for that, they tell the node themselves."""
+from supervisor import linux
 
-DEBOUNCE_MS = 1000
+QUIET_SECONDS = 0.2
+"""A burst of changes is one change: it is over when nothing has changed for so long."""
+
+LONGEST_BURST_SECONDS = 1.0
 """A burst that goes on for longer is seen in parts."""
 
 SLOW_LOOK_SECONDS = 30.0
 """How long a change may stay unseen where the kernel does not tell."""
 
 _RETRY_SECONDS = 2.0
+
+_CHANGES = (
+    linux.IN_MODIFY
+    | linux.IN_ATTRIB
+    | linux.IN_CLOSE_WRITE
+    | linux.IN_MOVED_FROM
+    | linux.IN_MOVED_TO
+    | linux.IN_CREATE
+    | linux.IN_DELETE
+    | linux.IN_DELETE_SELF
+    | linux.IN_MOVE_SELF
+)
+_GONE = linux.IN_DELETE_SELF | linux.IN_MOVE_SELF | linux.IN_UNMOUNT | linux.IN_IGNORED
 
 
 async def watch_file(path: Path, changed: Callable[[], Awaitable[None]]) -> None:
@@ -36,68 +51,73 @@ async def watch_file(path: Path, changed: Callable[[], Awaitable[None]]) -> None
     """
     while True:
         directories = _directories(path)
-        watched = list(map(_identity, directories))
-        if None in watched:  # the directory is gone; whoever wants the file will see that it is not there
+        identities = list(map(_identity, directories))
+        watch = _begin(path, directories)
+        if watch is None or None in identities:  # whoever wants the file will see whether it is there
+            if watch is not None:
+                watch.close()
             await changed()
             await trio.sleep(_RETRY_SECONDS)
             continue
-        if not await _watch_directories(path, directories, watched, changed):
-            await trio.sleep(_RETRY_SECONDS)
-
-
-async def _watch_directories(
-    path: Path, directories: list[Path], watched: list[tuple[int, int] | None], changed: Callable[[], Awaitable[None]]
-) -> bool:
-    """Return True when the file is in other directories now, False when the kernel does not let us watch."""
-    stop, gone = trio.Event(), trio.Event()
-    own = {str(directory) for directory in directories}
-    names = {path.name, _target(path).name, *(directory.name for directory in directories)}
-    wake, woken = trio.open_memory_channel[None](1)
-
-    async def stop_thread_when_cancelled() -> None:
         try:
-            await trio.sleep_forever()
-        finally:
-            stop.set()  # the watching thread cannot be cancelled; it looks at this event
-
-    async def notice() -> None:
-        changes = watchfiles.awatch(
-            *directories,
-            watch_filter=lambda _, name: os.path.basename(name) in names,  # noqa: PTH119  # called for each event
-            debounce=DEBOUNCE_MS,
-            step=STEP_MS,
-            stop_event=stop,
-            rust_timeout=int(SLOW_LOOK_SECONDS * 1000),
-            yield_on_timeout=True,
-            recursive=False,
-        )
-        # RuntimeError is the base of the watcher's own error; both tell that a watch could not be set up or read.
-        with wake, contextlib.suppress(OSError, RuntimeError):
-            async with contextlib.aclosing(changes):
-                async for seen in changes:
-                    if any(name in own and change is watchfiles.Change.deleted for change, name in seen):
-                        gone.set()  # one made anew may even have the same inode, but is not watched
-                    with contextlib.suppress(trio.WouldBlock):  # a look is due already
-                        wake.send_nowait(None)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop_thread_when_cancelled)
-        nursery.start_soon(notice)
-        # `notice` sets up the watch in its first step, so from the next step on no change can be missed.
-        await trio.lowlevel.checkpoint()
-        await changed()
-        in_place = True
-        while in_place:
-            try:
-                await woken.receive()
-            except trio.EndOfChannel:
-                break
             await changed()
-            in_place = (
-                not gone.is_set() and _directories(path) == directories and list(map(_identity, directories)) == watched
-            )
-        nursery.cancel_scope.cancel()
-    return not in_place
+            while not watch.gone and _directories(path) == directories:
+                if list(map(_identity, directories)) != identities:
+                    break
+                await watch.change()
+                await changed()
+        finally:
+            watch.close()
+
+
+class _Watch:
+    """The directories of one file under watch.
+
+    Attributes:
+        gone: one of them has been moved or removed. One made anew may even have the same inode, but is not watched.
+    """
+
+    def __init__(self, directories: list[Path], names: frozenset[str]) -> None:
+        """Raises OSError where the kernel does not let us watch."""
+        self.gone = False
+        self._names = names
+        self._fd = linux.watch_directories([str(directory) for directory in directories], _CHANGES)
+
+    async def change(self) -> None:
+        """Return after the next burst of changes, or after some time without any."""
+        with trio.move_on_after(SLOW_LOOK_SECONDS) as slow:
+            while not self._read():
+                await trio.lowlevel.wait_readable(self._fd)
+        if slow.cancelled_caught:
+            return
+        end = trio.current_time() + LONGEST_BURST_SECONDS
+        while (left := end - trio.current_time()) > 0:
+            with trio.move_on_after(min(QUIET_SECONDS, left)) as quiet:
+                await trio.lowlevel.wait_readable(self._fd)
+            if quiet.cancelled_caught:
+                return
+            self._read()
+
+    def close(self) -> None:
+        """Watch no more."""
+        os.close(self._fd)
+
+    def _read(self) -> bool:
+        """Take what the kernel reports; whether it is about the file."""
+        found = False
+        for mask, name in linux.read_changes(self._fd):
+            if mask & _GONE:
+                self.gone = True
+            # What has no name is about a directory itself, or says that more has changed than was kept.
+            found = found or not name or name in self._names
+        return found
+
+
+def _begin(path: Path, directories: list[Path]) -> _Watch | None:
+    try:
+        return _Watch(directories, frozenset((path.name, _target(path).name)))
+    except OSError:
+        return None
 
 
 def _directories(path: Path) -> list[Path]:

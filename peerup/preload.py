@@ -20,7 +20,6 @@ PRELOAD = (
     "trio",
     "loguru",
     "msgpack",
-    "anyio._backends._trio",  # which file watching would import in each process that watches
     "actors.config.actor",
     "actors.keyring.actor",
     "actors.gate.actor",

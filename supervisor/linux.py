@@ -10,7 +10,7 @@ import resource
 import socket
 import struct
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -18,9 +18,18 @@ _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 
+IN_MODIFY = 0x2
+IN_ATTRIB = 0x4
+IN_CLOSE_WRITE = 0x8
+IN_MOVED_FROM = 0x40
 IN_MOVED_TO = 0x80
+IN_CREATE = 0x100
 IN_DELETE = 0x200
+IN_DELETE_SELF = 0x400
+IN_MOVE_SELF = 0x800
+IN_UNMOUNT = 0x2000
 IN_Q_OVERFLOW = 0x4000
+IN_IGNORED = 0x8000
 _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
 _INOTIFY_HEADER = struct.Struct("iIII")
@@ -101,11 +110,12 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def watch_directory(path: str, mask: int) -> int:
-    """A new, non-blocking inotify descriptor for the changes of one directory."""
+def watch_directories(paths: Iterable[str], mask: int) -> int:
+    """A new, non-blocking inotify descriptor for the changes of these directories."""
     fd = _check(_libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC), "inotify_init1")
     try:
-        _check(_libc.inotify_add_watch(fd, os.fsencode(path), mask), "inotify_add_watch")
+        for path in paths:
+            _check(_libc.inotify_add_watch(fd, os.fsencode(path), mask), "inotify_add_watch")
     except OSError:
         os.close(fd)
         raise

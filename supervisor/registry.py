@@ -83,7 +83,7 @@ class Changes:
     def __init__(self, directory: RunDirectory) -> None:
         self.polled = False
         try:
-            self.fd = linux.watch_directory(directory.names_path(), linux.IN_MOVED_TO | linux.IN_DELETE)
+            self.fd = linux.watch_directories([directory.names_path()], linux.IN_MOVED_TO | linux.IN_DELETE)
         except OSError as error:
             if error.errno not in _NO_INOTIFY:
                 raise

@@ -22,7 +22,7 @@ def how(request, monkeypatch):
         def refuse(*_):
             raise OSError(errno.EMFILE, "Too many open files")
 
-        monkeypatch.setattr(linux, "watch_directory", refuse)
+        monkeypatch.setattr(linux, "watch_directories", refuse)
     return request.param
 
 
@@ -59,7 +59,7 @@ def test_a_polling_watch_sleeps_between_its_looks(monkeypatch):
     def refuse(*_):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(linux, "watch_directory", refuse)
+    monkeypatch.setattr(linux, "watch_directories", refuse)
     with run_directory() as path:
         directory = RunDirectory(path)
         changes = Changes(directory)
@@ -78,7 +78,7 @@ def test_another_failure_is_not_taken_for_want_of_instances(monkeypatch):
     def refuse(*_):
         raise OSError(errno.EACCES, "no")
 
-    monkeypatch.setattr(linux, "watch_directory", refuse)
+    monkeypatch.setattr(linux, "watch_directories", refuse)
     with run_directory() as path:
         directory = RunDirectory(path)
         try:
