@@ -1,5 +1,7 @@
 """Options of the whole test suite."""
 
+from pathlib import Path
+
 import pytest
 
 pytest_plugins = ["tests.natlab.plugin", "tests.support.deadlines"]
@@ -22,10 +24,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, begin with the files that have slow ones.
+    """Where several processes share the tests, have each begin with files that have slow ones.
 
-    So the run does not end with one process in a long test and the others idle. The order within a file stays.
+    So the run does not end with one process in a long test and the others idle. `--dist worksteal` gives each process
+    at first an equal share of the tests, one share after the other. The order within a file stays.
     """
     if hasattr(config, "workerinput"):
-        slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
-        items.sort(key=lambda item: item.path not in slow)
+        items[:] = slow_files_first(items, shares=int(config.workerinput["workercount"]))
+
+
+def slow_files_first(items: list[pytest.Item], shares: int) -> list[pytest.Item]:
+    """The same tests, in that order."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    # In the order of the tests, and not of a set, because all processes must come to the same result.
+    slow = [path for path, tests in files.items() if any(test.get_closest_marker("slow") for test in tests)]
+    ordered: list[list[pytest.Item]] = [[] for _ in range(shares)]
+    for path in slow:
+        min(ordered, key=len).extend(files[path])
+    quick = [item for item in items if item.path not in slow]
+    for number, share in enumerate(ordered):
+        room = len(items) * (number + 1) // shares - len(items) * number // shares - len(share)
+        share.extend(quick[: max(room, 0)])
+        del quick[: max(room, 0)]
+    return [item for share in ordered for item in share] + quick
