@@ -127,7 +127,7 @@ class Context(Protocol):
 
         Raises:
             RefusedError: the target refused.
-            ActorRestartingError: the target ended before it answered, or is being restarted.
+            ActorRestartingError: the target ended before it answered; ActorNotReadyError: it is being restarted.
             NoSuchActorError: there is no such target.
             DeadlineExceededError: no answer in time.
         """

@@ -23,6 +23,10 @@ class ActorRestartingError(AskError):
     code = "actor-restarting"
 
 
+class ActorNotReadyError(ActorRestartingError):
+    """The actor is being started or restarted. The request did not reach it, and may be made again."""
+
+
 class DeadlineExceededError(AskError):
     """The deadline of the request passed without an answer."""
 

@@ -77,7 +77,14 @@ from protocol.messages.system import (
 from supervisor import authority
 from supervisor.authority import Authority
 from supervisor.edges import Edges
-from supervisor.errors import ActorRestartingError, AskError, DeadlineExceededError, NoSuchActorError, RefusedError
+from supervisor.errors import (
+    ActorNotReadyError,
+    ActorRestartingError,
+    AskError,
+    DeadlineExceededError,
+    NoSuchActorError,
+    RefusedError,
+)
 from supervisor.mailbox import Incoming, Mailbox
 from supervisor.metrics import Registry
 from supervisor.port import NameState, NotDeliveredError, Port
@@ -501,7 +508,7 @@ class Exchange:
             case NameState.UNKNOWN:
                 return NoSuchActorError(f"there is no actor {target}")
             case NameState.STARTING:
-                return ActorRestartingError(f"{target} is being restarted")
+                return ActorNotReadyError(f"{target} is being restarted")
             case NameState.READY:
                 return RefusedError("not-delivered", f"{target} cannot take more messages now: {reason}")
 

@@ -17,7 +17,13 @@ from protocol.messages.config import ConfigSnapshot, Resolve, Resolved
 from protocol.messages.system import ChildStatus, ReadTree
 from protocol.peer_id import PeerId
 from supervisor.actor import Context
-from supervisor.errors import AskError, NoSuchActorError
+from supervisor.errors import (
+    ActorNotReadyError,
+    ActorRestartingError,
+    AskError,
+    DeadlineExceededError,
+    NoSuchActorError,
+)
 
 R = TypeVar("R", bound=Message)
 
@@ -30,6 +36,9 @@ SERVICE = "main"
 ANSWER_DEADLINE = 3.0
 """Seconds that one actor gets to answer a question of ours: a healthy one needs less than a millisecond, a restart
 well under a second; whoever waits at the command line should not wait longer for one that hangs."""
+
+RESTART_PATIENCE = 2.0
+"""Seconds that an actor which is being started or restarted gets to be ready: most need a tenth of that."""
 
 ANSWERS_AT_ONCE = 64
 """So many actors are asked side by side; a node with thousands of proxies must not flood itself."""
@@ -62,9 +71,43 @@ class Node:
         self.watchers = watchers
         self.config: ConfigSnapshot | None = None
 
+    async def ask(
+        self,
+        name: str,
+        request: Request[R],
+        *,
+        timeout: float = ANSWER_DEADLINE,  # noqa: ASYNC109  # of the request, which the context wants
+        repeatable: bool = True,
+    ) -> R:
+        """What the actor of this name answers, within `timeout` seconds in all.
+
+        A node whose parts are just being started or restarted is no error to a person who asks: it gets a moment
+        (`RESTART_PATIENCE`) and one more try. If the actor may have done what was asked for before it ended, only
+        where that may be `repeatable`.
+
+        Raises:
+            AskError: no useful answer; ActorRestartingError where the moment was not enough.
+        """
+        context = self.context
+        until = context.now() + timeout
+        try:
+            return await context.ask(name, request, timeout=timeout)
+        except ActorRestartingError as error:
+            left = min(RESTART_PATIENCE, until - context.now())
+            if left <= 0 or not (repeatable or isinstance(error, ActorNotReadyError)):
+                raise
+            try:
+                await context.wait_for(name, timeout=left)
+            except DeadlineExceededError:
+                raise error from None
+        left = until - context.now()
+        if left <= 0:
+            raise DeadlineExceededError(f"{name} did not answer in time")
+        return await context.ask(name, request, timeout=left)
+
     async def tree(self) -> tuple[ChildStatus, ...]:
         """Every supervisor and actor of the node."""
-        return (await self.context.ask(ROOT, ReadTree(), timeout=ANSWER_DEADLINE)).children
+        return (await self.ask(ROOT, ReadTree())).children
 
     async def matching(self, pattern: str) -> list[str]:
         """The names of actors that this name or glob means.
@@ -100,7 +143,7 @@ class Node:
 
     async def resolve(self, name: str) -> Resolved:
         """The peer that a person means by this name or peer id."""
-        return await self.context.ask("config", Resolve(name), timeout=ANSWER_DEADLINE)
+        return await self.ask("config", Resolve(name))
 
     def name_of(self, peer: PeerId) -> str:
         """The friendly name of this peer; empty if it has none."""

@@ -32,7 +32,7 @@ async def describe(node: Node, call: Call) -> Answer:
     """One actor: what its supervisor knows, and what it says of itself."""
     (name,) = (await node.matching(call.text("name")))[:1]
     status = next(child for child in await node.tree() if child.name == name)
-    description = await node.context.ask(name, Describe(), timeout=ANSWER_DEADLINE)
+    description = await node.ask(name, Describe())
     return data_response({"status": plain(status), "description": plain(description.state)})
 
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator
 
 import trio
 
-from actors.api.node import ANSWER_DEADLINE, Node
+from actors.api.node import Node
 from actors.api.present import plain
 from actors.api.routing import Answer, Call, Routes, data_response, error_object, lines_response
 from protocol.messages import Data
@@ -38,7 +38,7 @@ routes = Routes()
 @routes.on("GET", "/v1/peers")
 async def peers(node: Node, call: Call) -> Answer:
     """What the switchboard knows of each peer."""
-    status = await node.context.ask("switchboard", ReadStatus(), timeout=ANSWER_DEADLINE)
+    status = await node.ask("switchboard", ReadStatus())
     return data_response([_peer(node, peer) for peer in status.peers])
 
 
@@ -47,7 +47,7 @@ async def paths(node: Node, call: Call) -> Answer:
     """One object per live connection, each measured."""
     name = call.optional_text("peer")
     peer = None if name is None else (await node.resolve(name)).peer
-    measured = await node.context.ask("switchboard", MeasurePaths(peer), timeout=MEASURE_DEADLINE)
+    measured = await node.ask("switchboard", MeasurePaths(peer), timeout=MEASURE_DEADLINE)
     return data_response([_measured(node, path) for path in measured.paths])
 
 
@@ -55,7 +55,7 @@ async def paths(node: Node, call: Call) -> Answer:
 async def traceroute(node: Node, call: Call) -> Answer:
     """The hops to this peer, each measured."""
     found = await node.resolve(call.text("peer"))
-    traced = await node.context.ask("switchboard", TracePath(found.peer), timeout=CONNECT_DEADLINE)
+    traced = await node.ask("switchboard", TracePath(found.peer), timeout=CONNECT_DEADLINE)
     hops: list[Data] = [
         {
             "hop": number,
@@ -76,7 +76,7 @@ async def traceroute(node: Node, call: Call) -> Answer:
 async def connect(node: Node, call: Call) -> Answer:
     """Be connected to this peer."""
     found = await node.resolve(call.text("peer"))
-    connected = await node.context.ask("switchboard", Connect(found.peer), timeout=CONNECT_DEADLINE)
+    connected = await node.ask("switchboard", Connect(found.peer), timeout=CONNECT_DEADLINE)
     result = {"connection": _path(node, connected.connection), "elapsed": connected.elapsed}
     return data_response(result | {"tried": plain(connected.tried)})
 
@@ -85,7 +85,7 @@ async def connect(node: Node, call: Call) -> Answer:
 async def disconnect(node: Node, call: Call) -> Answer:
     """Close all connections to this peer."""
     found = await node.resolve(call.text("peer"))
-    await node.context.ask("switchboard", Disconnect(found.peer), timeout=ANSWER_DEADLINE)
+    await node.ask("switchboard", Disconnect(found.peer))
     return data_response({"peer_id": str(found.peer), "disconnected": True})
 
 
@@ -109,7 +109,7 @@ async def _pings(node: Node, peer: PeerId, count: int, interval: float, timeout:
         sent += 1
         line: dict[str, Data] = {"seq": sent, "peer_id": str(peer)}
         try:
-            pinged = await node.context.ask("switchboard", PingPeer(peer), timeout=timeout)
+            pinged = await node.ask("switchboard", PingPeer(peer), timeout=timeout, repeatable=False)
         except AskError as error:
             line |= {"rtt_ms": None, "path": None} | error_object(error)
         else:

@@ -20,7 +20,7 @@ from array import array
 
 import trio
 
-from actors.api.node import ANSWER_DEADLINE, Node
+from actors.api.node import Node
 from actors.api.routing import Answer, Call, Routes, data_response
 from actors.http import HttpError, Upgrade
 from protocol.messages import Data, Descriptor
@@ -56,7 +56,7 @@ def present_proxy(proxy: ProxyEntry) -> dict[str, Data]:
 @routes.on("GET", "/v1/proxies")
 async def list_proxies(node: Node, call: Call) -> Answer:
     """All proxies."""
-    answer = await node.context.ask("config", ReadProxies(), timeout=ANSWER_DEADLINE)
+    answer = await node.ask("config", ReadProxies())
     return data_response([present_proxy(proxy) for proxy in answer.proxies])
 
 
@@ -64,7 +64,7 @@ async def list_proxies(node: Node, call: Call) -> Answer:
 async def add_proxy(node: Node, call: Call) -> Answer:
     """Have a proxy, now and after restarts."""
     request = AddProxy(call.text("peer"), call.text("service"), call.text("listen"))
-    added = await node.context.ask("config", request, timeout=START_DEADLINE)
+    added = await node.ask("config", request, timeout=START_DEADLINE)
     return data_response(present_proxy(added.proxy) | {"created": added.created})
 
 
@@ -72,7 +72,7 @@ async def add_proxy(node: Node, call: Call) -> Answer:
 async def remove_proxy(node: Node, call: Call) -> Answer:
     """Stop and forget a proxy."""
     actor = call.text("actor")
-    await node.context.ask("config", RemoveProxy(actor), timeout=START_DEADLINE)
+    await node.ask("config", RemoveProxy(actor), timeout=START_DEADLINE, repeatable=False)
     return data_response({"name": actor, "removed": True})
 
 
@@ -83,7 +83,7 @@ async def stdio(node: Node, call: Call) -> Answer:
         reason = f"this is only served with the header Upgrade: {UPGRADE}"
         raise HttpError(426, "upgrade-required", reason, headers=(("upgrade", UPGRADE), ("connection", "close")))
     request = AddProxy(call.text("peer"), call.text("service"), None)
-    proxy = (await node.context.ask("config", request, timeout=START_DEADLINE)).proxy
+    proxy = (await node.ask("config", request, timeout=START_DEADLINE)).proxy
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     told, telling = (Descriptor(fd) for fd in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
     with near:

@@ -5,7 +5,7 @@ GET /v1/relay   what the relay of this node does: reservations, circuits, bytes,
 
 from __future__ import annotations
 
-from actors.api.node import ANSWER_DEADLINE, Node
+from actors.api.node import Node
 from actors.api.present import plain
 from actors.api.routing import Answer, Call, Routes, data_response
 from protocol.messages import Data
@@ -17,7 +17,7 @@ routes = Routes()
 @routes.on("GET", "/v1/relay")
 async def relay(node: Node, call: Call) -> Answer:
     """What the relay does; `serving` is false where this node is none."""
-    status = await node.context.ask("switchboard", ReadRelay(), timeout=ANSWER_DEADLINE)
+    status = await node.ask("switchboard", ReadRelay())
     told: dict[str, Data] = plain(status)
     told["held"] = [_reservation(node, reservation) for reservation in status.held]
     told["open"] = [_circuit(node, circuit) for circuit in status.open]

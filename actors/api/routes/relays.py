@@ -5,7 +5,7 @@ GET /v1/relays   each configured relay with the state of the reservation there
 
 from __future__ import annotations
 
-from actors.api.node import ANSWER_DEADLINE, Node
+from actors.api.node import Node
 from actors.api.present import plain
 from actors.api.routing import Answer, Call, Routes, data_response
 from protocol.messages import Data
@@ -24,7 +24,7 @@ routes = Routes()
 async def relays(node: Node, call: Call) -> Answer:
     """Each configured relay with its health."""
     try:
-        found = (await node.context.ask(KEEPER, ReadRelays(), timeout=ANSWER_DEADLINE)).relays
+        found = (await node.ask(KEEPER, ReadRelays())).relays
     except NoSuchActorError:
         found = _not_yet_kept(node)
     return data_response([_relay(node, relay) for relay in found])
