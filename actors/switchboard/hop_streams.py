@@ -173,8 +173,8 @@ class HopExchange:
         self._answer(None)
 
     def refuse_late(self, refusal: Refusal) -> None:
-        """The circuit that is being opened may not be, or not any more."""
-        if not self._over and self.hop.state == "connecting":
+        """What was granted, but not answered yet, may not be any more."""
+        if not self._over and self.hop.state in {"connecting", "reserving"}:
             self._drop_target(ResetCode.LIMIT_EXCEEDED)
             self._refuse(refusal)
 

@@ -31,6 +31,7 @@ from actors.switchboard.farewell import Farewell
 from actors.switchboard.hop_streams import HopExchange
 from actors.switchboard.pacing import Pacer
 from actors.switchboard.protocols import CancellableTimer, ProtocolTable
+from actors.switchboard.refusals import Rare
 from actors.switchboard.splice import Growth, Splice
 from protocol.circuit.addresses import announced_addresses
 from protocol.circuit.messages import Refusal, Reservation, Status
@@ -115,6 +116,7 @@ class Relaying:
         self._exchange_count = 0
         self._growth = Growth(WINDOW_GROWTH)
         self._requests: Counter[str] = Counter()
+        self._without_voucher: Rare[str] = Rare(context.now)
         self._carried = [0, 0]  # in all, by direction; the pacer's part since `_told` is missing
         self._told = [0, 0]
         self._timer: CancellableTimer | None = None
@@ -387,8 +389,13 @@ class Relaying:
             voucher = signed.envelope
         except AskError as error:
             # The spec leaves it to the relay, and no client needs it to use the reservation.
-            self._context.log.warning("a reservation of {} goes without a voucher: {}", held.peer, error)
+            more = self._without_voucher.note("")
+            if more is not None:
+                self._context.log.warning("a reservation of {} goes without a voucher: {}{}", held.peer, error, more)
             self._context.metrics.counter("peerup_relay_vouchers_missing_total").inc()
+        if self._served is None or self._served.table.reservation_of(held.peer, self._context.now()) is None:
+            exchange.refuse_late(_NOT_ANY_MORE)  # the policy, or this relay's service, has changed meanwhile
+            return
         addresses = _of_use_to(_ip(exchange.connection), self._own_addresses())
         exchange.grant(Reservation(held.expire_wall, addresses, voucher), held)
 
@@ -484,6 +491,7 @@ class Relaying:
             self._told = [0, 0]  # a new pacer begins anew
 
 
+_NOT_ANY_MORE: Final = Refusal(Status.PERMISSION_DENIED, "no longer served", "changed-meanwhile")
 _CLOSED: Final = Refusal(Status.PERMISSION_DENIED, "this node does not serve as a relay", "not-serving")
 
 

@@ -3,11 +3,13 @@
 The relay's room with real links; the peers here pass the policy, for those that do not never get this far.
 """
 
+import contextlib
 import gc
 import time
 import tracemalloc
 
 import pytest
+import trio
 
 import actors.switchboard.hop_streams
 import actors.switchboard.relaying
@@ -17,6 +19,7 @@ from protocol.circuit.exchange import MAX_EARLY
 from protocol.circuit.hop_client import ConnectClient, ReserveClient
 from protocol.circuit.messages import HopMessage, HopType, Status, encode_message
 from protocol.circuit.messages import Peer as Destination
+from protocol.errors import PeerupError
 from protocol.stream_descriptor import ResetCode
 from protocol.varint import encode_varint
 from tests.actors.dataplane import no_leaks, until
@@ -246,3 +249,76 @@ async def test_a_flood_of_requests_leaves_nothing_behind():
             tracemalloc.stop()
         # timers that were cancelled stay in the reactor's heap until they would have been due, and nothing else does
         assert grown < 250_000, f"500 requests left {grown} bytes"
+
+
+# ---- what changes while something is under way
+
+
+@pytest.mark.parametrize("who", ["caller", "target"])
+async def test_a_peer_that_loses_its_right_while_a_circuit_is_opened_gets_none(who):
+    async with no_leaks(), relaying() as world:
+        target, caller = world.connect("target"), world.connect("caller", ip="192.0.2.9")
+        assert (await target.reserve()).state == "granted"
+        target.silent = True
+        machine = ConnectClient(target.id, early=b"first flight")
+        stream = caller.hop(machine.data_to_send())
+        assert await caller.agreed(stream)
+        await until(lambda: target.offered and target.offered[0].machine.state == "deciding", "the offer")
+        offered = target.offered[0]
+        world.denied.add(who)
+        world.room.policy_changed()
+        await until(lambda: stream.over, "the refusal")
+        machine.receive_data(stream.take())
+        assert machine.refusal.status == Status.PERMISSION_DENIED
+        # An answer that was on its way already opens nothing.
+        offered.machine.accept()
+        with contextlib.suppress(PeerupError):
+            offered.stream.channel.send(offered.machine.data_to_send())
+        await until(lambda: offered.stream.code is not None, "the end of the stop stream")
+        assert world.room.status().circuits == 0
+        stream.channel.finish()
+        await until(lambda: world.exchanges == 0, "the end of the exchange")
+
+
+async def test_a_peer_that_loses_its_right_while_its_voucher_is_signed_gets_no_reservation(monkeypatch):
+    async with no_leaks(), relaying() as world:
+        signing, signed, ask = trio.Event(), trio.Event(), world.context.ask
+
+        async def slowly(*arguments, **options):
+            signing.set()
+            await signed.wait()
+            return await ask(*arguments, **options)
+
+        monkeypatch.setattr(world.context, "ask", slowly)
+        client = world.connect("client")
+        machine = ReserveClient(world.key.peer_id, client.id)
+        stream = client.hop(machine.data_to_send())
+        with trio.fail_after(20):
+            await signing.wait()
+        assert world.room.status().reservations == 1
+        world.denied.add("client")
+        world.room.policy_changed()
+        signed.set()
+        assert await client.agreed(stream)
+        await until(lambda: stream.over, "the answer")
+        machine.receive_data(stream.take())
+        assert machine.state == "refused"
+        assert machine.refusal.status == Status.PERMISSION_DENIED
+        assert world.room.status().reservations == 0
+        stream.channel.finish()
+
+
+async def test_nobody_reaches_itself_or_the_relay_by_way_of_the_relay():
+    async with no_leaks(), relaying() as world:
+        client = world.connect("client")
+        second = world.connect("client")
+        assert (await client.reserve()).state == "granted"
+        for _ in range(2):
+            machine, _ = await client.ask(second)
+            assert (machine.state, machine.refusal.status) == ("refused", Status.CONNECTION_FAILED)
+        relay = world.peers["relay"] = type(client)(world, "relay")
+        machine, _ = await client.ask(relay)
+        assert machine.state == "refused"
+        assert machine.refusal.status in {Status.NO_RESERVATION, Status.PERMISSION_DENIED}
+        assert not client.offered
+        assert world.room.status().circuits == 0
