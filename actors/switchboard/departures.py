@@ -69,6 +69,7 @@ class Departures:
         self._random = randomness
         self._log = log
         self._leaving: dict[PeerId, Connection] = {}
+        self._late = trio.Event()  # a relayed connection has come up
 
     def __contains__(self, relay: PeerId | None) -> bool:
         """Whether this relay is leaving."""
@@ -90,6 +91,12 @@ class Departures:
             for each in self._through(relay):
                 self._table.gone_away(each, self._now())
             self._nursery.start_soon(self._see_off, relay, connection)
+
+    def opened(self, connection: Connection) -> None:
+        """A connection has come up: perhaps through a relay that was not leaving when it was dialled."""
+        if connection.via.relay in self:
+            self._late.set()
+            self._late = trio.Event()
 
     async def until_gone(self, peer: PeerId) -> None:
         """Return when this peer is no relay that is leaving: at once, or a moment after it has ended."""
@@ -116,15 +123,29 @@ class Departures:
     async def _see_off(self, relay: PeerId, connection: Connection) -> None:
         """Close what runs through a leaving relay as soon as it carries nothing."""
         quiet: dict[Connection, float] = {}
+        known: set[Connection] = set()
         with trio.move_on_after(PATIENCE):
             while connection.end is None:
                 now = self._now()
                 for each in self._through(relay):
-                    self._table.gone_away(each, now)  # it may have come up meanwhile
+                    if each in known:
+                        self._table.gone_away(each, now)
+                    known.add(each)  # who has just dialled a late one is to have it for a first stream
                     if each.link.streams:
                         quiet.pop(each, None)
                     elif now - quiet.setdefault(each, now) >= QUIET and each.link.end is None:
                         each.link.close(CODE, f"the relay {relay} is shutting down")
-                with trio.move_on_after(LOOK if self._through(relay) else PATIENCE):
-                    await connection.ended.wait()
+                await self._until_news(connection, LOOK if self._through(relay) else PATIENCE)
         del self._leaving[relay]
+
+    async def _until_news(self, connection: Connection, seconds: float) -> None:
+        """Return when so much time has passed, the connection has ended, or a relayed one has come up."""
+        with trio.move_on_after(seconds):
+            async with trio.open_nursery() as nursery:
+
+                async def wait_for(event: trio.Event) -> None:
+                    await event.wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(wait_for, connection.ended)
+                nursery.start_soon(wait_for, self._late)

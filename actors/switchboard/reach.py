@@ -130,6 +130,7 @@ class Reach:
     def opened(self, connection: Connection) -> None:
         """A connection is there. If it is one to a relay there may be a way now to those whom nobody could reach."""
         self.improver.opened(connection)
+        self.departures.opened(connection)
         if connection.relayed or connection.peer not in self.relays:
             return
         for peer in self.keeper.peers():

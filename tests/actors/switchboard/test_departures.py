@@ -246,6 +246,11 @@ class Room:
         self.table.add(made, now)
         return made
 
+    def opened(self, connection):
+        """As the switchboard says it."""
+        self.departures.opened(connection)
+        return connection
+
     def end(self, connection):
         self.table.remove(connection, "ended")
 
@@ -316,6 +321,20 @@ async def test_idle_ones_are_closed_soon_busy_ones_when_their_last_stream_has_en
         late = made.connection(FAR, through=RELAY, ident="2")  # a dial that was under way
         await trio.sleep(0.6)
         assert busy.link.closed == late.link.closed == [("relay-leaving", f"the relay {RELAY} is shutting down")]
+
+
+async def test_one_that_comes_up_late_is_seen_off_as_well(autojump_clock):
+    async with room() as made:
+        made.departures.said(made.connection(RELAY))
+        await trio.sleep(10)
+        late = made.opened(made.connection(FAR, through=RELAY))
+        made.opened(made.connection(peer_of("elsewhere"), through=peer_of("another relay")))
+        await trio.sleep(0.6)
+        assert late.gone_away
+        assert late.link.closed
+        made.end(late)
+        await trio.sleep(PATIENCE)
+        assert RELAY not in made.departures
 
 
 async def test_a_stream_that_is_on_its_way_is_waited_for(autojump_clock):
