@@ -290,8 +290,8 @@ def test_whatever_is_killed_under_relayed_load_heals(pair_behind):
 def test_round_trips_to_the_first_byte(pair_behind, connected):
     """From the wish for a proxy to the first byte of the service, counted in round trips to the relay.
 
-    A round trip is long here, and the best of three counts, so that what a busy machine takes for its work is little
-    beside it.
+    A round trip is long here, so that what a busy machine takes for its work is little beside it; where it was not, the
+    attempt is repeated: fewer round trips than are needed are never seen, however often one looks.
     """
     one_way = 0.4
     pair = pair_behind(PORT_RESTRICTED, SYMMETRIC, one_way=one_way)
@@ -302,7 +302,7 @@ def test_round_trips_to_the_first_byte(pair_behind, connected):
         laptop("connect", "home")  # what the laptop knows of the relay it has learned before
     wait_for(lambda: (laptop.path_to(relay) or {}).get("agent"), "the relay has said what it is", SOON)
     taken, warm = [], []
-    for _ in range(3):
+    while len(taken) < 5:
         for peer in (home, *([] if connected else [relay])):
             laptop.client.post(f"/v1/peers/{peer.peer_id}/disconnect")
             wait_for(lambda peer=peer: laptop.path_to(peer) is None, "disconnected", SOON)
@@ -317,10 +317,12 @@ def test_round_trips_to_the_first_byte(pair_behind, connected):
         with laptop.connect(address) as sock:
             assert sock.recv(100) == Echo.GREETING
         warm.append((time.monotonic() - began) / (2 * one_way))
+        if min(taken) < (6 if connected else 8) and min(warm) < 3:  # to the peer and back is two
+            break
         laptop("proxy", "stop", "home", "echo")
     print(f"\n{taken} round trips to the relay; {warm} for the next tunnel")
     assert min(taken) < (6 if connected else 8)
-    assert min(warm) < 3  # to the peer and back is two
+    assert min(warm) < 3
 
 
 def seconds_until(condition: Callable[[], bool], within: float = 60.0) -> float:
