@@ -10,8 +10,9 @@ callback, and no step of trio's scheduler. Trio is never made to wait: its deadl
 callback made runnable, or an event in trio's own set, ends the loop after the callbacks of one round (each of which
 does a bounded amount of work).
 
-Trio does not publish its epoll descriptor. Where it cannot be had, or trio's clock is not the real one (tests with
-virtual time), a task waits for our set to become readable instead: the same behaviour, a little slower a hop.
+Trio does not publish its epoll descriptor nor its queue of tasks. Where they cannot be had, or trio's clock is not the
+real one (tests with virtual time), a task waits for our set to become readable instead: the same behaviour, a little
+slower a hop.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import mmap
 import os
 import select
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Final, NamedTuple, NoReturn
 
 import trio
@@ -69,17 +70,19 @@ class Timer:
         return (self._due, self._order) < (other._due, other._order)
 
 
-def _trio_epoll() -> int | None:
-    """The descriptor that trio itself sleeps on, if this trio has one and sleeps in real time."""
+def _trio_sleeps_on() -> tuple[int, Sized] | None:
+    """The descriptor that trio itself sleeps on and its runnable tasks, if this trio has them and keeps real time."""
     if not isinstance(trio.lowlevel.current_clock(), _real_clock()):
         return None
     try:
         from trio._core._run import GLOBAL_RUN_CONTEXT  # see the module's docstring
 
-        descriptor: object = GLOBAL_RUN_CONTEXT.runner.io_manager._epoll.fileno()  # noqa: SLF001  # likewise
+        runner = GLOBAL_RUN_CONTEXT.runner
+        descriptor: object = runner.io_manager._epoll.fileno()  # noqa: SLF001  # likewise
+        runnable: object = runner.runq  # what `current_statistics` counts, and much else that takes time
     except (ImportError, AttributeError):
         return None
-    return descriptor if isinstance(descriptor, int) else None
+    return (descriptor, runnable) if isinstance(descriptor, int) and isinstance(runnable, Sized) else None
 
 
 def _real_clock() -> type:
@@ -119,6 +122,7 @@ class Reactor:
         self._allow_direct = direct
         self._direct = False
         self._trio_epoll = -1
+        self._runnable: Sized = ()
         self._dispatching = False
         self._stale: set[int] = set()  # unregistered in this round
         self._failure: BaseException | None = None
@@ -181,11 +185,12 @@ class Reactor:
         Raises:
             Exception: whatever a callback raised that nobody foresaw.
         """
-        descriptor = _trio_epoll() if self._allow_direct else None
+        found = _trio_sleeps_on() if self._allow_direct else None
         self._failed = trio.Event()
         self._failure = None
-        if descriptor is None:
+        if found is None:
             await self._run_as_task()
+        descriptor, self._runnable = found
         self._trio_epoll = descriptor
         self._epoll.register(descriptor, READ)
         self._direct = True
@@ -233,7 +238,7 @@ class Reactor:
                 self._failed.set()  # makes a task runnable
             elif not timeout or trio_ready:
                 return
-            if trio.lowlevel.current_statistics().tasks_runnable:
+            if self._runnable:
                 # trio has decided already how long it will sleep; this makes it look again at once
                 self._token.run_sync_soon(_nothing)
                 return

@@ -264,8 +264,9 @@ class Link:
         for _ in range(_RECEIVE_ROUNDS):
             room, frames = self._receive, self.session.frames_received
             start = len(self._tail)
+            stop = max(room, start + _LEAST_RECEIVE)  # so that it ends where a message ends if all of them are full
             try:
-                length = self._wire.recv_into(received[start : start + room])
+                length = self._wire.recv_into(received[start:stop])
             except BlockingIOError:
                 return
             if not length:
@@ -281,7 +282,7 @@ class Link:
                 return
             if frames and room < _RECEIVE:
                 self._receive = min(_RECEIVE, room << 1)
-            if length < room or self.end is not None:
+            if start + length < stop or self.end is not None:
                 return
 
     def _take(self, data: memoryview) -> None:
