@@ -259,11 +259,13 @@ class _Connection:
         self._limits = limits
         self._credentials = credentials
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head_bytes)
+        self._head_only = False  # the present request takes no body with its answer
 
     async def refuse(self, error: HttpError) -> None:
         """Answer with a refusal that was decided before anything was read."""
         with trio.move_on_after(self._limits.write_seconds):
-            await self._respond(dataclasses.replace(json_error(error), headers=(("connection", "close"),)))
+            answer = dataclasses.replace(json_error(error), headers=(("connection", "close"),))
+            await self._respond(answer, head_only=self._head_only)
             if isinstance(self._stream, trio.abc.HalfCloseableStream):
                 # Closing while bytes of the client are unread would reset the connection under the answer.
                 await self._stream.send_eof()
@@ -291,10 +293,10 @@ class _Connection:
         except Exception:
             failure = HttpError(500, "internal-error", "the node failed to answer", "see the node's log")
             with trio.move_on_after(1, shield=True):
-                await self._respond(json_error(failure), head_only=request.method == "HEAD")
+                await self._respond(json_error(failure), head_only=self._head_only)
             raise
         if isinstance(answer, Upgrade):
-            if self._h11.next_event() is h11.PAUSED:  # the client asked for it
+            if self._h11.their_state not in (h11.DONE, h11.MUST_CLOSE):  # it waits, as the client has asked for it
                 await self._upgrade(answer)
                 return False
             answer = json_error(
@@ -305,7 +307,7 @@ class _Connection:
                     headers=(("upgrade", answer.protocol), ("connection", "close")),
                 )
             )
-        await self._respond(answer, head_only=request.method == "HEAD")
+        await self._respond(answer, head_only=self._head_only)
         if self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
             return False
         self._h11.start_next_cycle()
@@ -331,6 +333,7 @@ class _Connection:
     async def _read_whole(self) -> HttpRequest | None:
         head: h11.Request | None = None
         body = bytearray()
+        self._head_only = False
         while True:
             event = self._h11.next_event()
             if event is h11.NEED_DATA:
@@ -339,6 +342,7 @@ class _Connection:
                 await self._receive()
             elif isinstance(event, h11.Request):
                 head = event
+                self._head_only = head.method == b"HEAD"
                 self._check_announced_length(head)
             elif isinstance(event, h11.Data):
                 if len(body) + len(event.data) > self._limits.body_bytes:

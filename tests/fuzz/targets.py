@@ -6,14 +6,22 @@ back. The tests call the targets with a few hundred inputs; `python -m tests.fuz
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import trio
+import trio.testing
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from actors import http
+from actors.switchboard.upgrade import Upgrader
+from actors.switchboard.wire import SocketPipe
 from protocol import authorized_keys as keys_file
-from protocol import delimited, multistream, ping, service, signed_envelope, varint, websocket, websocket_opening
+from protocol import delimited, multistream, noise, ping, service, signed_envelope, varint, websocket, websocket_opening
 from protocol.circuit.addresses import announced_addresses, circuit_addresses
 from protocol.circuit.exchange import MAX_EARLY, Exchange
 from protocol.circuit.hop_client import ConnectClient, ReserveClient
@@ -303,6 +311,98 @@ def fuzz_delimited(data: bytes) -> None:
         return
 
 
+_STATIC = X25519PrivateKey.from_private_bytes(bytes(range(32)))
+_PROOF = noise.Identity(
+    OURS.public_key.to_protobuf(), OURS.sign(noise.SIGNATURE_PREFIX + _STATIC.public_key().public_bytes_raw())
+)
+
+
+def fuzz_noise_payload(data: bytes) -> None:
+    """What a stranger says of itself, encrypted as it must be."""
+    if len(data) > noise.MAX_HANDSHAKE_MESSAGE - 200:
+        return
+    stranger = noise.HandshakeXX(initiator=True, static_key=_STATIC)
+    ours = noise.NoiseHandshake(initiator=False, static_key=_STATIC, identity=_PROOF, muxers=("/yamux/1.0.0",))
+    first = stranger.write_message(b"")
+    ours.receive_data(len(first).to_bytes(2, "big") + first)
+    stranger.read_message(ours.data_to_send()[2:])
+    last = stranger.write_message(data)
+    try:
+        ours.receive_data(len(last).to_bytes(2, "big") + last)
+    except PeerupError:
+        assert ours.result is None
+        return
+    assert ours.result is not None
+    assert ours.result.peer_id == OURS.peer_id, "no other key has signed this stranger's Noise key"
+
+
+class _Said(SocketPipe):
+    """A pipe on which all of this comes, in pieces, and then the end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._pieces = [data[start : start + 300] for start in range(0, len(data), 300)]
+
+    async def receive(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return self._pieces.pop(0) if self._pieces else b""
+
+    async def send(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+def fuzz_upgrade(data: bytes) -> None:
+    """Whatever a caller says instead of a handshake."""
+
+    async def main() -> None:
+        upgrader = Upgrader(_STATIC, _PROOF)
+        try:
+            await upgrader.inbound(_Said(data), lambda _: False)
+        except PeerupError:
+            return
+        raise AssertionError("nobody is let in")
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.01))
+
+
+async def _answer(request: http.HttpRequest) -> http.Response | http.Upgrade:
+    async def stream() -> AsyncIterator[bytes]:
+        for _ in range(2):
+            yield b"x"
+
+    async def run(stream: trio.abc.Stream, early: bytes) -> None:
+        await stream.send_all(early)
+
+    if request.body:
+        request.json()
+    match request.segments[0]:
+        case "upgrade":
+            return http.Upgrade("tap", run)
+        case "stream":
+            return http.Response(200, stream())
+    return http.json_response({"query": dict(request.query), "headers": dict(request.headers)})
+
+
+def fuzz_http_request(data: bytes) -> None:
+    limits = http.HttpLimits(head_bytes=2048, body_bytes=4096)
+
+    async def main() -> None:
+        client, server = trio.testing.memory_stream_pair()
+
+        async def send() -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                await client.send_all(data)
+                await client.send_eof()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: http.serve_connection(server, _answer, limits=limits))
+            nursery.start_soon(send)
+            with contextlib.suppress(trio.BrokenResourceError):
+                while await client.receive_some(65536):
+                    pass
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.01))
+
+
 def fuzz_ping(data: bytes) -> None:
     responder, half = ping.PingResponder(), len(data) // 2
     responder.receive_data(data[:half])
@@ -378,6 +478,12 @@ _STOP_MESSAGES = [
 ]
 
 
+def noise_payload(identity: noise.Identity) -> bytes:
+    """The beginning of an honest payload."""
+    key, signature = identity.public_key, identity.signature
+    return b"\x0a" + bytes((len(key),)) + key + b"\x12" + bytes((len(signature),)) + signature
+
+
 def _switching() -> bytes:
     server = websocket_opening.ServerOpening("now")
     server.receive_data(websocket_opening.ClientOpening("example.org", bytes(16)).request)
@@ -398,6 +504,21 @@ SEEDS: dict[str, list[bytes]] = {
     "public_key": [bytes.fromhex(halves["public"]) for halves in KEY_VECTORS.values()],
     # Without RSA, whose check of the primes takes milliseconds; a private key comes from the node's own file.
     "private_key": [bytes.fromhex(halves["private"]) for kind, halves in KEY_VECTORS.items() if kind != "rsa"],
+    "noise_payload": [
+        noise_payload(_PROOF),
+        noise_payload(_PROOF) + b"\x22\x0e\x12\x0c/yamux/1.0.0",
+        b"\x0a\x24" + OTHERS.public_key.to_protobuf() + b"\x12\x40" + bytes(64),
+    ],
+    "upgrade": [multistream.HEADER + multistream.encode_message("/noise") + b"\x00\x20" + bytes(range(32)) + bytes(9)],
+    "http_request": [
+        b"GET /a%2fb?x=1 HTTP/1.1\r\nHost: a\r\n\r\nGET /stream HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n[1,2]",
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n{}",
+        b"GET /upgrade HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: tap\r\n\r\nmore",
+        b"GET /upgrade HTTP/1.1\r\nHost: a\r\n\r\nmore",
+        b"HEAD nowhere HTTP/1.0\r\n\r\n",
+    ],
     "multistream_initiator": [b"\x07" + _ANSWERS],
     "multistream_responder": [b"\x07" + _NEGOTIATION, b"\x01" + multistream.HEADER + b"\x03ls\n" * 40],
     "websocket_frames": [

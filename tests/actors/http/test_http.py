@@ -260,6 +260,26 @@ async def test_an_upgrade_that_the_client_did_not_ask_for_is_refused():
     assert (status, headers["upgrade"]) == (426, "peerup-tunnel")
 
 
+async def test_a_request_behind_one_that_is_not_upgraded_does_not_pass_for_its_wish():
+    first = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    status, headers, _ = split(await exchange(upgrading, first + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"))
+    assert (status, headers["upgrade"]) == (426, "peerup-tunnel")
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"HEAD nowhere HTTP/1.1\r\nHost: x", 400),
+        (b"HEAD /%ff HTTP/1.1\r\nHost: x", 400),
+        (b"HEAD / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999", 413),
+    ],
+)
+async def test_a_refused_head_is_answered_without_a_body(head, status):
+    answer = await exchange(echo, head + b"\r\n\r\n")
+    assert split(answer)[0] == status
+    assert split(answer)[2] == b""
+
+
 async def test_unix_socket_mode_and_credentials(tmp_path):
     seen = []
 
