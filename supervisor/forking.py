@@ -16,6 +16,9 @@ from supervisor import linux
 CRASHED = os.EX_SOFTWARE
 """The exit status of a process whose code raised an exception that nobody handled."""
 
+# As plain numbers: sixty members of an enumeration are spread over many pages, and each process would copy them.
+_SIGNALS = tuple(sorted(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}))
+
 _inherited: list[object] = []
 """What a child got from its parent by the fork: kept so that no finaliser of it ever closes a descriptor here."""
 
@@ -84,14 +87,14 @@ def fork(main: Callable[[], int], *, keep: Collection[int], inherited: object = 
     gc.freeze()
     parent = os.getpid()
     # A signal that came between the fork and the reset of handlers would run the parent's handler in the child.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    before = linux.ALL_SIGNALS.install()
     try:
         pid = os.fork()
         if pid == 0:
             _inherited.append(inherited)
             _run(main, parent, keep)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        before.install()
     return Child(pid)
 
 
@@ -115,11 +118,10 @@ def _run(main: Callable[[], int], parent: int, keep: Collection[int]) -> None:
 
 def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals():
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            with contextlib.suppress(OSError, ValueError):
-                signal.signal(number, signal.SIG_IGN if number == signal.SIGPIPE else signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    linux.NO_SIGNALS.install()
 
 
 def _flush() -> None:

@@ -70,9 +70,9 @@ def enter(name: str, incarnation: int, supervisor: str, transport: Transport, bo
 class Leaf(thespian.actors.Actor):
     """What Thespian starts; the project's own actor lives in it."""
 
-    def __init__(self, requirements: Birth) -> None:
+    def __init__(self, _: Any, birth: Birth) -> None:
         super().__init__()
-        self._birth = requirements
+        self._birth = birth
         self._cell: Cell | None = None
 
     def receiveMessage(self, message: Any, sender: Any) -> None:  # noqa: N802 - Thespian's name

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import os
 import pathlib
@@ -58,9 +59,16 @@ def escape(name: str) -> str:
     return escaped
 
 
+# What a supervisor has quoted its children need not quote again: they have this by the fork.
+@functools.lru_cache(maxsize=4096)
 def _quote(name: str) -> str:
     quoted = urllib.parse.quote(name, safe="")
     return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
+
+
+@functools.lru_cache(maxsize=4096)
+def _unquote(quoted: str) -> str:
+    return urllib.parse.unquote(quoted)
 
 
 POLL_INTERVAL = 0.5
@@ -176,10 +184,10 @@ class RunDirectory:
             return None
         try:
             state, incarnation, pid, owner, name = text.split(":")
-            entry = Entry(NameState(state), int(incarnation), int(pid), urllib.parse.unquote(owner))
+            entry = Entry(NameState(state), int(incarnation), int(pid), _unquote(owner))
         except ValueError:
             return None
-        return urllib.parse.unquote(name), entry
+        return _unquote(name), entry
 
     def write(self, name: str, entry: Entry) -> None:
         """Make this the entry of the name, atomically."""

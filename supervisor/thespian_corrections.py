@@ -244,13 +244,12 @@ class Manager(Replicator, ActorManager):
     def run(self) -> int:
         """Corrects system/actorManager.py:53-80 (`_createInstance`) and system/actorManager.py:83-116 (`run`).
 
-        There exceptions were swallowed, and the status was always 0.
+        There exceptions were swallowed, and the status was always 0; and system/utilis.py:346-367
+        (`create`) inspects the class to see what arguments it takes, which costs each process time and memory.
 
         The actor lives in its own way (see `live` of the supervisor and of the leaf); its result is the exit status.
         """
-        self.actorInst = utilis.withPossibleInitArgs(
-            capabilities=self.capabilities, requirements=self._childReqs
-        ).create(utilis.actualActorClass(self._actorClass))
+        self.actorInst = utilis.actualActorClass(self._actorClass)(self.capabilities, self._childReqs)
         self.actorInst._myRef = self  # noqa: SLF001 - as `_createInstance` does
         live = getattr(self.actorInst, "live", None)
         if live is None:
