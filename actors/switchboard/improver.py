@@ -1,8 +1,9 @@
 """Looks for a direct way to each peer that is connected through a relay only.
 
 Theory of operation. One task for each such peer. It waits, dials the direct addresses that are known of the peer, and
-waits longer each time; news about the peer's addresses, or about the network, ends the wait. When there is a direct
-connection the table drains the relayed one, new streams take the direct one, and the task ends, as it does when the
+waits longer each time; news about the peer's addresses, or about the network, ends the wait, but not within
+`LEAST_PAUSE` of the last attempt: the peer itself says where it is, and shall not have us knock at other people's doors
+all the time. When there is a direct connection the table drains the relayed one, new streams take the direct one, and the task ends, as it does when the
 peer is gone.
 """
 
@@ -20,6 +21,8 @@ from protocol.peer_id import PeerId
 
 FIRST_WAIT = 1.0
 """Seconds before the first attempt: identify has told where the peer says that it is."""
+LEAST_PAUSE = 1.0
+"""Seconds between two attempts, whatever news comes."""
 LONGEST_WAIT = 300.0
 """Seconds between attempts in the end: a peer that moves tells, so that this is for what nobody notices."""
 
@@ -73,6 +76,7 @@ class Improver:
 
     async def _improve(self, peer: PeerId) -> None:
         back_off = BackOff(self._random, FIRST_WAIT, LONGEST_WAIT)
+        earliest = trio.current_time()
         try:
             while self._wanted(peer):
                 wake = self._wake[peer] = trio.Event()
@@ -80,6 +84,7 @@ class Improver:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._until_lost, peer, nursery.cancel_scope)
                         await wake.wait()
+                        await trio.sleep_until(earliest)
                         nursery.cancel_scope.cancel()
                 if wake.is_set():
                     back_off.reset()
@@ -89,6 +94,7 @@ class Improver:
                     await self._dial(peer)
                 except PeerupError as error:
                     self._failures[peer] = str(error)
+                earliest = trio.current_time() + LEAST_PAUSE
         finally:
             del self._wake[peer]
             self._failures.pop(peer, None)

@@ -233,6 +233,17 @@ async def test_news_of_the_peer_end_the_pause(autojump_clock):
         world.table.remove(relayed, LinkEnd("x", "x"))
 
 
+async def test_a_peer_that_has_news_all_the_time_is_not_dialled_all_the_time(autojump_clock):
+    async with trio.open_nursery() as nursery:
+        world = Improving(nursery)
+        relayed = world.open("relayed")
+        for _ in range(6000):
+            world.improver.news(THEM)
+            await trio.sleep(0.01)
+        assert 30 <= len(world.dials) <= 60
+        world.table.remove(relayed, LinkEnd("x", "x"))
+
+
 async def test_the_search_ends_with_a_direct_connection_and_begins_anew_when_that_is_lost(autojump_clock):
     async with trio.open_nursery() as nursery:
         direct = connection("direct")
