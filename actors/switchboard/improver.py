@@ -3,8 +3,8 @@
 Theory of operation. One task for each such peer. It waits, dials the direct addresses that are known of the peer, and
 waits longer each time; news about the peer's addresses, or about the network, ends the wait, but not within
 `LEAST_PAUSE` of the last attempt: the peer itself says where it is, and shall not have us knock at other people's doors
-all the time. When there is a direct connection the table drains the relayed one, new streams take the direct one, and the task ends, as it does when the
-peer is gone.
+all the time. When there is a direct connection the table drains the relayed one, new streams take the direct one, and
+the task ends, as it does when the peer is gone.
 """
 
 from __future__ import annotations
