@@ -22,7 +22,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from actors.switchboard.channel import Channel, LinkClosedError
+from actors.switchboard.channel import Channel
 from actors.switchboard.connections import Connection
 from actors.switchboard.protocols import CancellableTimer
 from actors.switchboard.splice import Splice
@@ -30,7 +30,7 @@ from protocol.circuit.exchange import REQUEST_TIMEOUT
 from protocol.circuit.hop_server import HopServer
 from protocol.circuit.messages import Refusal, Reservation, Status
 from protocol.circuit.stop import StopInitiator
-from protocol.errors import LimitExceededError, PeerupError, ProtocolError
+from protocol.errors import PeerupError, ProtocolError
 from protocol.multistream import Initiator
 from protocol.peer_id import PeerId
 from protocol.protocol_ids import CIRCUIT_STOP
@@ -69,6 +69,7 @@ class Relay(Protocol):
 
         Raises:
             LinkClosedError: one of them is gone.
+            InvalidValueError: the circuit is over already.
         """
         ...
 
@@ -267,7 +268,7 @@ class HopExchange:
         try:
             source.send(self.hop.data_to_send())
             self._relay.opened(self, source, target, self._early)
-        except (LinkClosedError, LimitExceededError):
+        except PeerupError:  # a stream is gone, or the circuit's time has just passed, of which we are about to hear
             source.reset(ResetCode.CONNECTION_LOST)
             target.reset(ResetCode.CONNECTION_LOST)
             self._relay.answered(self, _UNANSWERED)

@@ -342,6 +342,7 @@ class Relaying:
         assert circuit is not None
         assert exchange.stop is not None
         now = self._context.now()
+        served.table.opened(circuit, now)
         splice = Splice(
             circuit,
             source,
@@ -353,7 +354,6 @@ class Relaying:
             to_destination=exchange.hop.leftover,
         )
         served.opening.pop(circuit.number, None)
-        served.table.opened(circuit, now)
         served.open[circuit.number] = splice, now
         if early:
             served.pacer.went_ahead(splice.destination, early)

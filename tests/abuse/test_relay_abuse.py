@@ -15,15 +15,15 @@ import actors.switchboard.hop_streams
 import actors.switchboard.relaying
 from actors.reactor import READ
 from actors.switchboard.relaying import MAX_EXCHANGES_PER_CONNECTION
-from protocol.circuit.exchange import MAX_EARLY
+from protocol.circuit.exchange import HANDSHAKE_TIMEOUT, MAX_EARLY
 from protocol.circuit.hop_client import ConnectClient, ReserveClient
-from protocol.circuit.messages import HopMessage, HopType, Status, encode_message
+from protocol.circuit.messages import HopMessage, HopType, Refusal, Status, encode_message
 from protocol.circuit.messages import Peer as Destination
 from protocol.errors import PeerupError
 from protocol.stream_descriptor import ResetCode
 from protocol.varint import encode_varint
 from tests.actors.dataplane import no_leaks, until
-from tests.actors.switchboard.relay_world import content, key_of, relaying, rules, scoped
+from tests.actors.switchboard.relay_world import ANNOUNCED, content, key_of, relaying, rules, scoped
 
 RESERVE = encode_message(HopMessage(HopType.RESERVE))
 
@@ -278,6 +278,30 @@ async def test_a_peer_that_loses_its_right_while_a_circuit_is_opened_gets_none(w
         assert world.room.status().circuits == 0
         stream.channel.finish()
         await until(lambda: world.exchanges == 0, "the end of the exchange")
+
+
+async def test_an_answer_that_comes_as_the_time_for_it_ends_harms_nobody():
+    async with no_leaks(), relaying() as world:
+        target, caller = world.connect("target"), world.connect("caller", ip="192.0.2.9")
+        assert (await target.reserve()).state == "granted"
+        target.silent = True
+        machine = ConnectClient(target.id)
+        stream = caller.hop(machine.data_to_send())
+        await until(lambda: target.offered and target.offered[0].machine.state == "deciding", "the offer")
+        offered = target.offered[0]
+        # Somebody asks for something at that moment, so that the table has closed the circuit and not told of it yet.
+        table, later = world.room._served.table, world.context.now() + HANDSHAKE_TIMEOUT + 1
+        assert not isinstance(table.reserve(caller.id, ANNOUNCED.ip, later, world.context.wall()), Refusal)
+        offered.machine.accept()
+        offered.stream.channel.send(offered.machine.data_to_send())
+        await until(lambda: offered.stream.code is not None and stream.code is not None, "the end of both streams")
+        await until(lambda: world.exchanges == 0, "the end of the exchange")
+        assert world.room.status().circuits == 0
+        assert world.room.status().open == ()
+        assert target.connections[0].link.end is None
+        assert caller.connections[0].link.end is None
+        target.silent = False
+        await works(world)
 
 
 async def test_a_peer_that_loses_its_right_while_its_voucher_is_signed_gets_no_reservation(monkeypatch):
