@@ -1,6 +1,7 @@
 """What many strangers at once cost a switchboard and its friends."""
 
 import contextlib
+import errno
 import socket
 import time
 
@@ -83,6 +84,26 @@ async def test_a_friend_gets_in_among_strangers_from_the_same_address():
                 connected = await alice.ask("switchboard", Connect(bob.peer))
             assert connected.connection.peer == bob.peer
         assert ends == ["silence"] * 60
+
+
+async def test_a_few_sources_that_fill_the_queue_do_not_keep_a_friend_out():
+    limits = {"concurrent": 4, "concurrent_per_source": 2, "queued": 40, "queued_per_source": 30}
+    async with LocalNode.open("bob", admission=limits) as bob, LocalNode.open("alice") as alice:
+        bob.gate.publish(peers=["alice"])
+        port = int(bob.address.rsplit("/", 1)[1])
+        reception = bob.switchboard._reception
+        with contextlib.ExitStack() as stack:
+            for source in ("127.0.0.2", "127.0.0.3"):
+                for _ in range(40):
+                    silent = stack.enter_context(socket.socket())
+                    silent.bind((source, 0))
+                    silent.setblocking(False)
+                    assert silent.connect_ex(("127.0.0.1", port)) in (0, errno.EINPROGRESS)
+            await until(lambda: reception.waiting == 40)
+            alice.config.say_where("bob", bob.address)
+            with trio.fail_after(20):
+                connected = await alice.ask("switchboard", Connect(bob.peer))
+            assert connected.connection.peer == bob.peer
 
 
 async def test_a_peer_that_opens_streams_without_end_is_bounded_and_others_are_served():
