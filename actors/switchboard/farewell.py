@@ -9,9 +9,9 @@ when no stream is open on its connection any more. Until then it hears it when i
 Who was connected when it began is told; who comes later is told when it asks. Else a client that dials again
 whenever it is told would be told again and again.
 
-A circuit between two peers that were not told may carry nothing for as long as both of them like. It is cut when not a
-byte has gone over it for `IDLE` seconds of the farewell. Whether a silent circuit of peerup nodes is in use they know
-themselves: a stream may be open in it that waits for an answer.
+A circuit between two peers that were not told may carry nothing for as long as both of them like, but keepalives. It is
+cut when no more than `TRICKLE` bytes have gone over it in `IDLE` seconds of the farewell. Whether a silent circuit of
+peerup nodes is in use they know themselves: a stream may be open in it that waits for an answer.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ LOOK: Final = 0.25
 """Seconds between looks at connections and circuits."""
 
 IDLE: Final = 10.0
-"""Seconds without a byte: TCP that lost several packets in a row stands still for less, and it is a fraction of the
-time that circuits get."""
+"""Seconds in which next to nothing goes on: TCP that lost several packets in a row stands still for less, and it is a
+fraction of the time that circuits get."""
+
+TRICKLE: Final = 2048
+"""Bytes, both ways together, that keepalives may take in this time: js-libp2p pings every ten seconds, with a stream
+for each, which is some hundred bytes."""
 
 OURS: Final = "peerup/"
 """How the agent version of a peerup node begins."""
@@ -59,7 +63,7 @@ class Farewell:
         self._now = now
         self._call_later = call_later
         self._untold = [connection for connection in connections if not connection.relayed]
-        self._seen: dict[int, tuple[int, float]] = {}  # by circuit: how many bytes, and since when no more
+        self._seen: dict[int, tuple[int, float]] = {}  # by circuit: how many bytes, and since when hardly more
         self._timer: CancellableTimer | None = None
         self._stopped = False
         self._look()
@@ -94,13 +98,13 @@ class Farewell:
             if self._knows(circuit.source) or self._knows(circuit.destination):
                 continue
             carried = sum(circuit.forwarded)
-            before, since = seen.get(circuit.number, (-1, now))
-            if carried != before:
-                since = now
+            before, since = seen.get(circuit.number, (carried, now))
+            if carried - before > TRICKLE:
+                before, since = carried, now
             if now - since >= IDLE:
                 self._cut(circuit)
             else:
-                self._seen[circuit.number] = carried, since
+                self._seen[circuit.number] = before, since
 
     def _knows(self, peer: PeerId) -> bool:
         """Whether the peer was told, and sees to its circuits."""

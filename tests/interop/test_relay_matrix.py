@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
+import trio
 
 from protocol.circuit.messages import Status
 from tests.interop import nodes, raw_circuit
@@ -27,7 +31,7 @@ from tests.interop.chains import (
 )
 from tests.interop.content import sha256
 from tests.interop.ours import OurPeer
-from tests.interop.peers import Answer, do, finished, head, waiting_for
+from tests.interop.peers import Answer, do, finished, head, opened, waiting_for
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]  # the first test may have to build the peers
 
@@ -321,3 +325,46 @@ async def test_our_relay_keeps_bytes_that_come_before_its_answer(cells, start, s
                     if result.muxer is not None:  # or else the connection is not there before one is agreed on
                         await relayed_connection(listener, ours)
             await do(listener, "wait-closed", peer=ours.peer_id)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FOREIGN, "rust"])
+async def test_a_stop_of_our_relay_cuts_nothing_that_runs_between_foreign_peers(cells, start_foreign, name):
+    """Each of them would end all that runs if it were told to go away; so they are told when nothing runs any more."""
+    size = (12 if name == "js" else 24) * MB  # of a transfer that takes longer than 10 s js-libp2p despairs
+    async with (
+        cells.relay(OURS, "drain_time=10m", "bytes_per_second.total=2MB") as relay,
+        start_foreign(name, BEHIND) as client,
+        start_foreign(name, BEHIND) as listener,
+    ):
+        await relay.authorize(client.peer_id, listener.peer_id)
+        await do(listener, "reserve", address=relay.address)
+        await do(listener, "serve", protocol=PROTOCOL, behaviour="sink")
+        await do(client, "dial", address=relay.circuit_to(listener.peer_id))
+        answers: list[Answer] = []
+        async with trio.open_nursery() as nursery:
+
+            async def transfer() -> None:
+                chain = Chain(client, listener, listener, "")
+                answers.append(await exchange(chain, send=size, seed=4))
+
+            nursery.start_soon(transfer)
+            await opened(listener, PROTOCOL)
+            assert relay.node is not None
+            os.kill(relay.node.daemon_pid, signal.SIGTERM)
+            log = relay.node.home.parent / "relay.log"
+            with waiting_for("the drain to begin", listener, 30):
+                await written(log, "nothing new is granted")
+            if name == "go":  # which asks again though it has one
+                again = await listener.ask("reserve", address=relay.address)
+                assert (again["ok"], again["status"]) == (False, "RESERVATION_REFUSED")
+        (answer,) = answers
+        assert json.loads(head(answer)) == {"received": size, "sha256": sha256(size, 4)}
+        await do(client, "wait-closed", peer=relay.peer_id, timeout=60)
+        with waiting_for("the relay to end, long before its time is up", client, 60):
+            await written(log, "no circuit is left")
+
+
+async def written(log: Path, words: str) -> None:
+    while words not in await trio.Path(log).read_text():  # noqa: ASYNC110  # a file tells nobody
+        await trio.sleep(0.05)

@@ -2,7 +2,7 @@
 
 import types
 
-from actors.switchboard.farewell import IDLE, LOOK, Farewell
+from actors.switchboard.farewell import IDLE, LOOK, TRICKLE, Farewell
 from protocol.identify import Identification
 from protocol.stream_descriptor import ResetCode
 from tests.actors.dataplane import until
@@ -109,16 +109,20 @@ def test_a_circuit_of_others_is_cut_when_it_has_been_silent_for_some_time():
     world = World()
     a, b = world.connection("a", "go-libp2p"), world.connection("b", "js-libp2p")
     a.link.streams = b.link.streams = 2
-    silent, busy = world.circuit(a, b), world.circuit(b, a)
+    silent, pinging, busy, slow = (world.circuit(a, b) for _ in range(4))
     world.begin()
     while world.now < 3 * IDLE:
-        busy.forwarded[1] += 1
-        world.sleep(IDLE / 2)
+        pinging.forwarded[0] += TRICKLE // 4  # at the moment when the time is up, too
+        pinging.forwarded[1] += TRICKLE // 4
+        busy.forwarded[1] += 1_000_000
+        slow.forwarded[0] += TRICKLE
+        slow.forwarded[1] += 1
+        world.sleep(IDLE)
         if world.now < IDLE:
             assert not world.cut
-    assert [circuit for circuit, _ in world.cut] == [silent]
-    assert IDLE <= world.cut[0][1] <= IDLE + 2 * LOOK
-    assert world.circuits == [busy]
+    assert [circuit for circuit, _ in world.cut] == [silent, pinging]
+    assert all(IDLE <= when <= IDLE + 2 * LOOK for _, when in world.cut)
+    assert world.circuits == [busy, slow]
     world.sleep(IDLE + 2 * LOOK)
     assert world.circuits == []
 
