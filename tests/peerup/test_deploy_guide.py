@@ -13,10 +13,12 @@ import pytest
 from actors.config.file import parse_config
 from actors.config.relay_service import RelayServiceConfig
 from peerup.cli import cli
+from peerup.cli.framework import DefaultGroup
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "deploy-relay.md"
 RELAY = ROOT / "docs" / "relay.md"
+README = ROOT / "README.md"
 PEER = "12D3KooWGRUVh9fmKCbmbFWaK2qXNHZq2YXLg3Y1FLQqTZNmvcV9"
 
 
@@ -27,16 +29,17 @@ def commands(page: Path) -> list[list[str]]:
     blocks = re.findall(r"```(?:sh|console)\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`((?:peerup|relay) [^`]+)`", text)
     for line in lines:
-        words = shlex.split(line.partition("  #")[0].removeprefix("relay$ ").removeprefix("$ "), comments=True)
+        words = shlex.split(re.sub(r"^\w*\$ +", "", line.partition("  #")[0]), comments=True)
+        words = [word for word in words if word != "&"]
         words = [re.sub(r"12D3KooW…\w+", PEER, word) for word in words]
         if "peerup" in words and not {"useradd", "relay()"} & set(words):
             found.append(words[words.index("peerup") + 1 :])
-        elif words[:1] == ["relay"] and len(words) > 1 and page != ROOT / "README.md":
+        elif words[:1] == ["relay"] and len(words) > 1 and page != README:
             found.append(words)
     return [words for words in found if words and words[0] != "-g"]
 
 
-@pytest.mark.parametrize("page", [GUIDE, RELAY], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [README, GUIDE, RELAY], ids=lambda page: page.stem)
 def test_every_command_of_the_guides_can_be_parsed(page):
     lines = [words for words in commands(page) if words[0] not in ("enable", "disable") and "/var/lib" not in words[0]]
     assert len(lines) >= 4
@@ -47,7 +50,8 @@ def test_every_command_of_the_guides_can_be_parsed(page):
             del rest[:2]
         command: click.Command = cli
         while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
-            name = rest.pop(0)
+            implied = isinstance(command, DefaultGroup) and rest[0] not in command.commands
+            name = command.default if implied else rest.pop(0)
             found = command.get_command(context, name)
             assert found is not None, f"{name} in {words}"
             command = found

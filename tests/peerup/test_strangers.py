@@ -42,7 +42,7 @@ BROWSER = (
 
 
 class Relay(Node):
-    """A relay that listens on one port for all that is named by what stands behind it in addresses, such as `/tls/ws`."""
+    """A relay that listens on one port for these transports, named as in addresses: `/tls/ws`, or nothing for TCP."""
 
     serve = ("relay", "serve")
 
