@@ -331,7 +331,7 @@ async def test_our_relay_keeps_bytes_that_come_before_its_answer(cells, start, s
 @pytest.mark.parametrize("name", [*FOREIGN, "rust"])
 async def test_a_stop_of_our_relay_cuts_nothing_that_runs_between_foreign_peers(cells, start_foreign, name):
     """Each of them would end all that runs if it were told to go away; so they are told when nothing runs any more."""
-    size = (12 if name == "js" else 24) * MB  # of a transfer that takes longer than 10 s js-libp2p despairs
+    size = (6 if name == "js" else 24) * MB  # of a transfer that takes longer than 10 s js-libp2p despairs
     async with (
         cells.relay(OURS, "drain_time=10m", "bytes_per_second.total=2MB") as relay,
         start_foreign(name, BEHIND) as client,
