@@ -111,6 +111,7 @@ class KeptReservation:
         self._connections: dict[str, ConnectionInfo] = {}
         self._rtt: float | None = None
         self._used = ""  # the connection of the last hop stream
+        self._hung_up = False  # the relay on us, when it knew who we are, at the last attempt that failed
         self._relayed: tuple[Multiaddr, ...] = ()  # while there is a reservation
         self._inherited: Inheritance | None = None
         self._seen = machine.Health()
@@ -207,7 +208,10 @@ class KeptReservation:
         self._changed()
 
     def connection_opened(self, connection: ConnectionInfo) -> None:
-        """A connection is there. A relay that could not be reached before can be now."""
+        """A connection is there. A relay that could not be reached before can be now.
+
+        That is no news of a relay that hangs up when it knows who we are: each dial is a connection for a moment.
+        """
         new = connection.id not in self._connections
         self._connections[connection.id] = connection
         self._measured(connection)
@@ -215,7 +219,7 @@ class KeptReservation:
             return
         if self._machine.state in ("held", "renewing") and connection.id != self._used:
             self.network_changed()  # the relay may take the older one for dead, or we do
-        elif self.last_outcome in ("failed", "leaving"):
+        elif self.last_outcome in ("failed", "leaving") and not self._hung_up:
             self.retry()
 
     def connection_leaving(self, connection: ConnectionInfo) -> None:
@@ -315,7 +319,8 @@ class KeptReservation:
                 await work()
             except PeerupError as error:
                 reason = str(error)
-                if error.code == "not-authorised":
+                self._hung_up = error.code == "not-authorised"
+                if self._hung_up:
                     reason = f"the relay does not authorise this node (there: peerup relay authorize {self._us})"
                 self._do(self._machine.failed(attempt, reason, self._now(), self._wall()))
 

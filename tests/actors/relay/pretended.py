@@ -249,6 +249,11 @@ class Surroundings:
                     if not peers or peer in peers:
                         self.context.tell(name, message)
 
+            async def _come_and_go(self, peer):
+                await trio.sleep(ROUND_TRIP / 2)
+                self._open(peer)
+                self.lose(peer)
+
             def _open(self, peer):
                 self.count += 1
                 info = ConnectionInfo(
@@ -279,6 +284,8 @@ class Surroundings:
                     if relay.mode in ("down", "hole"):
                         raise RefusedError("unreachable", f"{relay.address}: {relay.mode}")
                     if relay.mode == "stranger":
+                        # A connection that is there until the relay has judged us; who watches hears of it late.
+                        self.context.nursery.start_soon(self._come_and_go, peer)
                         raise RefusedError("not-authorised", "the peer closed the connection")
                 if peer not in self.connections:
                     self._open(peer)

@@ -203,6 +203,19 @@ async def test_who_is_not_authorised_at_the_relay_is_told_what_to_do_there(aroun
         assert told == f"the relay does not authorise this node (there: peerup relay authorize {US})"
 
 
+async def test_a_relay_that_hangs_up_on_us_is_asked_ever_more_rarely(around, autojump_clock):
+    """Each attempt makes a connection for a moment. That is no news for which to try again at once."""
+    relay = Relay(around, "relay")
+    relay.mode = "stranger"
+    async with around.run(relay):
+        await trio.sleep(3600)
+        first, last = (sum(begin <= at < begin + 600 for at in relay.dialled) for begin in (0, 3000))
+        assert 20 < first < 150
+        assert 3 <= last < 10
+        relay.mode = "fine"
+        assert await around.until(lambda: around.announces, 200) < 181  # a twentieth of the hour
+
+
 async def test_a_reservation_that_is_denied_later_ends_at_once(around, autojump_clock):
     relay = Relay(around, "relay", lifetime=120)
     async with around.run(relay):
