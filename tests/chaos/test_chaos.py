@@ -25,6 +25,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 WHOLE_WITHIN = 20.0
 """Seconds in which a tree must be whole again; hung processes alone take up to five to be noticed."""
 SERVES_WITHIN = 20.0
+LOOK_EVERY = 0.05
+"""Seconds; each look asks the node's supervisors, and shall not be what keeps it busy."""
 ROUNDS = int(os.environ.get("PEERUP_CHAOS_ROUNDS", "24"))
 SEED = int(os.environ.get("PEERUP_CHAOS_SEED", "1"))
 
@@ -98,6 +100,7 @@ def check_invariants(world: World, names: dict[str, set[str]], hurt_pids: set[in
             lambda node=node: is_whole(node, names[node.name], hurt_pids),
             within=WHOLE_WITHIN,
             what=f"{node.name} whole, {turn}",
+            every=LOOK_EVERY,
         )
     wait_until(lambda: echo_works(world.port), within=SERVES_WITHIN, what=f"a new connection, {turn}")
     assert not echo_works(world.stranger_port, timeout=0.3), f"a stranger got in after {turn}"

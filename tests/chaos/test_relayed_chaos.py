@@ -28,7 +28,7 @@ from demo.node import DemoError
 from demo.relayed import Hidden, Relay
 from protocol.reservations import MIN_TTL
 from tests.chaos.load import CHUNK, EchoLoad, EchoServer, echo_works, pattern
-from tests.chaos.test_chaos import by_name, hurt, is_whole
+from tests.chaos.test_chaos import LOOK_EVERY, by_name, hurt, is_whole
 from tests.support.nodes import Node
 from tests.support.processes import descriptors, pids_with_environment, wait_until
 
@@ -284,6 +284,7 @@ def test_whatever_is_killed_stopped_or_hung_relayed_connections_come_back(world:
                     lambda node=node, name=name, hurt_here=hurt_here: is_whole(node, names[name], hurt_here),
                     within=HEALED_WITHIN,
                     what=f"{name} whole, {turn}",
+                    every=LOOK_EVERY,
                 )
             wait_until(lambda: echo_works(world.port, timeout=5), within=HEALED_WITHIN, what=f"a tunnel, {turn}")
             took = time.monotonic() - began
@@ -319,8 +320,8 @@ def test_whatever_is_killed_stopped_or_hung_relayed_connections_come_back(world:
 
 @contextlib.contextmanager
 def limits(world: World, **changed: dict[str, Any] | str) -> Iterator[None]:
-    """Have the relay serve by these, without a restart, for a while."""
-    before = world.relay.config.read_text()
+    """Have the relay serve by these, without a restart, for a while; return when it serves as before again."""
+    before, limits_before = world.relay.config.read_text(), world.relay.limits()
     yaml = YAML()
     config = yaml.load(before)
     for kind, values in changed.items():
@@ -334,6 +335,9 @@ def limits(world: World, **changed: dict[str, Any] | str) -> Iterator[None]:
         yield
     finally:
         world.relay.config.write_text(before)
+        wait_until(
+            lambda: world.relay.limits() == limits_before, within=HEALED_WITHIN, what="the limits are as they were"
+        )
 
 
 def test_a_full_relay_tells_its_limits_to_those_whom_it_refuses(world: World) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from demo.node import DemoError
+from peerup.client import Client, ClientError
 from tests.interop.content import blocks
 from tests.support.nodes import Node
 
@@ -94,12 +94,13 @@ async def reservation_held(node: Node, relay: str) -> dict[str, Any]:
     Raises:
         AssertionError: it does not get one in time.
     """
+    client = Client(node.home / "run" / "control.sock", timeout=READY)
     told: Any = None
     with trio.move_on_after(READY):
         while True:
             try:
-                told = await run_json(node, "relay", "list")
-            except DemoError as error:  # the keeper may be on its way
+                told = await trio.to_thread.run_sync(client.get, "/v1/relays", abandon_on_cancel=True)
+            except ClientError as error:  # the keeper may be on its way
                 told = error
             else:
                 for each in told:

@@ -37,6 +37,7 @@ def wait_for(condition: Callable[[], Any], what: str, within: float = PATIENCE) 
     """The first true value of the condition; what it raises of `ClientError` and `OSError` counts as false."""
     deadline = time.monotonic() + within
     problem: Exception | None = None
+    pause = 0.01
     while True:
         try:
             value = condition()
@@ -45,7 +46,8 @@ def wait_for(condition: Callable[[], Any], what: str, within: float = PATIENCE) 
         if value:
             return value
         assert time.monotonic() < deadline, f"{what}: not within {within} s ({problem})"
-        threading.Event().wait(0.01)
+        threading.Event().wait(pause)
+        pause = min(pause * 1.1, 0.05)  # a node that is asked all the time has less time for what is waited for
 
 
 class Peerup:
