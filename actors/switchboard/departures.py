@@ -30,8 +30,10 @@ PATIENCE: Final = 60.0
 """Seconds for which a relay that has said go away, and is still there, is believed to be leaving."""
 
 QUIET: Final = 0.3
-"""Seconds without a stream after which a relayed connection is closed: more than a round trip, for streams that are on
-their way, and less than whoever stops a relay notices."""
+"""Seconds without a stream after which a relayed connection is closed; less than whoever stops a relay notices."""
+
+LONGEST_QUIET: Final = 2.0
+"""The same where a round trip takes long: the peer may have opened a stream that is still on its way."""
 
 LOOK: Final = 0.1
 """Seconds between looks at the relayed connections, while there are such and their relay is leaving."""
@@ -133,7 +135,7 @@ class Departures:
                     known.add(each)  # who has just dialled a late one is to have it for a first stream
                     if each.link.streams:
                         quiet.pop(each, None)
-                    elif now - quiet.setdefault(each, now) >= QUIET and each.link.end is None:
+                    elif now - quiet.setdefault(each, now) >= _quiet(each) and each.link.end is None:
                         each.link.close(CODE, f"the relay {relay} is shutting down")
                 await self._until_news(connection, LOOK if self._through(relay) else PATIENCE)
         del self._leaving[relay]
@@ -149,3 +151,8 @@ class Departures:
 
                 nursery.start_soon(wait_for, connection.ended)
                 nursery.start_soon(wait_for, self._late)
+
+
+def _quiet(connection: Connection) -> float:
+    """Seconds that this connection may carry no stream."""
+    return min(LONGEST_QUIET, max(QUIET, 2 * (connection.link.rtt or 0.0)))

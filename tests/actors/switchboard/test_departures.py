@@ -216,6 +216,7 @@ class FakeLink:
     def __init__(self):
         self.streams = self.sent = self.received = 0
         self.end = None
+        self.rtt = None
         self.closed = []
 
     def close(self, code, reason):
@@ -346,6 +347,21 @@ async def test_a_stream_that_is_on_its_way_is_waited_for(autojump_clock):
         relayed.link.streams = 1
         await trio.sleep(5)
         assert not relayed.link.closed
+
+
+async def test_where_round_trips_take_long_it_is_waited_for_longer(autojump_clock):
+    async with room() as made:
+        there = made.connection(RELAY)
+        far, farther = made.connection(FAR, through=RELAY), made.connection(peer_of("moon"), through=RELAY)
+        far.link.rtt, farther.link.rtt = 0.5, 20.0
+        made.departures.said(there)
+        await trio.sleep(0.9)
+        assert not far.link.closed
+        await trio.sleep(0.3)
+        assert far.link.closed
+        assert not farther.link.closed
+        await trio.sleep(1)
+        assert farther.link.closed
 
 
 async def test_of_two_connections_one_may_go(autojump_clock):
