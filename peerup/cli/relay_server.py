@@ -49,7 +49,12 @@ DEFAULT_PORT = 4001
     ),
 )
 @click.option("--yes", is_flag=True, help="Ask nothing; take what the options say.")
-@click.option("--listen", multiple=True, metavar="MULTIADDR", help="Where to listen (repeatable).")
+@click.option(
+    "--listen",
+    multiple=True,
+    metavar="MULTIADDR",
+    help="Where to listen (repeatable; default: TCP port 4001 of all addresses).",
+)
 @click.option(
     "--announce",
     multiple=True,
