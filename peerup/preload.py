@@ -1,9 +1,9 @@
 """What is done once, before the first process of the tree is made, so that none of them needs to do it again.
 
-A process of the tree is a fork: whatever is imported and set up by then is shared memory and costs a child no time. Two
-things are worth it. Modules are imported. And what libraries set up at their first use is set up: a first signature,
+A process of the tree is a fork: whatever is imported and set up by then is shared memory and costs a child no time.
+Three things are worth it. Modules are imported. What libraries set up at their first use is set up: a first signature,
 key agreement and cipher make OpenSSL look up its algorithms (5 MB and 4 ms in each process that does it), a first
-event loop of trio fills its caches, and so on.
+event loop of trio fills its caches, and so on. And the life of a process is rehearsed (:mod:`supervisor.rehearsal`).
 
 Nothing here draws random numbers or touches the node's key, so no process shares a secret with another.
 """
@@ -54,6 +54,7 @@ def preload(*, metrics: bool) -> None:
         _use_cryptography()
         _use_trio()
         _use_messages()
+        _rehearse()
 
 
 def _use_cryptography() -> None:
@@ -90,3 +91,9 @@ def _use_messages() -> None:
     from protocol.messages import codec
 
     codec.prepare()
+
+
+def _rehearse() -> None:
+    from supervisor.rehearsal import rehearse
+
+    rehearse()

@@ -9,12 +9,14 @@ A leaf never makes processes, so nothing is ever forked out of a process that ru
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import random
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import thespian.actors
@@ -83,11 +85,16 @@ class Leaf(thespian.actors.Actor):
     def live(self, manager: Any) -> int:
         """The life of the process; its exit status."""
         birth = self._birth
-        spec, boot = birth.spec, birth.boot
-        transport: Transport = manager.transport.wire
-        log = enter(spec.name, birth.incarnation, birth.supervisor, transport, boot)
+        log = enter(birth.spec.name, birth.incarnation, birth.supervisor, manager.transport.wire, birth.boot)
         linux.forbid_inspection()
         linux.forbid_new_privileges()
+        return self.act(manager, log)
+
+    def act(self, manager: Any, log: LogControl) -> int:
+        """The life of the actor; the exit status of its process."""
+        birth = self._birth
+        spec, boot = birth.spec, birth.boot
+        transport: Transport = manager.transport.wire
         try:
             actor = self._make_actor()
         except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor is told and the process ends
@@ -150,8 +157,8 @@ class Leaf(thespian.actors.Actor):
     async def _main(self, manager: Any, cell: Cell) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._pump_or_report, manager)
-            nursery.start_soon(self._obey_signals, cell)
-            await cell.run(self._birth.checkpoint)
+            with _obeying(cell):
+                await cell.run(self._birth.checkpoint)
             nursery.cancel_scope.cancel()
 
     async def _pump_or_report(self, manager: Any) -> None:
@@ -172,11 +179,21 @@ class Leaf(thespian.actors.Actor):
             for envelope in system.take():
                 manager.handleMessages(envelope)
 
-    @staticmethod
-    async def _obey_signals(cell: Cell) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM) as signals:
-            async for number in signals:
-                cell.request_stop(signal.Signals(number).name)
+
+@contextlib.contextmanager
+def _obeying(cell: Cell) -> Iterator[None]:
+    """Stop the actor on SIGTERM. trio's own receiver would do, with a task and a good deal of code in each process."""
+    token = trio.lowlevel.current_trio_token()
+
+    def obey(*_: object) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(cell.request_stop, "SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, obey)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def crash() -> None:
