@@ -537,7 +537,7 @@ class Session:
         self._inbound += 1
         self._inbound_unacknowledged += 1
         self._consumer.stream_opened(stream)
-        return stream
+        return None if stream.closed else stream  # it may have been refused already
 
     def _check_known(self, stream_id: int) -> None:
         """Frames may still come for a stream that we closed, but not for one that never was."""
