@@ -108,10 +108,10 @@ class World:
         self.nodes: tuple[Member, ...] = (self.relay, self.home, self.laptop)
         for node in self.nodes:
             node.initialise()
-        (where,) = self.relay.run_json("relay", "info")["addresses"]
+        (self.where,) = self.relay.run_json("relay", "info")["addresses"]
         for node, other in ((self.home, self.laptop), (self.laptop, self.home)):
             self.relay.run("relay", "authorize", node.peer_id, "--comment", node.name)
-            node.run("relay", "add", where)
+            node.run("relay", "add", self.where)
             node.run("auth", "add", other.peer_id)
         self.home.run("service", "add", "echo", f"127.0.0.1:{self.server.port}")
         self.laptop.run("names", "add", "home", self.home.peer_id)
@@ -129,6 +129,11 @@ class World:
             wait_until(lambda node=node: place(node)["state"] == "held", within=HEALED_WITHIN, what=f"a place {when}")
         paths = [path for path in self.laptop.run_json("paths") if path["peer_id"] == self.home.peer_id]
         assert {path["path"] for path in paths} <= {"relayed"}
+
+    def have_ask_again(self, node: Node) -> None:
+        """Have the node ask the relay for a place now. By itself it waits the longer the more often it was refused."""
+        node.run("relay", "remove", self.relay.peer_id)
+        node.run("relay", "add", self.where)
 
     def last_end(self, node: Node, actor: str) -> str:
         """How the last tunnel of this actor ended that did not end well."""
@@ -370,7 +375,7 @@ def test_a_full_relay_tells_its_limits_to_those_whom_it_refuses(world: World) ->
         assert "the relay's limit of 1 reservations in all is reached" in said
         assert "next attempt in" in said
     for node in (home, laptop):
-        node.run("config", "reload")  # a person's word ends the long wait
+        world.have_ask_again(node)
     world.wait_healed("after the relay has room again")
 
 
@@ -394,8 +399,8 @@ def test_a_place_that_expires_ends_no_tunnel_and_is_reserved_again(world: World)
                     what="home knows why",
                 )
                 assert echoes(tunnel), "what is open goes on"
-    world.home.run("config", "reload")  # a person's word ends the long wait
-    world.laptop.run("config", "reload")
+    for node in (world.home, world.laptop):
+        world.have_ask_again(node)
     world.wait_healed("after the relay grants places again")
 
 
@@ -427,5 +432,5 @@ def test_a_relay_that_does_not_serve_says_whom(world: World) -> None:
     assert "PERMISSION_DENIED" in said
     assert "this relay does not serve that peer" in said
     world.relay.run("relay", "authorize", world.home.peer_id, "--comment", "home")
-    world.home.run("config", "reload")
+    world.have_ask_again(world.home)
     world.wait_healed("after home is served again")
