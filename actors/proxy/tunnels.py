@@ -52,10 +52,14 @@ MEANINGS: dict[int, str] = {
     ResetCode.SHUTDOWN: "the other node, or the actor that served the connection, was stopped",
     ResetCode.LOST: "a process that carried the connection ended",
     ResetCode.CONNECTION_LOST: "the connection to the peer ended",
+    ResetCode.LOCAL_RESET: "the service, on the peer's side, broke the connection off",
     ResetCode.SERVICE_UNREACHABLE: "the service does not accept connections on the peer's side",
     ResetCode.SERVICE_UNAVAILABLE: "the peer's actor for the service is being restarted",
 }
 """What a reset by the far side means, for people."""
+
+_OURS = frozenset({Outcome.FINISHED, Outcome.LOCAL_RESET, Outcome.ABORTED})
+"""What the far side has no part in."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -298,7 +302,7 @@ class Tunnels:
         words = outcome
         if result.outcome is not Outcome.FINISHED:
             words = f"{outcome}: {ResetCode.describe(result.code)}"
-            meaning = MEANINGS.get(result.code) if result.outcome is Outcome.STREAM_RESET else None
+            meaning = None if result.outcome in _OURS else MEANINGS.get(result.code)
             if meaning and reason:
                 meaning = f"{meaning}: {reason}"
             self.last_failure = f"{words} ({meaning})" if meaning else words

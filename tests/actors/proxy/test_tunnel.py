@@ -151,6 +151,8 @@ async def test_a_reset_by_the_server_reaches_the_client_as_a_reset():
         await until(lambda: alice.gate.ended and bob.gate.ended)
         assert bob.gate.ended[0].outcome == "local-reset: local-reset"
         assert alice.gate.ended[0].outcome == "stream-reset: local-reset"
+        told = alice.actors["proxy/bob/echo"].describe()["last_failure"]
+        assert told == "stream-reset: local-reset (the service, on the peer's side, broke the connection off)"
 
 
 async def test_a_reset_by_the_client_reaches_the_server_as_a_reset():
