@@ -89,8 +89,10 @@ def _use_trio() -> None:
 
 def _use_messages() -> None:
     from protocol.messages import codec
+    from supervisor import exchange
 
     codec.prepare()
+    exchange.prepare()
 
 
 def _rehearse() -> None:

@@ -44,7 +44,7 @@ from protocol.messages import (
     decode_body,
     encode_body,
 )
-from protocol.messages.codec import is_kind
+from protocol.messages.codec import is_kind, kinds
 from protocol.messages.system import (
     ActorDown,
     ActorUp,
@@ -641,6 +641,13 @@ def _head(envelope: Envelope, at: float) -> _Head:
 
 
 _ANSWERS: dict[type, type[Message]] = {}
+
+
+def prepare() -> None:
+    """Find what answers each request known to this process now, for all processes that it will fork."""
+    for cls in kinds().values():
+        if issubclass(cls, Request):
+            _answer_class(cls)
 
 
 def _answer_class(request: type[Message]) -> type[Message]:
