@@ -1,5 +1,6 @@
 """Options of the whole test suite."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="auto",
         help="what to do where no NAT laboratory can be built: skip its tests (auto), or fail them (require)",
     )
+
+
+@pytest.fixture(autouse=True)
+def _no_defect_is_contained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a test an error that nobody foresaw is the test's failure, and not a peer's lost connection."""
+    if (link := sys.modules.get("actors.switchboard.link")) is not None:
+        monkeypatch.setattr(link, "CONTAIN_DEFECTS", False)
 
 
 @pytest.hookimpl(trylast=True)

@@ -167,9 +167,12 @@ class Admittance:
 
     def broke(self, error: Exception) -> None:
         """A handshake has ended in an error that nobody foresaw: a defect, which costs the caller its connection."""
+        self._tell_defect("a handshake", error)
+
+    def _tell_defect(self, what: str, error: BaseException) -> None:
         more = self._defects.note(f"{type(error).__name__} {_place(error)}")
         if more is not None:
-            self._context.log.opt(exception=error).error("a handshake broke, which is a defect of this node{}", more)
+            self._context.log.opt(exception=error).error("{} broke, which is a defect of this node{}", what, more)
 
     def establish(self, pipe: Pipe, upgraded: Upgraded, *, outbound: bool) -> Connection:
         """A connection of a pipe whose upgrade is done.
@@ -230,6 +233,8 @@ class Admittance:
     def _ended(self, connection: Connection, end: LinkEnd) -> None:
         self._table.remove(connection, end)
         self._numbers.connection_closed(connection, end.code)
+        if end.defect is not None:
+            self._tell_defect(f"the connection to {connection.peer}", end.defect.__cause__ or end.defect)
         self._tell_end(connection, end)
         self._on_ended(connection, end)
 
@@ -299,7 +304,7 @@ class Admittance:
         self._decisions.flush()
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """Where an error was raised."""
     return "".join(
         [f"{frame.f_code.co_qualname}:{line}" for frame, line in traceback.walk_tb(error.__traceback__)][-1:]

@@ -58,6 +58,10 @@ KEEPALIVE_TIMEOUT: Final = 20.0
 SEND_TIMEOUT: Final = 60.0
 """Seconds in which the wire must take something while something waits: a peer may be slow, but not for ever."""
 
+CONTAIN_DEFECTS = True
+"""Whether an error that nobody foresaw, in what is made of a peer's bytes, costs that peer its connection; otherwise
+it ends the process, and with it all connections. Tests want the latter."""
+
 _PREFIX: Final = 2  # length of a Noise message
 _HEADER: Final = yamux.HEADER_LENGTH
 _FRAME: Final = MAX_FRAME
@@ -76,18 +80,26 @@ _MANY: Final = 512  # frames of one recv, if they are
 _TINY: Final = 256  # bytes on average, with their headers
 
 
+class DefectError(PeerupError):
+    """What the peer sent met an error of ours that nobody foresaw. The cause is the error."""
+
+    code = "defect"
+
+
 @dataclasses.dataclass(frozen=True)
 class LinkEnd:
     """Why a link ended.
 
     Attributes:
         code: `remote-close`, `remote-go-away`, `connection-lost`, `keepalive-timeout`, `send-timeout`, the code of a
-            protocol error of the peer's, or what `close` or `abort` was given.
+            protocol error of the peer's, `defect`, or what `close` or `abort` was given.
         reason: the same in words.
+        defect: the error, if it was one of ours.
     """
 
     code: str
     reason: str
+    defect: Exception | None = None
 
 
 class Link:
@@ -326,7 +338,6 @@ class Link:
             end += len(self._plaintext)
             opened[_OPENED:end] = self._plaintext
             self._plaintext = b""
-        failure = None
         for sealed in pieces:
             position, length = 0, len(sealed)
             if not length:
@@ -337,23 +348,29 @@ class Link:
                     break
                 try:
                     end += open_into(sealed[position + _PREFIX : stop], opened[end:])
-                except NoiseError as error:
-                    failure = error  # what came before it is good
-                    break
+                except NoiseError:
+                    self._hear(end, now)  # what came before it is good
+                    raise
                 position = stop
             self._tail = bytes(sealed[position:])
-            if failure is not None:
-                break
+        self._hear(end, now)
+        if self.session.has_control:
+            self.plan_flush()
+
+    def _hear(self, end: int, now: float) -> None:
+        """Give what was opened to yamux."""
         try:
             if end > _OPENED:
-                self.session.receive(opened, _OPENED, end, now)
+                self.session.receive(self._opened, _OPENED, end, now)
+        except (PeerupError, OSError):
+            raise
+        except Exception as error:
+            if CONTAIN_DEFECTS:
+                raise DefectError(repr(error)) from error
+            raise
         finally:
             if self._unsettled:
                 self._settle(now)
-        if failure is not None:
-            raise failure
-        if self.session.has_control:
-            self.plan_flush()
 
     def _settle(self, now: float) -> None:
         unsettled, self._unsettled = self._unsettled, []
@@ -564,7 +581,10 @@ class Link:
         self._timer = self.reactor.call_later(KEEPALIVE_INTERVAL, self._tick)
 
     def _failed(self, error: Exception) -> None:
-        if isinstance(error, ProtocolError):
+        if isinstance(error, DefectError):
+            end = LinkEnd(error.code, f"a defect of this node: {error}", error)
+            self._finish(end, ResetCode.CONNECTION_LOST, GoAwayCode.INTERNAL_ERROR)
+        elif isinstance(error, ProtocolError):
             self._finish(LinkEnd(error.code, str(error)), ResetCode.CONNECTION_LOST, GoAwayCode.PROTOCOL_ERROR)
         elif isinstance(error, PeerupError):
             self._finish(LinkEnd(error.code, str(error)), ResetCode.CONNECTION_LOST, GoAwayCode.INTERNAL_ERROR)

@@ -497,3 +497,27 @@ async def test_a_peer_of_tiny_frames_is_read_in_small_bites_and_loses_nothing():
             await until(lambda: channel._unsent_bytes < 500_000, "sending them")
         await until(lambda: sum(map(len, received)) == 60_000 + 200 * 60_000, "the rest")
         assert server._receive == usual
+
+
+async def test_a_defect_that_a_peer_meets_costs_that_peer_its_connection_and_nobody_else(monkeypatch):
+    monkeypatch.setattr(link_module, "CONTAIN_DEFECTS", True)
+    async with no_leaks(), running() as reactor:
+        unlucky, other = Ends(reactor), Ends(reactor)
+        near, far = await other.pair()
+
+        def defect(_channel):
+            raise ZeroDivisionError("nobody foresaw this")
+
+        unlucky.server._on_stream = defect
+        unlucky.client.open_stream().send(b"hello")
+        await until(lambda: unlucky.server.end is not None and unlucky.client.end is not None)
+        end = unlucky.server.end
+        assert end.code == "defect"
+        assert isinstance(end.defect.__cause__, ZeroDivisionError)
+        assert unlucky.client.end.code == "remote-go-away"
+        await send_data(near, b"question")
+        await send_message(near, b"F")
+        assert await receive_data(far) == (b"question", b"F")
+        await unlucky.close()
+        await other.close()
+        close(near, far)
