@@ -66,7 +66,6 @@ class NetworkConfig:
     """
 
     listen_addresses: tuple[Multiaddr, ...] = ()
-    force_private_reachability: bool = False
     tls: TlsConfig = TlsConfig()
 
     @property
@@ -283,9 +282,9 @@ def _network(reader: SectionReader) -> NetworkConfig:
             reader.warn("listen_addresses", f"does not listen on {words}")
     made = NetworkConfig(
         (Multiaddr("/ip4/0.0.0.0/tcp/0"), Multiaddr("/ip6/::/tcp/0")) if listen is None else listen,
-        reader.boolean("force_private_reachability", default=False),
         tls,
     )
+    reader.without_effect("force_private_reachability", "a node keeps its places at its relays in any case")
     reader.without_effect("resource_limits_enabled", "limits are always in force, see `limits`")
     reader.finish()
     return made

@@ -46,8 +46,6 @@ network:
   listen_addresses:
 @LISTEN@
 @TLS@
-  # Treat this node as not reachable from outside, whatever is found out about it. Default: false
-  # force_private_reachability: false
 
 relay:
   # [live] Relays that carry connections when no direct path exists, each ending with /p2p/<peer id>; edit with

@@ -61,6 +61,7 @@ def test_an_unknown_key_is_reported_with_its_line_and_is_not_fatal():
     assert warnings[-1] == f"line {line}: colour_of_the_bike_shed: is not a key that peerup knows; it is ignored"
     assert [warning.key for warning in read(PEER_UP).warnings] == [
         "network.listen_addresses",
+        "network.force_private_reachability",
         "network.resource_limits_enabled",
         "relay.reservation_interval",
         "colour_of_the_bike_shed",
