@@ -13,13 +13,14 @@ from contextlib import AbstractContextManager
 import click
 
 from bench import references, relay, runtime
-from bench.candidate import NodePair, lone_node, peerup
+from bench.candidate import NodePair, lone_node, peerup, reachable_node
 from bench.catalogue import CATALOGUE
 from bench.load import Load, LoadError
 from bench.references import AbsentError, Tunnel
 from bench.results import OURS, Samples, measurement, print_table, save
 from bench.tunnels import FULL, GROUPS, QUICK, Group, Scale, idle_tunnel
 from demo.node import DemoError
+from tests.support.processes import ConditionNotMetError
 
 Start = Callable[[int], AbstractContextManager[Tunnel]]
 
@@ -28,6 +29,7 @@ START = 30.0
 
 COLD = ("cold_start",)
 LONE = ("node_ready", "idle_node_memory", "idle_node_cpu")
+REACHABLE = ("idle_node_at_relay_memory", "idle_node_at_relay_cpu")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,6 +66,9 @@ def main(patterns: tuple[str, ...], rounds: int, quick: bool, candidates: tuple[
         if OURS in chosen and wanted.intersection(LONE):
             _say(f"round {number + 1} of {rounds}: a node alone")
             _measure_lone_node(load, scale, samples)
+        if OURS in chosen and wanted.intersection(REACHABLE):
+            _say(f"round {number + 1} of {rounds}: a node at a relay")
+            _measure_reachable_node(load, scale, samples)
         if OURS in chosen and any(name.startswith("runtime_") for name in wanted):
             _say(f"round {number + 1} of {rounds}: the actor runtime")
             ours, floor = runtime.measure()
@@ -130,6 +135,16 @@ def _measure_lone_node(load: Load, scale: Scale, samples: Samples) -> None:
             )
     except DemoError as error:
         samples.failures.append(f"a node alone: {error}")
+
+
+def _measure_reachable_node(load: Load, scale: Scale, samples: Samples) -> None:
+    try:
+        with reachable_node() as node:
+            idle = idle_tunnel(load, node, scale)
+            memory, cpu = REACHABLE
+            samples.add(OURS, {memory: idle["idle_memory"], cpu: idle["idle_cpu"]})
+    except (DemoError, ConditionNotMetError) as error:
+        samples.failures.append(f"a node at a relay: {error}")
 
 
 def _allow_many_descriptors() -> None:

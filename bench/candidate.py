@@ -11,8 +11,13 @@ from pathlib import Path
 
 from bench.references import Tunnel
 from demo.node import DemoError, Node
+from demo.relayed import Relay
+from tests.support.processes import wait_until
 
 SERVICE = "load"
+
+RESERVED_WITHIN = 30.0
+"""Seconds for a node to get a place at a relay; it takes a fraction of one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,3 +86,30 @@ def lone_node() -> Iterator[NodePair]:
             yield NodePair("peerup node", 0, (node.daemon_pid,), started, (ready, ready))
         finally:
             node.stop()
+
+
+@contextlib.contextmanager
+def reachable_node() -> Iterator[NodePair]:
+    """One node as a person leaves it behind NAT: it exposes a service and keeps a place at a relay, idle otherwise."""
+    with tempfile.TemporaryDirectory(prefix="peerup-bench-") as directory:
+        relay, node = Relay("relay", Path(directory)), Node("reachable", Path(directory))
+        relay.initialise()
+        node.initialise()
+        relay.run("relay", "authorize", node.peer_id)
+        node.run("relay", "add", f"{relay.address}/p2p/{relay.peer_id}")
+        node.run("service", "add", SERVICE, "127.0.0.1:22")
+        try:
+            _start(relay)
+            started = time.monotonic()
+            ready = _start(node)
+            # The relay is asked, so that the node itself has nothing to answer.
+            wait_until(
+                lambda: relay.run_json("relay", "list-peers")[0]["reserved"],
+                within=RESERVED_WITHIN,
+                what="the node has a place at the relay",
+                every=0.5,
+            )
+            yield NodePair("peerup node at a relay", 0, (node.daemon_pid,), started, (ready, ready))
+        finally:
+            node.stop()
+            relay.stop()

@@ -56,6 +56,8 @@ CATALOGUE: tuple[Value, ...] = (
     Value("idle_cpu", "%", "lower", "CPU of the whole idle tunnel (peerup: two nodes), of one core"),
     Value("idle_node_memory", "MiB", "lower", "PSS of one idle node", reference="", limit=120.0),
     Value("idle_node_cpu", "%", "lower", "CPU of one idle node, of one core", reference="", limit=0.5),
+    Value("idle_node_at_relay_memory", "MiB", "lower", "PSS of one with a service and a place at a relay", ""),
+    Value("idle_node_at_relay_cpu", "%", "lower", "CPU of such a node, of one core", "", limit=0.5),
     Value("relayed_bulk_up", "MB/s", "higher", "one stream through a relay, client to server", DIRECT, at_least=0.6),
     Value("relayed_bulk_down", "MB/s", "higher", "one stream through a relay, server to client", DIRECT, at_least=0.6),
     Value("relayed_round_trip_p50", "µs", "lower", "one byte there and back through a relay, median", DIRECT),
