@@ -47,12 +47,8 @@ class Member(Node):
 
     def start(self, *options: str) -> float:
         self.mark = uuid.uuid4().hex
-        with mock.patch.dict(os.environ, {MARK: self.mark}), mock.patch("demo.node.READY_DEADLINE", HEALED_WITHIN):
+        with mock.patch.dict(os.environ, {MARK: self.mark}):
             return super().start(*options)
-
-    def stop(self) -> set[int]:
-        with mock.patch("demo.node.STOP_DEADLINE", HEALED_WITHIN):
-            return super().stop()
 
     def living(self) -> set[int]:
         """Every process that the last start has led to."""

@@ -25,7 +25,7 @@ GRACE = 15.0
 """Seconds beyond its timeout in which a command must have been answered, by "it took too long" at the latest."""
 SERVED = 30.0
 """Seconds until a service must have got the streams that were opened, or be through with those that ended."""
-TAKE = 10.0
+TAKE = 30.0
 """Seconds until a peer must have read a command."""
 LAST_LINES = 20
 """How much of what a peer said on standard error goes into the message of a failure."""

@@ -24,7 +24,7 @@ from tests.natlab.lab import Host
 from tests.natlab.network import Node as Machine
 from tests.support.nodes import run_here
 
-READY = 30.0
+READY = 60.0
 """Seconds for a daemon to be up on a busy machine."""
 
 STOP = 40.0

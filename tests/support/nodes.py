@@ -13,6 +13,10 @@ from demo.node import DemoError
 from peerup.cli import cli
 from tests.support.ports import own_port
 
+# The demonstration promises to be quick. A test only wants to end: nodes start and stop in a second, and on a machine
+# that does ten things at once may take twenty.
+demo.node.READY_DEADLINE = demo.node.STOP_DEADLINE = 60.0
+
 _alone = threading.Lock()
 """Held during a command in this process, which has standard output to itself."""
 
