@@ -18,7 +18,6 @@ from collections.abc import Iterator
 
 PRELOAD = (
     "trio",
-    "loguru",
     "msgpack",
     "actors.config.actor",
     "actors.keyring.actor",

@@ -21,7 +21,6 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-import loguru
 import trio
 
 from protocol.errors import PeerupError
@@ -31,11 +30,14 @@ from supervisor.actor import Actor, Checkpoint, HandlerEntry
 from supervisor.authority import Authority
 from supervisor.errors import AskError, DeadlineExceededError, RefusedError
 from supervisor.exchange import Exchange
+from supervisor.log_library import logger
 from supervisor.mailbox import Incoming, Mailbox
 from supervisor.metrics import Registry
 from supervisor.port import Port
 
 if TYPE_CHECKING:
+    import loguru
+
     from supervisor.actor import Context
 
 R = TypeVar("R")
@@ -119,7 +121,7 @@ class Cell:
         on_ready: Callable[[dict[str, Data]], None] | None = None,
     ) -> None:
         self.actor = actor
-        self.log = log if log is not None else loguru.logger.bind(actor=name)
+        self.log = log if log is not None else logger.bind(actor=name)
         self._time = TimeKeeper(now)
         self.exchange = Exchange(
             name,

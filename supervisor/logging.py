@@ -16,9 +16,8 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
-from loguru import logger as _root
-
 from supervisor.errors import RefusedError
+from supervisor.log_library import logger as _root
 
 if TYPE_CHECKING:
     import loguru

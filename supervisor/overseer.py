@@ -16,9 +16,7 @@ import functools
 import os
 import random
 from collections.abc import Callable, Collection
-from typing import Protocol
-
-import loguru
+from typing import TYPE_CHECKING, Protocol
 
 from protocol.messages import Data, Envelope, Message
 from protocol.messages.codec import from_plain, to_plain
@@ -53,6 +51,7 @@ from supervisor.authority import Authority
 from supervisor.errors import AskError, NoSuchActorError, RefusedError
 from supervisor.estate import Estate, keep_message
 from supervisor.exchange import Exchange
+from supervisor.log_library import logger
 from supervisor.port import NameState
 from supervisor.strategy import (
     AskToStop,
@@ -69,6 +68,9 @@ from supervisor.strategy import (
     TreeReady,
 )
 from supervisor.timers import Timer
+
+if TYPE_CHECKING:
+    import loguru
 
 FACTORY = "supervisor.supervisor:Supervisor"
 """What a child specification names in order to have a supervisor as a child."""
@@ -168,7 +170,7 @@ class Overseer:
         self._host = host
         self._allow_faults = allow_faults
         self._pid = os.getpid() if pid is None else pid
-        self._log = log if log is not None else loguru.logger.bind(actor=name)
+        self._log = log if log is not None else logger.bind(actor=name)
         self._began = exchange.now()
         self._published: dict[str, tuple[NameState, int]] = {}
         self._specs: dict[str, ChildSpec] = {}

@@ -29,9 +29,8 @@ import importlib
 import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-import loguru
 import trio
 import trio.testing
 from trio._core import _run as trio_run
@@ -53,9 +52,13 @@ from supervisor.actor import Actor, Checkpoint
 from supervisor.cell import Cell, TimeKeeper, failure_text
 from supervisor.errors import AskError, DeadlineExceededError
 from supervisor.exchange import Exchange
+from supervisor.log_library import logger
 from supervisor.overseer import FACTORY, GAVE_UP, Overseer, supervisor_arguments, supervisor_spec
 from supervisor.port import NameState, NotDeliveredError, Receiver
 from supervisor.timers import Timers
+
+if TYPE_CHECKING:
+    import loguru
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -637,7 +640,7 @@ class Simulation:
         latency: tuple[float, float] = (0.000_02, 0.001),
         start_time: tuple[float, float] = (0.005, 0.05),
         tracing: bool = True,
-        log: loguru.Logger = loguru.logger,
+        log: loguru.Logger = logger,
         operators: Collection[str] = (),
     ) -> None:
         self.operators = (WORLD, *operators)
