@@ -23,11 +23,12 @@ from typing import Any
 
 import pytest
 
-from demo.node import Node, free_port
+from demo.node import Node
 from peerup.client import Client
 from tests.abuse.attacker import new_key
 from tests.abuse.world import fails
 from tests.chaos.load import EchoServer, echo_works
+from tests.support.ports import own_port
 from tests.support.processes import descriptors, is_alive, pids_with_environment, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -388,7 +389,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Node]
 
 def test_a_service_that_is_down_closes_the_connection_and_is_told(pair: tuple[Node, Node]) -> None:
     laptop, home = pair
-    closed = free_port()
+    closed = own_port()
     home.run("service", "add", "down", f"127.0.0.1:{closed}")
     port = int(laptop.run_json("proxy", "home", "down", "0")["listen"].rpartition(":")[2])
     # The reset may come so soon that connecting itself reports it.
@@ -443,7 +444,7 @@ def test_an_unknown_peer_is_told_with_what_to_do(pair: tuple[Node, Node], case: 
 
 def test_a_peer_that_is_offline_is_told_with_each_address(pair: tuple[Node, Node]) -> None:
     laptop, _ = pair
-    port = free_port()
+    port = own_port()
     laptop.run("names", "add", "gone", str(new_key().peer_id), "--address", f"/ip4/127.0.0.1/tcp/{port}")
     for arguments in (["ping", "gone", "-c", "1"], ["connect", "gone"], ["proxy", "gone", "ssh", "--stdio"]):
         said = fails(laptop, *arguments, stdin=subprocess.DEVNULL)

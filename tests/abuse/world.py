@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from demo.node import Node, free_port
 from protocol.keys import PrivateKey
 from tests.abuse.attacker import new_key
 from tests.chaos.load import EchoServer, echo_works
+from tests.support.nodes import Node
+from tests.support.ports import own_port
 from tests.support.processes import descriptors, pss_bytes, wait_until
 
 
@@ -35,7 +36,7 @@ class World:
         self.directory = directory
         self.laptop, self.home = (Node(name, directory) for name in ("laptop", "home"))
         self.insider: PrivateKey = new_key()
-        self.metrics_port = free_port()
+        self.metrics_port = own_port()
         for node in (self.laptop, self.home):
             node.initialise()
         config = self.home.home / "config.yaml"

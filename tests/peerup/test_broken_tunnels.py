@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from demo.node import Node
 from tests.chaos.load import EchoServer
+from tests.support.nodes import Node
 from tests.support.processes import wait_until
 
 SERVICE = "echo"

@@ -11,8 +11,8 @@ import socket
 import threading
 import time
 
-from demo.node import Node
 from tests.chaos.load import EchoServer, echo_works
+from tests.support.nodes import Node
 from tests.support.processes import is_alive, wait_until
 
 
