@@ -149,7 +149,7 @@ def test_closing_ends_what_runs_inside(natlab_factory: Callable[..., Lab]) -> No
     assert set(members_of(inodes)) == {shell.pid, daemon}
     started = time.monotonic()
     lab.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert shell.returncode == -signal.SIGKILL
     assert not is_alive(daemon)
     assert not members_of(inodes)

@@ -125,9 +125,20 @@ def test_changes_are_in_force_at_once(lab: Lab) -> None:
 
 
 def test_bandwidth(lab: Lab) -> None:
-    """A megabyte over 20 Mbit/s takes 0.4 s at least, and a TCP that knows its trade gets most of it."""
+    """A megabyte over 20 Mbit/s takes 0.4 s at least, and a TCP that knows its trade gets most of it.
+
+    Not necessarily on a machine that has no time for it, so it may try again; too fast it must never be.
+    """
     amount = 1_000_000
     host, server = lab.host("host", link=lab.link(rate=20e6)), lab.host("server")
+    taken = []
+    while len(taken) < 5 and not (taken and min(taken) < 2.5):
+        taken.append(transfer(host, server, amount))
+    assert amount * 8 / 20e6 * 0.95 < min(taken) < 2.5
+
+
+def transfer(host: Host, server: Host, amount: int) -> float:
+    """Seconds until so many bytes have come through a new TCP connection."""
     with server.socket(socket.SOCK_STREAM) as listener, host.socket(socket.SOCK_STREAM) as client:
         listener.bind((server.address, PORT))
         listener.listen()
@@ -148,7 +159,7 @@ def test_bandwidth(lab: Lab) -> None:
             took = time.monotonic() - started
             sender.join()
     assert received == amount
-    assert amount * 8 / 20e6 * 0.95 < took < 2.5
+    return took
 
 
 def test_large_packets_and_checksums_survive(lab: Lab) -> None:

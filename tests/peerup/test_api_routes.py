@@ -354,7 +354,7 @@ async def test_message_faults_are_told_listed_checkpointed_and_cleared(serve):
         assert node.faults("root") == node.faults("api") == (rule,)
         (listed,) = await node.call(node.client.get, "/v1/faults")
         assert listed["id"] == made["id"] == rule.id
-        assert 19 < listed["seconds_left"] <= 20
+        assert 10 < listed["seconds_left"] <= 20
         assert node.context.checkpoints[-1][0]["faults"][0]["id"] == rule.id
         await node.call(node.client.post, "/v1/faults", {"action": "drop", "from": "x"})
         assert (await node.call(node.client.delete, f"/v1/faults/{rule.id}"))["cleared"] == 1

@@ -99,7 +99,7 @@ def test_a_stuck_actor_is_killed_at_its_stop_deadline(path: str, start: Start) -
     block(service, "a")
     before = time.monotonic()
     assert service.stop() == 0
-    assert 0.4 < time.monotonic() - before < 5
+    assert 0.4 < time.monotonic() - before < 20
     assert left_in(path) == []
 
 
@@ -128,7 +128,7 @@ def test_a_child_that_is_still_starting_stops_at_once(path: str, start: Start) -
     wait_until(lambda: service.visitor.directory.read("slow"), within=5, what="it is being started")
     before = time.monotonic()
     assert service.stop() == 0
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < 20
     assert left_in(path) == []
 
 
@@ -156,7 +156,7 @@ def test_a_pending_request_fails_when_its_target_is_killed(start: Start) -> None
     before = time.monotonic()
     with pytest.raises(ActorRestartingError):
         service.visitor.ask("a", Sleep(30.0), timeout=30)
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGTERM])
@@ -306,7 +306,7 @@ def test_everything_is_rebuilt_when_admin_or_root_dies(start: Start, victim: str
     service.leave()  # the registry is made anew
     service.wait_ready(2)
     again = service.echo_from_another("c", pid)
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 20
     assert again.incarnation > incarnation
     assert not [pid for pid in old if read_process(pid) is not None]
     assert len(tree(service.pid)) == 8

@@ -125,7 +125,7 @@ def test_a_process_that_does_not_read_holds_up_nobody_else(path: str, visitor: V
         assert visitor.exchange.dead_letters().letters[-1].reason.startswith("stuck does not read")
         before = time.monotonic()
         assert visitor.ask("well", Echo(b"")).pid == other
-        assert time.monotonic() - before < 1
+        assert time.monotonic() - before < 10
         os.kill(pid, signal.SIGCONT)
 
 
