@@ -340,6 +340,8 @@ class Session:
             return False
         # what the peer may send plus what waits here fills up the window; the rest can be granted
         grant = stream.window - stream.receive_window - stream.undelivered
+        if stream is self._body_stream:
+            grant -= self._body_left  # what has yet to come of the present frame: its header charged all of it
         if grant < stream.window >> 1:
             return False
         elapsed = now - stream.refilled_at

@@ -198,6 +198,16 @@ def test_window_does_not_grow_for_a_slow_reader(behind, later):
     assert stream.receive_window + stream.undelivered == stream.window == INITIAL_WINDOW
 
 
+def test_what_has_yet_to_come_of_a_frame_is_not_granted_again():
+    end = End(Role.SERVER)
+    begun, most = 150_000, 200_000
+    end.feed(data(1, bytes(most), SYN)[: 12 + begun])
+    (stream,) = end.opened
+    assert end.session.consumed(stream, begun, 1.0)
+    assert stream.window == INITIAL_WINDOW
+    assert stream.receive_window + (most - begun) == INITIAL_WINDOW
+
+
 def test_windows_grow_within_the_budget_of_the_session():
     server = End(Role.SERVER, session_window=INITIAL_WINDOW)
     for stream_id in (1, 3):
