@@ -83,8 +83,8 @@ build() { # build DIRECTORY: a virtual environment with peerup and its locked de
     # Scripts of the environment name the place where it was built; the programs in PREFIX/bin do not.
     find "$1/bin" -mindepth 1 ! -name 'python*' -delete
     find "$1" -name pyvenv.cfg -exec sed -i '/^command/d' {} +
-    # -s: the place where it was built is not where tracebacks should point to.
-    "$1/bin/python" -I -m compileall -q -s "$1" -p "$PREFIX/lib/peerup" "$1/lib" || fail "compiling failed"
+    # -s: the place where it was built is not where tracebacks should point to. -f: nor in what pip has compiled meanwhile.
+    "$1/bin/python" -I -m compileall -q -f -s "$1" -p "$PREFIX/lib/peerup" "$1/lib" || fail "compiling failed"
 }
 
 remove_noted() { # remove_noted MANIFEST: all files in it, and its directories where they are empty
