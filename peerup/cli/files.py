@@ -32,6 +32,22 @@ def read_config(session: Session) -> NodeConfig:
     return load_config(session.home.config_file)
 
 
+def key_path(session: Session) -> Path:
+    """The identity key: where the configuration says, else beside it."""
+    return read_config(session).key_path if session.home.config_file.exists() else session.home.key_file
+
+
+def own_peer(session: Session) -> PeerId | None:
+    """Who this node is; None if its key cannot be read."""
+    from actors.keyring.key_file import load_key
+    from protocol.errors import PeerupError
+
+    try:
+        return load_key(key_path(session)).peer_id
+    except PeerupError:
+        return None
+
+
 def authorized_keys_path(session: Session, given: Path | None = None) -> Path:
     """The authorized_keys file: as given, else where the configuration says, else beside it."""
     if given is not None:

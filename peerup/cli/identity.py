@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from peerup.cli.files import read_config
+from peerup.cli.files import key_path
 from peerup.cli.framework import Session, command, examples
 from peerup.cli.output import good
 
@@ -70,7 +70,6 @@ def whoami(session: Session) -> None:
     """Print this node's peer id: what other devices authorise it by."""
     from actors.keyring.key_file import load_key
 
-    home = session.home
-    path = read_config(session).key_path if home.config_file.exists() else home.key_file
+    path = key_path(session)
     peer_id = str(load_key(path).peer_id)
     session.show({"peer_id": peer_id, "key": str(path)}, lambda: click.echo(peer_id))

@@ -18,6 +18,7 @@ def way_words(path: str, transport: str, relay: str | None, relay_name: str) -> 
 @command(
     "paths",
     json_output=True,
+    short_help="Show the live connections and their paths.",
     epilog=examples("peerup paths", "peerup paths home"),
 )
 @click.argument("peer", required=False)
@@ -82,7 +83,12 @@ def _limit(path: dict[str, Any]) -> str:
     return " and ".join(granted)
 
 
-@command("traceroute", json_output=True, epilog=examples("peerup traceroute home"))
+@command(
+    "traceroute",
+    json_output=True,
+    short_help="Show the hops to a peer, with times.",
+    epilog=examples("peerup traceroute home"),
+)
 @click.argument("peer")
 def traceroute(session: Session, peer: str) -> None:
     """Show the hops to a peer, this node, a relay if there is one, the peer, with the time to each and back.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peerup.cli.files import CONFIG, read_config, report, tell_node
+from peerup.cli.files import CONFIG, own_peer, read_config, report, tell_node
 from peerup.cli.framework import LazyGroup, Session, command, examples
 from peerup.cli.output import Column, short_id, size, span, styled, table
 
@@ -36,6 +36,7 @@ STYLES = {"held": "green", "none": "red"}
 @click.group(
     "relay",
     cls=LazyGroup,
+    short_help="Use relays, or be one.",
     sources=SERVER_COMMANDS,
     epilog=examples(
         "peerup relay add /dns/relay.example/tcp/4001/p2p/12D3KooW...",
@@ -59,9 +60,12 @@ def add(session: Session, addresses: tuple[str, ...]) -> None:
     relay. A running node takes the change over at once.
     """
     from actors.config.file import edit_config
+    from protocol.errors import InvalidValueError
     from protocol.multiaddr import Multiaddr
 
     given = [Multiaddr(address) for address in addresses]
+    if itself := [address for address in given if address.peer_id is not None and address.peer_id == own_peer(session)]:
+        raise InvalidValueError(f"{itself[0]} is this node; name a relay that others can reach")
     with edit_config(session.home.config_file) as editor:
         added = editor.add_relays(given)
         known = editor.config.relay.addresses

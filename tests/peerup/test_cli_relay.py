@@ -38,6 +38,14 @@ def as_json(result):
     return json.loads(result.stdout)
 
 
+def test_a_node_is_no_relay_of_its_own(peerup, config):
+    before = config.read_text()
+    own = as_json(peerup("whoami", "--json"))["peer_id"]
+    result = peerup("relay", "add", NEAR_TCP, f"/ip4/192.0.2.9/tcp/4001/p2p/{own}", status=1)
+    assert "is this node" in result.output
+    assert config.read_text() == before
+
+
 def test_relays_are_added_listed_and_removed_without_harm_to_the_file(peerup, config):
     before = config.read_text()
     assert "no relays" in peerup("relay", "list").stdout
