@@ -19,7 +19,7 @@ Two of those mean something to us, both names in order of preference:
 
     initiator:  AWAIT_E_S -> DONE          responder:  AWAIT_E -> AWAIT_S -> DONE
 
-Every failure is final. Afterwards each direction has a :class:`CipherState` that works in place.
+Every failure is final. Afterwards each direction has a :class:`CipherState`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ciphers of Noise's transport messages, in place (noiseprotocol.org revision 34, sections 4.2, 5.1, 11.3 and 12).
+"""The ciphers of Noise's transport messages (noiseprotocol.org revision 34, sections 4.2, 5.1, 11.3 and 12).
 
 Theory of operation. A :class:`CipherState` is one direction's key and the number of the next message. Its cipher is one
 of the two that Noise defines. They differ in how the number is laid out in the nonce, and in how long a key lasts:
@@ -72,18 +72,10 @@ class CipherState:
         self._pack = _NONCE[cipher]
         self._last = MAX_NONCE if cipher is Cipher.CHACHA_POLY else REKEY_AFTER - 1  # that this key may be used with
 
-    def seal(self, buffer: memoryview, length: int) -> int:
-        """Encrypt the first `length` bytes of `buffer` in place; the tag follows them. Returns `length` + 16.
-
-        `buffer` must have room for that. Longer than `noise.MAX_PLAINTEXT` is the caller's mistake.
-
-        Raises:
-            NonceExhaustedError: the key is used up.
-        """
-        return self.seal_into(buffer[:length], buffer)
-
     def seal_into(self, data: memoryview, out: memoryview) -> int:
-        """Encrypt `data` into the beginning of `out`; the tag follows. Returns how many bytes that is.
+        """Encrypt `data`, at most `noise.MAX_PLAINTEXT` bytes, into the beginning of `out`; the tag follows.
+
+        Returns how many bytes that is.
 
         `data` may be the beginning of `out` itself; they must not overlap in another way.
 
@@ -98,21 +90,13 @@ class CipherState:
         self._aead.encrypt_into(self._pack(nonce), data, None, out[:sealed])
         return sealed
 
-    def open(self, buffer: memoryview) -> int:
-        """Verify and decrypt the message that fills `buffer`, in place. Returns the length of the plaintext.
-
-        Raises:
-            NoiseError: it is not the peer's next message, unchanged; or the key is used up.
-        """
-        return self.open_into(buffer, buffer)
-
     def open_into(self, sealed: memoryview, out: memoryview) -> int:
         """Verify the message that fills `sealed`, and decrypt it into the beginning of `out`. Returns the length.
 
         `out` may be `sealed` itself; they must not overlap in another way. It holds nothing of use after an error.
 
         Raises:
-            NoiseError: as :meth:`open`.
+            NoiseError: it is not the peer's next message, unchanged; or the key is used up.
         """
         nonce = self.nonce
         if nonce > self._last:
@@ -139,7 +123,7 @@ class CipherState:
         """The plaintext of a small sealed message.
 
         Raises:
-            NoiseError: as :meth:`open`.
+            NoiseError: as :meth:`open_into`.
         """
         if self.nonce > self._last:
             self._renew()

@@ -23,6 +23,7 @@ from typing import Final
 
 import trio
 
+from actors.events import until_any
 from actors.switchboard.connections import Connection, ConnectionTable
 from protocol.peer_id import PeerId
 
@@ -143,14 +144,7 @@ class Departures:
     async def _until_news(self, connection: Connection, seconds: float) -> None:
         """Return when so much time has passed, the connection has ended, or a relayed one has come up."""
         with trio.move_on_after(seconds):
-            async with trio.open_nursery() as nursery:
-
-                async def wait_for(event: trio.Event) -> None:
-                    await event.wait()
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(wait_for, connection.ended)
-                nursery.start_soon(wait_for, self._late)
+            await until_any(connection.ended, self._late)
 
 
 def _quiet(connection: Connection) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import trio
 
+from actors.events import until_any
 from actors.switchboard.addresses import AddressBook
 from actors.switchboard.admittance import Admittance
 from actors.switchboard.circuit_pipes import DialledCircuit
@@ -185,14 +186,7 @@ class Reach:
         connection, tried = await self.connect(peer, anyway=True)
         with trio.move_on_after(PROOF_DEADLINE):
             while not connection.identified.is_set() and connection.end is None:
-                async with trio.open_nursery() as nursery:
-
-                    async def wait_for(event: trio.Event) -> None:
-                        await event.wait()
-                        nursery.cancel_scope.cancel()
-
-                    nursery.start_soon(wait_for, connection.identified)
-                    nursery.start_soon(wait_for, connection.ended)
+                await until_any(connection.identified, connection.ended)
         if connection.end is not None:
             raise why_lost(connection, ConnectionLostError(connection.end.reason))
         return connection, tried
