@@ -54,7 +54,7 @@ MULTISTREAM: Final = "/multistream/1.0.0"
 """The header that both sides begin with."""
 
 MAX_MESSAGE: Final = 1024
-"""The longest message in bytes with its newline. go-libp2p takes 64 KiB; no protocol id comes near this."""
+"""The longest message in bytes with its newline. go-libp2p and js-libp2p take as much."""
 
 MAX_TRIES: Final = 32
 """The most proposals and `ls` requests answered in one negotiation, and the most protocols an initiator may try."""

@@ -15,6 +15,11 @@ and doubles while its reader empties it quickly, up to a limit for the stream an
 
 Reset codes and go-away codes travel in the length field (as go-yamux 5 does it); others send and read 0 there.
 
+Not every oddity is an attack. Implementations differ, and some let go of a stream before they have announced it, so
+frames for streams that never were, data behind FIN and unknown flags are passed over and charged to that allowance.
+The session ends where the two sides can no longer agree on what the bytes mean, or where a bound that both know was
+broken; docs/protocols.md compares these cases with what other implementations do.
+
 A session does no I/O. It is fed with :meth:`Session.receive` and calls its :class:`Consumer` back, synchronously, with
 views into the very buffer that it was fed with: nothing is copied. What it has to say by itself (window updates, pings,
 resets) collects as ready frames, to be fetched by :meth:`Session.take_control`; data frames are the caller's
@@ -53,6 +58,8 @@ SYN: Final = 1
 ACK: Final = 2
 FIN: Final = 4
 RST: Final = 8
+
+_FLAGS: Final = SYN | ACK | FIN | RST
 
 _SMALL_UPDATE: Final = 512  # bytes; a window that moves by less makes more work than it is worth
 _UPDATES_DUE: Final = 4096  # small updates that may be waited for: more than frames are under way
@@ -435,14 +442,18 @@ class Session:
             self.frames_received += 1
             if len(self._control) > self._limits.control_bytes and not self.local_gone:
                 raise FloodError("the peer asks for more answers than it reads")
-            if kind <= WINDOW_UPDATE and not version:
+            if version:
+                raise YamuxError(f"a frame of version {version}")
+            if flags > _FLAGS:
+                self._spend(now)
+                flags &= _FLAGS
+            if kind <= WINDOW_UPDATE:
                 self._stream_frame(kind, flags, stream_id, length, now)
-            elif version or stream_id:
-                raise YamuxError(f"a frame of version {version} and type {kind} on stream {stream_id}")
             else:
                 self._session_frame(kind, flags, length, now)
 
     def _session_frame(self, kind: int, flags: int, length: int, now: float) -> None:
+        # Some implementations put a stream id into these frames. It says nothing.
         if kind == PING:
             self._ping(flags, length, now)
         elif kind == GO_AWAY:
@@ -464,13 +475,14 @@ class Session:
                 return
         if kind == DATA:
             if stream is not None:
-                if length and stream.remote_finished:
-                    raise YamuxError(f"data after the end of stream {stream_id}")
                 if length > stream.receive_window:
                     raise WindowExceededError(
                         f"{length} bytes on stream {stream_id}, where {stream.receive_window} are allowed"
                     )
                 stream.receive_window -= length
+                if length and stream.remote_finished:
+                    self._spend(now)
+                    stream = None  # it is not granted anew, so there can be no more than one window of it
             self._body_left = length
             self._body_stream = stream
             self._body_flags = flags & FIN
@@ -497,11 +509,11 @@ class Session:
 
     def _examine(self, stream: Stream | None, flags: int, stream_id: int, length: int, now: float) -> None:
         """Look at a frame without SYN that has flags, no stream or no length."""
-        if flags > ACK | FIN | RST:
-            raise YamuxError(f"a frame with flags 0x{flags:x}")
-        if stream is None:
-            self._check_known(stream_id)
-        elif flags & ACK and not stream.inbound and not stream.acknowledged:
+        if stream is None and not self._was_opened(stream_id):
+            if not flags & RST:  # that is charged anyway
+                self._spend(now)
+            return
+        if stream is not None and flags & ACK and not stream.inbound and not stream.acknowledged:
             stream.acknowledged = True
             self._outbound_unacknowledged -= 1
             return
@@ -541,15 +553,11 @@ class Session:
         self._consumer.stream_opened(stream)
         return None if stream.closed else stream  # it may have been refused already
 
-    def _check_known(self, stream_id: int) -> None:
-        """Frames may still come for a stream that we closed, but not for one that never was."""
-        known = (
-            0 < stream_id < self._next_id
-            if stream_id & 1 == self._own_parity
-            else 0 < stream_id <= self._last_remote_id
-        )
-        if not known:
-            raise YamuxError(f"a frame for stream {stream_id}, which was never opened")
+    def _was_opened(self, stream_id: int) -> bool:
+        """Whether this may be a stream of the past; of the peer's ids we know no more than the highest."""
+        if stream_id & 1 == self._own_parity:
+            return 0 < stream_id < self._next_id
+        return 0 < stream_id <= self._last_remote_id
 
     def _reset_by_peer(self, stream: Stream | None, kind: int, length: int, now: float) -> None:
         code = length
@@ -570,7 +578,7 @@ class Session:
             self._spend(now)
             self._consumer.pong(value)
         else:
-            raise YamuxError("a ping that neither asks nor answers")
+            self._spend(now)  # it neither asks nor answers
 
     # ---- bookkeeping
 

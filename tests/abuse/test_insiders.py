@@ -150,26 +150,32 @@ async def unknown_type(insider: Attacker) -> None:
     await insider.say(frame(4, 0, 1))
 
 
-async def unknown_flags(insider: Attacker) -> None:
-    await insider.say(frame(WINDOW_UPDATE, SYN, 1), frame(DATA, 0x8000, 1))
-
-
 async def stream_of_the_other_side(insider: Attacker) -> None:
     await insider.say(frame(WINDOW_UPDATE, SYN, 1002))
 
 
-async def data_on_a_stream_that_never_was(insider: Attacker) -> None:
-    await insider.say(data(9, b"hello?"))
+async def data_on_streams_that_never_were(insider: Attacker) -> None:
+    await flood(insider, data(9, b"hello?") * FLOOD, reads=False)
 
 
-async def syn_twice(insider: Attacker) -> None:
-    await insider.say(frame(WINDOW_UPDATE, SYN, 1), frame(WINDOW_UPDATE, SYN, 1))
+async def resets_of_streams_that_never_were(insider: Attacker) -> None:
+    await flood(insider, b"".join(frame(DATA, RST, 1 + 2 * number) for number in range(FLOOD)), reads=False)
+
+
+async def unknown_flags(insider: Attacker) -> None:
+    await insider.say(frame(WINDOW_UPDATE, SYN, 1))
+    await flood(insider, frame(WINDOW_UPDATE, 0x8000, 1, 1000) * FLOOD, reads=False)
 
 
 async def data_after_the_end(insider: Attacker) -> None:
     stuck = "/peerup/stuck/1.0.0"  # which does not finish its direction, so that the stream is still there
     assert await insider.negotiate(1, stuck) == encode_message(stuck)
-    await insider.say(data(1, b"the end", FIN), data(1, b"one more thing"))
+    await insider.say(data(1, b"the end", FIN))
+    await flood(insider, data(1, b"more") * FLOOD, reads=False)
+
+
+async def syn_twice(insider: Attacker) -> None:
+    await insider.say(frame(WINDOW_UPDATE, SYN, 1), frame(WINDOW_UPDATE, SYN, 1))
 
 
 async def altered_ciphertext(insider: Attacker) -> None:
@@ -203,17 +209,18 @@ ENDED: dict[Callable[[Attacker], Awaitable[None]], str] = {
     empty_data_flood: "yamux-flood",
     empty_window_flood: "yamux-flood",
     resets_of_streams_long_gone: "yamux-flood",
+    data_on_streams_that_never_were: "yamux-flood",
+    resets_of_streams_that_never_were: "yamux-flood",
+    unknown_flags: "yamux-flood",
+    data_after_the_end: "yamux-flood",
     window_overrun: "yamux-window",
     frame_larger_than_its_window: "yamux-window",
     frame_of_four_gibibytes: "yamux-window",
     window_overflow: "yamux",
     unknown_version: "yamux",
     unknown_type: "yamux",
-    unknown_flags: "yamux",
     stream_of_the_other_side: "yamux",
-    data_on_a_stream_that_never_was: "yamux",
     syn_twice: "yamux",
-    data_after_the_end: "yamux",
     altered_ciphertext: "noise",
     replayed_ciphertext: "noise",
     empty_ciphertext: "noise",
@@ -278,6 +285,29 @@ async def test_a_node_in_the_middle_of_ten_thousand_syns_serves_others(world: Wo
     assert outcomes
     assert all(outcomes), f"{outcomes.count(False)} of {len(outcomes)} connections failed"
     vitals.check(growth=GROWTH, what="sixteen floods")
+
+
+ODD = [
+    frame(DATA, RST, 9),
+    frame(WINDOW_UPDATE, RST, 9, 0x1000),
+    frame(DATA, FIN, 9),
+    frame(WINDOW_UPDATE, FIN | ACK, 10),
+    frame(WINDOW_UPDATE, 0, 10, 5000),
+    data(9, bytes(70_000)),
+    data(0, b"no stream at all"),
+    frame(WINDOW_UPDATE, 0x8000, 9, 1000),
+    frame(PING, 0, 0, 1),
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=[f"type{odd[1]}-flags{odd[3]:x}-stream{odd[7]}" for odd in ODD])
+async def test_frames_of_streams_that_never_were_leave_the_connection_as_it_is(world: World, odd: bytes) -> None:
+    """rust-libp2p resets a stream that it has never announced when nobody wants its lazy negotiation any more."""
+    async with inside(world) as insider:
+        await insider.say(odd)
+        await still_alive(insider, 1)
+        await insider.say(odd)
+        await still_alive(insider, 3)
 
 
 # ---- what is refused on a stream, and leaves the connection as it is

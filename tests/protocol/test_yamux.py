@@ -234,16 +234,10 @@ def test_more_than_granted_ends_the_session():
     [
         b"\1" + frame(PING, SYN, 0, 0)[1:],
         frame(4, 0, 0, 0),
-        frame(PING, 0, 0, 0),
-        frame(PING, SYN, 1, 0),
-        frame(GO_AWAY, 0, 1, 0),
+        frame(0xFF, 0, 1, 0),
         frame(WINDOW_UPDATE, SYN, 0, 0),
         frame(WINDOW_UPDATE, SYN, 2, 0),  # ours to open
         frame(WINDOW_UPDATE, SYN, 1, 0) * 2,
-        data(1, b"never opened"),
-        frame(WINDOW_UPDATE, 0, 2, 0),
-        frame(WINDOW_UPDATE, 16, 1, 0),
-        data(1, b"x", SYN | FIN) + data(1, b"after the end"),
         frame(WINDOW_UPDATE, SYN, 1, 0xFFFF_FFFF) + frame(WINDOW_UPDATE, 0, 1, 1),
     ],
 )
@@ -252,6 +246,62 @@ def test_broken_protocol_ends_the_session(raw):
     with pytest.raises(YamuxError):
         server.feed(raw)
     assert server.said()[-1] == (GO_AWAY, 0, 0, 1, b"")
+
+
+NEVER_OPENED = [
+    frame(kind, flags, stream, length, bytes(length) if kind == DATA else b"")
+    for kind in (DATA, WINDOW_UPDATE)
+    for flags in (0, ACK, FIN, RST, ACK | FIN, FIN | RST)
+    for stream in (0, 5, 6, 0xFFFF_FFFE, 0xFFFF_FFFF)
+    for length in (0, 5000)
+]
+ODD: list[bytes] = [
+    *NEVER_OPENED,
+    frame(PING, 0, 0, 7),
+    frame(PING, 0x10, 0, 7),
+    frame(PING, SYN, 3, 7),
+    frame(WINDOW_UPDATE, 0x10, 1, 600),
+    frame(WINDOW_UPDATE, 0x8000 | ACK, 1, 0),
+    data(3, b"behind the end"),
+]
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("raw", ODD, ids=[raw[:12].hex() for raw in ODD])
+def test_frames_that_mean_nothing_are_passed_over(role, raw):
+    end = End(role)
+    one, other = (1, 3) if role is Role.SERVER else (2, 4)
+    raw = raw.replace(frame(0, 0, 3, 0)[:8], frame(0, 0, other, 0)[:8])
+    end.feed(data(one, b"", SYN) + data(other, b"all", SYN | FIN))
+    end.feed(raw)
+    end.feed(data(one, b"goes on"))
+    assert end.received[one] == b"goes on"
+    assert end.received[other] == b"all"
+    assert end.session.streams == 2
+    assert not end.resets
+
+
+@pytest.mark.parametrize("raw", ODD, ids=[raw[:12].hex() for raw in ODD])
+def test_frames_that_mean_nothing_are_not_for_nothing(raw):
+    end = End(Role.SERVER)
+    end.feed(data(1, b"", SYN) + data(3, b"all", SYN | FIN))
+    with pytest.raises(FloodError):
+        end.feed(raw * 2100)
+
+
+def test_unknown_flags_do_not_hide_known_ones():
+    end = End(Role.SERVER)
+    end.feed(data(1, b"whole", 0x100 | SYN | FIN))
+    assert (end.received[1], end.finished) == (b"whole", {1})
+    end.feed(frame(PING, 0x20 | SYN, 0, 7))
+    assert (PING, ACK, 0, 7, b"") in end.said()
+
+
+def test_data_behind_the_end_is_no_more_than_a_window():
+    end = End(Role.SERVER)
+    end.feed(data(1, b"all", SYN | FIN))
+    with pytest.raises(WindowExceededError):
+        end.feed(data(1, bytes(INITIAL_WINDOW)))
 
 
 def test_ping_is_answered_and_measured():
