@@ -371,6 +371,10 @@ class Exchange:
         """Call back at this moment of `now`, from `handle_timers`."""
         return self._timers.call_at(when, function)
 
+    def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
+        """Call back so many seconds from now, from `handle_timers`."""
+        return self._timers.call_at(self.now() + seconds, function)
+
     def next_timer(self) -> float | None:
         """The moment at which `handle_timers` must be called next, or None."""
         return self._timers.next()

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Collection
 
 from supervisor import linux
+from supervisor.log_output import say_once
 
 CRASHED = os.EX_SOFTWARE
 """The exit status of a process whose code raised an exception that nobody handled."""
@@ -33,7 +34,13 @@ class Child:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
+        try:
+            self.pidfd = os.pidfd_open(pid)
+        except OSError:
+            # Nobody would notice its end, and nobody could stop it: better none than that.
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send it a signal; harmless when it has ended."""
@@ -110,7 +117,7 @@ def _run(main: Callable[[], int], parent: int, keep: Collection[int]) -> None:
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else CRASHED
     except BaseException:  # noqa: BLE001 - the last line of defence of a process; it ends below
-        traceback.print_exc()
+        say_once(traceback.format_exc())
     finally:
         _flush()
         os._exit(status)

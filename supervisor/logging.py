@@ -8,22 +8,27 @@ their length, fields with a telling name and PEM private keys are replaced, and 
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import os
 import re
-import sys
 import traceback
-from typing import TYPE_CHECKING, Any, ClassVar, TextIO
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from supervisor.errors import RefusedError
 from supervisor.log_library import logger as _root
+from supervisor.log_output import LogOutput
 
 if TYPE_CHECKING:
     import loguru
 
 LEVELS = ("trace", "debug", "info", "warning", "error", "critical")
 """The words for levels, from the most to the least talkative."""
+
+RETRY = 0.25
+"""Seconds between attempts to write what nobody has read yet."""
 
 FIELD_LIMIT = 2000
 """Characters of a text or field that are kept."""
@@ -34,6 +39,21 @@ _PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*-----|
 _COLOURS = {"trace": "2", "debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "1;31"}
 
 
+class Sink(Protocol):
+    """Where records go; each is one `write` call."""
+
+    def write(self, text: str, /) -> int:
+        """Take one record; raises OSError or ValueError where nobody can read it."""
+        ...
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+
+    def isatty(self) -> bool:
+        """Whether a person reads along."""
+        ...
+
+
 class LogControl:
     """The log of this process: loguru's one logger, set up. The last one made is the one in force.
 
@@ -41,7 +61,7 @@ class LogControl:
         actor: whose process this is.
         level: one of LEVELS.
         json: one JSON object per line for programs instead of text for people.
-        sink: where records go; each is one `write` call.
+        sink: where records go; standard error, without ever waiting for its reader, unless told otherwise.
         colour: None = only on a terminal and without NO_COLOR.
     """
 
@@ -51,13 +71,18 @@ class LogControl:
         *,
         level: str = "info",
         json: bool = False,
-        sink: TextIO = sys.stderr,
+        sink: Sink | None = None,
         colour: bool | None = None,
     ) -> None:
         self._actor = actor
         self._json = json
-        self._sink = sink
-        self._colour = colour if colour is not None else "NO_COLOR" not in os.environ and sink.isatty()
+        self._output: LogOutput | None = None
+        if sink is None:
+            sink = self._output = LogOutput()
+        self._sink: Sink = sink
+        self._later: Callable[[float, Callable[[], None]], object] | None = None
+        self._retry_planned = False
+        self._colour = colour if colour is not None else "NO_COLOR" not in os.environ and self._sink.isatty()
         self._install(level)
         _State.active = self
 
@@ -74,10 +99,21 @@ class LogControl:
         """
         self._install(level)
 
+    def retry_with(self, later: Callable[[float, Callable[[], None]], object]) -> None:
+        """Use this to be called back after so many seconds while the reader of the log does not keep up."""
+        self._later = later
+        self._retry_planned = False  # whoever was asked before may have ended
+        self._plan_retry()
+
     def close(self) -> None:
-        """Let go of the sink; what is logged later is lost."""
+        """Let go of the sink; what is logged later is lost, and so is what nobody has read by now."""
         if _State.active is self:
             _State.active = None
+        self._later = None
+        if self._output is not None:
+            with contextlib.suppress(OSError):
+                self._output.retry()
+            self._output.close()
 
     @staticmethod
     def _install(level: str) -> None:
@@ -97,6 +133,21 @@ class LogControl:
             self._sink.flush()
         except (OSError, ValueError):
             return  # nobody reads standard error any more: no reason for an actor to end
+        self._plan_retry()
+
+    def _plan_retry(self) -> None:
+        if self._output is not None and self._output.stuck and self._later is not None and not self._retry_planned:
+            self._retry_planned = True
+            self._later(RETRY, self._retry)
+
+    def _retry(self) -> None:
+        self._retry_planned = False
+        if self._output is None:
+            return
+        with contextlib.suppress(OSError):
+            if self._output.retry() and (lost := self._output.take_lost()):
+                self.logger.warning("{} records were left out of this log because nobody was reading it", lost)
+        self._plan_retry()
 
 
 class _State:

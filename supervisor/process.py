@@ -14,7 +14,6 @@ import importlib
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -58,7 +57,7 @@ def load_factory(factory: str, allowed: tuple[str, ...]) -> type:
 
 def open_log(name: str, settings: LogSettings) -> LogControl:
     """The log of a process that hosts the actor of this name."""
-    return LogControl(name, level=settings.level_of(name), json=settings.json, sink=sys.stderr, colour=settings.colour)
+    return LogControl(name, level=settings.level_of(name), json=settings.json, colour=settings.colour)
 
 
 def enter(name: str, incarnation: int, supervisor: str, transport: Transport, boot: Boot) -> LogControl:
@@ -119,6 +118,7 @@ class Leaf(thespian.actors.Actor):
             operators=boot.operators,
         )
         transport.receiver = cell.exchange
+        log.retry_with(cell.exchange.call_later)
         status = 0
         try:
             trio.run(self._main, manager, cell)

@@ -94,6 +94,13 @@ REBUILD_BACKOFF = 0.1
 REBUILD_BACKOFF_LIMIT = 5.0
 """The longest wait in seconds."""
 
+LAST_PATIENCE = 3.0
+"""Seconds after the second signal in which this process may still end in good order; the kill of a tree takes
+milliseconds. Then, or with the third signal, it ends whatever it is doing."""
+
+EX_STUCK = 70
+"""The exit status then (EX_SOFTWARE)."""
+
 _STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -231,6 +238,7 @@ class Service:
         boot = Boot(directory, self._root, self._allow_faults, self._log_settings, self._operators, self._factories)
         while True:
             tree = _Tree(boot)
+            lost_because = ""
             try:
                 self._run_tree(tree)
             except _TreeLostError as error:
@@ -249,13 +257,15 @@ class Service:
                     raise TreeFailedError(
                         f"the actor system was lost {failed_starts} times in a row before it was ready: {error}"
                     ) from error
-                self._warn(f"{error}; everything is started again")
+                lost_because = str(error)
             except _StopNowError:
                 return
             else:
                 return
             finally:
                 incarnations = self._end(tree)
+            # First everything left is killed, then it is told.
+            self._warn(f"{lost_because}; everything is started again")
             if not self._pause(len(lost)):
                 return
             boot = dataclasses.replace(boot, generation=boot.generation + 1, incarnations=incarnations)
@@ -320,6 +330,8 @@ class Service:
         wire.name = SERVICE
         wire.receiver = exchange
         transport.timers = exchange
+        if self._log is not None:
+            self._log.retry_with(exchange.call_later)
         wire.add_reader(self._wakeup, functools.partial(_empty, self._wakeup))
         wire.add_reader(base.admin.pidfd, functools.partial(_lose, "the admin process ended"))
         root = tree.system.createActor(thespian_base.ALLOWED[0])
@@ -471,12 +483,14 @@ class Service:
         read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         previous_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         previous = {number: signal.signal(number, self._note) for number in _STOPPING_SIGNALS}
+        previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end_at_once)
         previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self._wakeup = read
         try:
             yield
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.set_wakeup_fd(previous_fd)
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -485,6 +499,14 @@ class Service:
 
     def _note(self, number: int, frame: object) -> None:
         self._signals.append(number)
+        if len(self._signals) == 2:
+            signal.setitimer(signal.ITIMER_REAL, LAST_PATIENCE)
+        elif len(self._signals) > 2:
+            self._end_at_once()
+
+    def _end_at_once(self, *_: object) -> NoReturn:
+        """End whatever this process is doing. The actors die with their parents."""
+        os._exit(EX_STUCK)
 
     def _warn(self, text: str) -> None:
         if self._log is not None:

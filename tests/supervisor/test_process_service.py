@@ -122,6 +122,53 @@ def test_a_second_signal_does_not_wait(path: str, start: Start) -> None:
     assert left_in(path) == []
 
 
+def fill(service: ToyService, number: int = 2) -> None:
+    """Until nothing more goes into the pipe of this descriptor, which the test does not read."""
+    fd = os.open(f"/proc/{service.pid}/fd/{number}", os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(fd, b"." * 4096)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(fd, b".")
+    finally:
+        os.close(fd)
+
+
+def test_nobody_reads_the_log_and_yet_all_is_supervised_and_stops(path: str, start: Start) -> None:
+    service = start(spec(toy("a"), toy("b")))
+    fill(service)
+    for _ in range(3):
+        pid = service.echo("a").pid
+        os.kill(pid, signal.SIGKILL)
+        service.echo_from_another("a", pid)
+    service.visitor.tell("b", Crash("with a traceback"))
+    service.echo_from_another("b", service.entry_pid("b"))
+    os.kill(service.entry_pid("root"), signal.SIGKILL)
+    service.leave()
+    service.wait_ready(2)
+    errors = service.errors
+    wait_until(lambda: "everything is started again" in errors(), within=5, what="what could not be logged then")
+    fill(service)
+    assert service.stop() == 0
+    assert left_in(path) == []
+
+
+def test_signals_end_a_main_process_that_is_stuck(path: str, start: Start) -> None:
+    service = start(spec(toy("a")))
+    pids = service.pids()
+    service.leave()
+    fill(service, 1)  # so that it waits for ever in saying that it stops
+
+    def ended() -> bool:
+        service.process.send_signal(signal.SIGTERM)
+        return service.process.poll() is not None
+
+    wait_until(ended, within=10, what="the end", every=0.2)
+    wait_until(lambda: not [pid for pid in pids if is_alive(pid)], within=5, what="all processes are gone")
+
+
 def test_a_child_that_is_still_starting_stops_at_once(path: str, start: Start) -> None:
     service = start(spec(toy("a")))
     service.visitor.exchange.ask("root", StartChild(toy("slow", start_delay=30.0)), timeout=30, answer=lambda _: None)
