@@ -30,7 +30,7 @@ import functools
 import itertools
 import random
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from protocol.messages import (
@@ -101,6 +101,9 @@ JOURNAL_LIMIT = 1024
 DEAD_LETTER_LIMIT = 256
 """Dead letters kept; older ones are only counted."""
 
+ABANDONED = 64
+"""Requests that nobody waits for any more and whose late refusals are known to be that, and no dead letters."""
+
 UNRECORDED = frozenset((Ping.KIND, Pong.KIND, Tapped.KIND, ReadJournal.KIND, Journal.KIND))
 """Kinds that stay out of the journal, because they would push out everything else."""
 
@@ -146,6 +149,7 @@ class Exchange:
     Attributes:
         authority: who may send what; whoever makes the exchange may replace it before the first message.
         handled: messages that the actor has finished handling; kept by whoever dispatches, reported in `Pong`.
+        refusals: what the transport refused, by reason; set by whoever made the transport.
     """
 
     def __init__(
@@ -181,6 +185,7 @@ class Exchange:
         self.authority = authority if authority is not None else Authority(supervisor)
         self.metrics = metrics if metrics is not None else Registry()
         self.handled = 0
+        self.refusals: Mapping[str, int] = {}
         self._port = port
         self._mailbox = mailbox
         self._understands = None if understands is None else frozenset(understands)
@@ -194,6 +199,7 @@ class Exchange:
         self._numbers = itertools.count(1)
         self._timers = Timers(timer_changed)
         self._pending: dict[MessageId, _Pending] = {}
+        self._abandoned: collections.deque[MessageId] = collections.deque(maxlen=ABANDONED)
         self._control: dict[str, Callable[[Any, Envelope], None]] = {}
         self._journal: collections.deque[_Head] = collections.deque(maxlen=JOURNAL_LIMIT)
         self._dead: collections.deque[DeadLetter] = collections.deque(maxlen=DEAD_LETTER_LIMIT)
@@ -250,6 +256,7 @@ class Exchange:
         pending = self._pending.pop(request, None)
         if pending is not None:
             pending.timer.cancel()
+            self._abandoned.append(request)
 
     def answer(self, request: Envelope, message: Message) -> None:
         """Answer a request that arrived. An answer that cannot be delivered is a dead letter of this actor."""
@@ -353,6 +360,21 @@ class Exchange:
         if name in self._watched:
             self._notice(name, ActorDown(name, reason))
 
+    def link_lost(self, name: str, reason: str) -> None:
+        """Receiver: pending requests to this name fail; whether they were carried out is not known."""
+        for ident in [ident for ident, pending in self._pending.items() if pending.target == name]:
+            self._resolve(ident, RefusedError("not-delivered", f"{name} did not answer: {reason}", "try again"))
+
+    def descriptors_lost(self, envelope: Envelope) -> None:
+        """Receiver: the message is a dead letter, and who sent it or waits for it hears so at once."""
+        reason = f"{self.name} has no descriptor left to take what comes with a message"
+        self._bury(_head(envelope, self.now()), reason)
+        refusal = RefusedError("no-descriptors", reason, "close what is not needed, or raise the limit (ulimit -n)")
+        if envelope.reply_to is None:
+            self.refuse(envelope, refusal)
+        elif (pending := self._pending.get(envelope.reply_to)) is not None and pending.target == envelope.sender:
+            self._resolve(envelope.reply_to, refusal)
+
     def name_up(self, name: str, incarnation: int) -> None:
         """Receiver: who watches this name gets ActorUp, who waits for it goes on."""
         for function in self._ready_waiters.pop(name, ()):
@@ -402,7 +424,7 @@ class Exchange:
 
     def dead_letters(self) -> DeadLetters:
         """The last messages of this actor that reached nobody, oldest first."""
-        return DeadLetters(tuple(self._dead), self._dead_count - len(self._dead))
+        return DeadLetters(tuple(self._dead), self._dead_count - len(self._dead), dict(self.refusals))
 
     def samples(self) -> tuple[Sample, ...]:
         """All metrics of this actor, the exchange's own included."""
@@ -415,6 +437,10 @@ class Exchange:
             for kind, count in sorted(self._received.items())
         ]
         own.append(Sample("peerup_dead_letters_total", "counter", {}, float(self._dead_count)))
+        own += [
+            Sample("peerup_transport_refusals_total", "counter", {"reason": reason}, float(count))
+            for reason, count in sorted(self.refusals.items())
+        ]
         if self._mailbox is not None:
             own.append(Sample("peerup_mailbox_depth", "gauge", {}, float(len(self._mailbox))))
             own.append(Sample("peerup_mailbox_dropped_total", "counter", {}, float(self._mailbox.dropped)))
@@ -487,7 +513,7 @@ class Exchange:
         else:
             if isinstance(message, Refusal):
                 outcome = RefusedError(message.code, message.reason, message.action)
-                if message.code in _UNDELIVERABLE:
+                if message.code in _UNDELIVERABLE or (pending is None and request not in self._abandoned):
                     self._bury_sent(request, message.reason)
             elif pending is not None and not isinstance(message, pending.expected):
                 reason = f"{envelope.sender} answered with {envelope.kind} instead of {pending.expected.KIND}"
@@ -505,6 +531,7 @@ class Exchange:
     def _expired(self, request: MessageId) -> None:
         pending = self._pending.pop(request, None)
         if pending is not None:
+            self._abandoned.append(request)
             pending.answer(DeadlineExceededError(f"{pending.target} did not answer in time"))
 
     def _not_delivered(self, target: str, reason: str) -> AskError:

@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import struct
+import termios
 import time
 from collections.abc import Collection, Iterable
 
@@ -90,6 +91,12 @@ def die_with_parent(parent: int, signal_number: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal_number)
     if os.getppid() != parent:
         os._exit(os.EX_UNAVAILABLE)
+
+
+def unread(sock: socket.socket) -> int:
+    """What the kernel keeps of what was sent on a Unix socket, because the other end has not read it; in its bytes."""
+    (kept,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
+    return int(kept)
 
 
 def forbid_inspection() -> None:

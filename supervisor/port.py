@@ -68,6 +68,14 @@ class Receiver(Protocol):
         """A watched name is ready (again)."""
         ...
 
+    def link_lost(self, name: str, reason: str) -> None:
+        """What was on its way to this name and back may be lost, but its process goes on."""
+        ...
+
+    def descriptors_lost(self, envelope: Envelope) -> None:
+        """An envelope arrived, and some of its descriptors did not: this process can have no more of them now."""
+        ...
+
     def undelivered(self, envelope: Envelope, reason: str) -> None:
         """An envelope that `send` had queued could not be delivered after all."""
         ...

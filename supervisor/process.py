@@ -118,6 +118,7 @@ class Leaf(thespian.actors.Actor):
             operators=boot.operators,
         )
         transport.receiver = cell.exchange
+        cell.exchange.refusals = transport.refusals
         log.retry_with(cell.exchange.call_later)
         status = 0
         try:

@@ -330,6 +330,7 @@ class Service:
         wire.name = SERVICE
         wire.receiver = exchange
         transport.timers = exchange
+        exchange.refusals = wire.refusals
         if self._log is not None:
             self._log.retry_with(exchange.call_later)
         wire.add_reader(self._wakeup, functools.partial(_empty, self._wakeup))

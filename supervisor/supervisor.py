@@ -111,6 +111,7 @@ class Supervisor(thespian.actors.Actor):
         self._manager, self._exchange = manager, exchange
         transport.receiver = exchange
         manager.transport.timers = exchange
+        exchange.refusals = transport.refusals
         log.retry_with(exchange.call_later)
         self._take_over()
         self._overseer = Overseer(

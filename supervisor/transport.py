@@ -6,7 +6,7 @@ frame is one packet: a type byte and a body.
 
 ====  ==================================================================
 `E`   an envelope; descriptors ride along by `SCM_RIGHTS`
-`M`   an envelope in sealed memory, which is the first descriptor
+`M`   an envelope whose body is in sealed memory, which is the first descriptor
 `T`   a control frame of the actor system (:mod:`supervisor.control`)
 ====  ==================================================================
 
@@ -19,7 +19,11 @@ counted in `refusals` and dropped; they never end a process.
 Sending never blocks. What the kernel does not take is queued for its link, within bounds, and sent when the socket
 is writable again, so one stuck process delays only messages to itself. A link breaks when the process behind it
 ends: what it had sent is read first, then queued messages are reported undelivered and the receiver is told that
-the name is down.
+the name is down. The end of a link is believed to be the end of the process only if the kernel or the registry says so
+too; otherwise the receiver is told that what was on its way is lost, and the next message opens another link.
+
+A process that has no descriptor left takes no new links for as long as that lasts: they wait, with what was sent on
+them, in the kernel's queue. A message whose descriptors did not fit is a dead letter, and its sender is told at once.
 
 All descriptors are in one epoll descriptor that lives as long as the process; :meth:`Transport.pump` does what is
 due. Single-threaded: every call is made from the thread that owns the transport.
@@ -29,7 +33,6 @@ from __future__ import annotations
 
 import array
 import collections
-import contextlib
 import dataclasses
 import errno
 import mmap
@@ -48,8 +51,8 @@ from supervisor.registry import Changes, RunDirectory, escape
 INLINE_LIMIT = 96 * 1024
 """The largest frame in bytes that goes through the socket: half of the usual send buffer. Larger ones go by memory."""
 
-MEMORY_LIMIT = MAX_BODY + 4096
-"""The largest envelope in bytes that is accepted in sealed memory."""
+END_PATIENCE = 0.05
+"""Seconds to wait for the kernel to say that a process has ended whose link did: it closes files a moment earlier."""
 
 MAX_DESCRIPTORS = 16
 """Descriptors in one message, the memory of a large one not counted."""
@@ -58,7 +61,7 @@ QUEUE_LIMIT = 2000
 """Frames that may wait for one link beyond what the kernel has taken."""
 
 QUEUE_BYTES = 8 * 1024 * 1024
-"""Bytes that may wait for one link."""
+"""Bytes that may wait for one link, those in sealed memory counted."""
 
 BACKLOG = 1024
 """Connections that may wait to be accepted: more than the processes of a node."""
@@ -71,7 +74,8 @@ _ENVELOPE, _MEMORY, _CONTROL = b"E", b"M", b"T"
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
 # As plain integers: combining the enumerations of the standard library costs microseconds for each frame.
 _RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC) | int(socket.MSG_DONTWAIT)
-_CUT_FLAGS = int(socket.MSG_TRUNC) | int(socket.MSG_CTRUNC)
+_TRUNCATED = int(socket.MSG_TRUNC)
+_DESCRIPTORS_CUT = int(socket.MSG_CTRUNC)
 _SEND_FLAGS = int(socket.MSG_NOSIGNAL)
 _GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED)
 
@@ -81,12 +85,13 @@ class _Queued:
     frame: bytes
     descriptors: list[Descriptor]
     envelope: Envelope | None
+    size: int
 
 
 class _Link:
     """One connection. `name` is None until an envelope has been sent or a verified one has come."""
 
-    __slots__ = ("broken", "fd", "incarnation", "name", "pid", "queue", "queued_bytes", "sock")
+    __slots__ = ("beside", "broken", "fd", "incarnation", "name", "pid", "queue", "queued_bytes", "sock")
 
     def __init__(self, sock: socket.socket, pid: int) -> None:
         self.sock = sock
@@ -96,6 +101,7 @@ class _Link:
         self.incarnation = 0
         self.queue: collections.deque[_Queued] = collections.deque()
         self.queued_bytes = 0
+        self.beside = 0  # bytes in sealed memory that may still wait in the kernel's queue
         self.broken = False
 
 
@@ -124,6 +130,9 @@ class Transport:
         self._by_name: dict[str, _Link] = {}
         self._by_pid: dict[int, _Link] = {}
         self._readers: dict[int, Callable[[], None]] = {}
+        self._serial = 0  # of registrations; a descriptor's number may be used again while events are handled
+        self._registered: dict[int, int] = {}
+        self._starved = False
         self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         self._changes: Changes | None = None
         self._watched: dict[str, tuple[int, int] | None] = {}
@@ -151,15 +160,25 @@ class Transport:
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
         """Call back whenever this descriptor is readable."""
         self._readers[fd] = callback
-        self._epoll.register(fd, _READ)
+        self._register(fd)
 
     def remove_reader(self, fd: int) -> None:
         """Stop calling back for this descriptor; do it before the descriptor is closed."""
         if self._readers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
+    def _register(self, fd: int) -> None:
+        self._serial += 1
+        self._registered[fd] = self._serial
+        self._epoll.register(fd, _READ)
+
     def _handle(self, events: list[tuple[int, int]]) -> None:
+        if self._starved:
+            self._resume_accepting()
+        before = self._serial
         for fd, mask in events:
+            if self._registered.get(fd, 0) > before:
+                continue  # the event was another descriptor's that had this number
             link = self._links.get(fd)
             if link is not None:
                 if mask & _WRITE:
@@ -222,11 +241,12 @@ class Transport:
             self._put(link, frame, descriptors, envelope)
             return
         try:
-            memory = Descriptor(linux.sealed_memory(frame[1:]))
+            memory = Descriptor(linux.sealed_memory(envelope.body))
         except OSError as error:
             raise NotDeliveredError(f"no memory for a message of {len(frame)} bytes: {error}") from error
+        head = _MEMORY + dataclasses.replace(envelope, body=b"").to_bytes()
         try:
-            self._put(link, _MEMORY, [memory, *descriptors], envelope)
+            self._put(link, head, [memory, *descriptors], envelope, len(envelope.body))
         finally:
             memory.close()
 
@@ -282,7 +302,10 @@ class Transport:
         return link
 
     def _connect(self, pid: int) -> _Link:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            raise NotDeliveredError(f"process {pid}: no link: {error.strerror}") from error
         try:
             sock.connect(self.directory.socket_path(pid))
             peer, uid = linux.peer_credentials(sock)
@@ -300,7 +323,7 @@ class Transport:
         link = _Link(sock, pid)
         self._links[link.fd] = link
         self._by_pid.setdefault(pid, link)
-        self._epoll.register(link.fd, _READ)
+        self._register(link.fd)
         return link
 
     def _accept(self) -> None:
@@ -310,10 +333,10 @@ class Transport:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self._stop_accepting()
+                else:
                     self.refusals["accept"] += 1
-                    return
-                self._refuse_for_want_of_descriptors()
                 return
             pid, uid = linux.peer_credentials(sock)
             if uid != self._uid or pid <= 0:
@@ -323,13 +346,41 @@ class Transport:
             sock.setblocking(False)
             self._add(sock, pid)
 
-    def _refuse_for_want_of_descriptors(self) -> None:
-        # Without this the connection would stay in the backlog and the listener readable for ever.
+    def _stop_accepting(self) -> None:
+        """No descriptor is left. Whoever connects waits; the listener wakes us for newcomers, and not all the time."""
         self.refusals["no-descriptors"] += 1
-        os.close(self._spare_fd)
-        with contextlib.suppress(OSError):
-            self._listener.accept()[0].close()
-        self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        if not self._starved:
+            self._starved = True
+            self._epoll.modify(self._listener.fileno(), _READ | select.EPOLLET)
+
+    def _resume_accepting(self) -> None:
+        """Try again, whatever woke us: supervisors look after their children every few seconds."""
+        self._starved = False
+        self._epoll.modify(self._listener.fileno(), _READ)
+        self._accept()
+
+    def _has_ended(self, link: _Link) -> bool:
+        """Whether the process behind a link that broke has ended, and not only the link."""
+        entry = None if link.name is None else self.directory.read(link.name)
+        if entry is not None and entry.pid != link.pid:
+            return True
+        os.close(self._spare_fd)  # it may be the last that this process can have
+        try:
+            return _ends_within(END_PATIENCE, link.pid)
+        finally:
+            self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def _broke(self, link: _Link, reason: str) -> None:
+        """A link came to its end."""
+        if link.name is None or self._by_name.get(link.name) is not link or self._has_ended(link):
+            self._drop(link, reason)
+            return
+        self.refusals["link-lost"] += 1
+        name, link.name = link.name, None  # so that nobody is told of the end of a process
+        del self._by_name[name]
+        self._drop(link, reason)
+        if self.receiver is not None:
+            self.receiver.link_lost(name, "the link to it broke, though its process goes on")
 
     def _drop(self, link: _Link, reason: str) -> None:
         if self._links.get(link.fd) is not link:
@@ -369,7 +420,17 @@ class Transport:
 
     # Frames out
 
-    def _put(self, link: _Link, frame: bytes, descriptors: Sequence[Descriptor], envelope: Envelope | None) -> None:
+    def _put(
+        self,
+        link: _Link,
+        frame: bytes,
+        descriptors: Sequence[Descriptor],
+        envelope: Envelope | None,
+        beside: int = 0,
+    ) -> None:
+        """Send a frame or queue it; `beside` it are so many bytes in sealed memory."""
+        if beside:
+            self._check_beside(link, beside)
         if not link.queue and not link.broken:
             try:
                 _transmit(link.sock, frame, descriptors)
@@ -384,12 +445,22 @@ class Transport:
                 return
         if link.broken:
             raise NotDeliveredError(f"{link.name or link.pid} has just ended")
-        if len(link.queue) >= QUEUE_LIMIT or link.queued_bytes + len(frame) > QUEUE_BYTES:
+        size = len(frame) + beside
+        if len(link.queue) >= QUEUE_LIMIT or link.queued_bytes + size > QUEUE_BYTES:
             raise NotDeliveredError(f"{link.name or link.pid} does not read: {len(link.queue)} messages wait for it")
-        link.queue.append(_Queued(frame, _duplicate(descriptors), envelope))
-        link.queued_bytes += len(frame)
+        link.queue.append(_Queued(frame, _duplicate(descriptors), envelope, size))
+        link.queued_bytes += size
         if len(link.queue) == 1:
             self._epoll.modify(link.fd, _READ | _WRITE)
+
+    @staticmethod
+    def _check_beside(link: _Link, size: int) -> None:
+        """The kernel counts a message in sealed memory as a few bytes, however long it is; so they are counted here."""
+        if link.beside + size > QUEUE_BYTES and not linux.unread(link.sock):
+            link.beside = 0
+        if link.beside and link.beside + size > QUEUE_BYTES:
+            raise NotDeliveredError(f"{link.name or link.pid} does not read: {link.beside} bytes wait for it")
+        link.beside += size
 
     def _flush(self, link: _Link) -> None:
         while link.queue:
@@ -407,7 +478,7 @@ class Transport:
                     self.receiver.undelivered(queued.envelope, f"not sent: {error.strerror}")
             if link.queue and link.queue[0] is queued:
                 link.queue.popleft()
-                link.queued_bytes -= len(queued.frame)
+                link.queued_bytes -= queued.size
             _close_all(queued.descriptors)
         self._epoll.modify(link.fd, _READ)
 
@@ -423,22 +494,23 @@ class Transport:
             except ConnectionResetError:
                 continue  # reported once, when the peer left something of ours unread; what it sent is still there
             except OSError as error:
-                self._drop(link, f"the link broke: {error.strerror}")
+                self._broke(link, f"the link broke: {error.strerror}")
                 return False
             descriptors = _received(ancillary) if ancillary else []
             if length == 0:
                 _close_all(descriptors)
-                self._drop(link, "the process ended")
+                self._broke(link, "the process ended")
                 return False
-            if flags & _CUT_FLAGS:
+            if flags & _TRUNCATED:
                 self._refuse("truncated", descriptors)
                 continue
-            self._receive(link, self._buffer[:length], descriptors)
+            self._receive(link, self._buffer[:length], descriptors, whole=not flags & _DESCRIPTORS_CUT)
             if self._links.get(link.fd) is not link:
                 return False
         return True
 
-    def _receive(self, link: _Link, frame: memoryview, descriptors: list[Descriptor]) -> None:
+    def _receive(self, link: _Link, frame: memoryview, descriptors: list[Descriptor], *, whole: bool) -> None:
+        """Handle a frame; if it is not `whole`, some of its descriptors were lost."""
         kind = frame[:1]
         if kind == _CONTROL:
             _close_all(descriptors)
@@ -446,17 +518,12 @@ class Transport:
                 self.control(link.pid, bytes(frame[1:]))
             return
         try:
-            if kind == _ENVELOPE:
-                envelope = Envelope.from_bytes(frame[1:])
-            elif kind == _MEMORY and descriptors and len(frame) == 1:
-                memory = descriptors.pop(0)
-                try:
-                    envelope = Envelope.from_bytes(linux.read_sealed_memory(memory.fileno(), MEMORY_LIMIT))
-                finally:
-                    memory.close()
-            else:
+            if kind not in (_ENVELOPE, _MEMORY):
                 self._refuse("malformed", descriptors)
                 return
+            envelope = Envelope.from_bytes(frame[1:])
+            if kind == _MEMORY and whole:
+                envelope = _with_body(envelope, descriptors)
         except (MessageError, OSError):
             self._refuse("malformed", descriptors)
             return
@@ -468,6 +535,10 @@ class Transport:
             return
         if self.receiver is None:
             self._refuse("no-receiver", descriptors)
+            return
+        if not whole:
+            self._refuse("descriptors-cut", descriptors)
+            self.receiver.descriptors_lost(envelope)
             return
         self.receiver.deliver(envelope, descriptors)
 
@@ -553,6 +624,38 @@ def _received(ancillary: list[tuple[int, int, bytes]]) -> list[Descriptor]:
             numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
             descriptors += [Descriptor(number) for number in numbers]
     return descriptors
+
+
+def _with_body(envelope: Envelope, descriptors: list[Descriptor]) -> Envelope:
+    """The envelope with the body that is in the first descriptor, which is taken out and closed.
+
+    Raises:
+        MessageError: there is none, or there are two.
+        OSError: it is too large, or not sealed memory.
+    """
+    if envelope.body or not descriptors:
+        raise MessageError("a message in sealed memory has its body there, and nowhere else")
+    memory = descriptors.pop(0)
+    try:
+        return dataclasses.replace(envelope, body=linux.read_sealed_memory(memory.fileno(), MAX_BODY))
+    finally:
+        memory.close()
+
+
+def _ends_within(seconds: float, pid: int) -> bool:
+    """Whether a process has ended, or does so in this time. What cannot be found out counts as no."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    finally:
+        os.close(pidfd)
 
 
 def _close_all(descriptors: Sequence[Descriptor]) -> None:

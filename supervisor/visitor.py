@@ -39,6 +39,7 @@ class Visitor:
             wall=time.time,
             random=random.Random(os.urandom(16)),  # noqa: S311 - documented as never for keys
         )
+        self.exchange.refusals = self.transport.refusals
         self.transport.receiver = self.exchange
 
     def __enter__(self) -> Self:

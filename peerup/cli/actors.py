@@ -205,6 +205,9 @@ def _print_letters(data: dict[str, Any]) -> None:
     table((*columns, Column("REASON", fold=True)), rows, empty="no message was lost")
     if data["dropped"]:
         click.echo(f"{data['dropped']} older ones are no longer kept")
+    for name, refused in data["refused"].items():
+        for reason, count in refused.items():
+            click.echo(f"{name} refused {count} before they were read: {reason}")
     for name, reason in data["silent"].items():
         click.echo(f"{name} did not answer: {reason}", err=True)
 

@@ -295,10 +295,14 @@ class DeadLetter:
 
 @message("system.dead-letters")
 class DeadLetters(Message):
-    """The last dead letters of one sender; `dropped` older ones are no longer kept."""
+    """The last dead letters of one actor; `dropped` older ones are no longer kept.
+
+    `refused` counts, by reason, what its transport refused before anybody knew what it was.
+    """
 
     letters: tuple[DeadLetter, ...]
     dropped: int
+    refused: dict[str, int]
 
 
 @message("system.read-dead-letters")

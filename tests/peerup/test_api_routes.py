@@ -311,7 +311,7 @@ async def test_dead_letters_of_all_actors_in_order_and_the_silent_are_named(serv
             raise DeadlineExceededError("no answer in time")
         at = 2.0 if target == "root" else 1.0
         entry = JournalEntry(f"{target}:1:1", None, None, target, "x", "system.ping", at)
-        return DeadLetters((DeadLetter(entry, "no such actor"),), 3)
+        return DeadLetters((DeadLetter(entry, "no such actor"),), 3, {})
 
     async with serve() as node:
         node.context.answers[ReadDeadLetters] = letters

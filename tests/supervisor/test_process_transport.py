@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import dataclasses
 import os
 import pathlib
 import random
@@ -16,12 +17,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from protocol.messages import Descriptor, Envelope, encode_body
-from protocol.messages.system import Ok
+from protocol.messages import Descriptor, Envelope, Message, encode_body
+from protocol.messages.system import CollectMetrics, Ok, ReadDeadLetters
 from supervisor import linux
+from supervisor.errors import AskError, RefusedError
 from supervisor.port import NameState, NotDeliveredError
 from supervisor.registry import Entry, RunDirectory
-from supervisor.transport import INLINE_LIMIT, QUEUE_LIMIT, Transport
+from supervisor.transport import INLINE_LIMIT, QUEUE_BYTES, QUEUE_LIMIT, Transport
 from supervisor.visitor import Visitor
 from tests.supervisor.process_harness import forked, run_directory, visitor_ready
 from tests.supervisor.toy_actors import Counted, Echo, Echoed, Numbered, ReadCount, TakeDescriptor
@@ -302,12 +304,13 @@ def test_a_frame_over_the_limit_and_unsealed_memory_are_refused(path: str, visit
         sock.send(b"E" * (INLINE_LIMIT + 100))
         assert refusals_of(path, sock, visitor, "truncated") == 1
         unsealed = os.memfd_create("x", os.MFD_ALLOW_SEALING)
-        os.write(unsealed, envelope("tester", "tester").to_bytes())
-        sock.sendmsg([b"M"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [unsealed]))])
+        os.write(unsealed, envelope("tester", "tester").body)
+        head = b"M" + dataclasses.replace(envelope("tester", "tester"), body=b"").to_bytes()
+        sock.sendmsg([head], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [unsealed]))])
         assert refusals_of(path, sock, visitor, "malformed") == 1
         os.close(unsealed)
         pipe = os.pipe()
-        sock.sendmsg([b"M"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pipe[0]]))])
+        sock.sendmsg([head], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pipe[0]]))])
         visitor.run(lambda: visitor.transport.refusals["malformed"] == 2, timeout=5)
         for fd in pipe:
             os.close(fd)
@@ -317,32 +320,131 @@ def test_more_descriptors_than_a_message_may_have_are_closed(path: str, visitor:
     here = len(descriptors(os.getpid()))
     with connect(path, os.getpid()) as sock:
         rights = array.array("i", [0] * 100)
-        sock.sendmsg([b"E"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-        assert refusals_of(path, sock, visitor, "truncated") == 1
+        frame = b"E" + envelope("tester", "tester").to_bytes()
+        sock.sendmsg([frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        assert refusals_of(path, sock, visitor, "descriptors-cut") == 1
     visitor.transport.pump()
     assert len(descriptors(os.getpid())) == here
 
 
-def test_want_of_descriptors_does_not_spin(path: str) -> None:
-    """With no descriptor left, connections are refused one by one instead of the loop running hot."""
+def starve() -> None:
+    """Let this process have no further descriptor."""
+    limit = os.dup(0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit + 1, 4096))
+
+
+def feed() -> None:
+    """Let it have some again."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 4096))
+
+
+def test_who_connects_to_a_process_without_descriptors_waits_and_is_served_later(path: str, visitor: Visitor) -> None:
+    """Nobody takes it for dead, nothing is lost, and its loop does not run hot meanwhile."""
 
     def starved() -> None:
-        with Visitor(path, "starved") as visitor:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(descriptors(os.getpid())) + 2, 1000))
-            with contextlib.suppress(OSError):
-                while True:
-                    os.dup(0)
-            visitor.directory.write("hungry", Entry(NameState.READY, 1, os.getpid(), "starved"))
-            visitor.run(lambda: visitor.transport.refusals["no-descriptors"] >= 3, timeout=10)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000))
+        with Visitor(path, "starved") as own:
+            own.exchange.on(Echo, lambda ask, envelope: own.exchange.answer(envelope, Echoed(ask.text, os.getpid(), 1)))
+            starve()
+            own.run(lambda: own.transport.refusals["no-descriptors"] > 0, timeout=20)
+            before, end = time.process_time(), time.monotonic() + 1.0
+            while time.monotonic() < end:
+                own.transport.wait(end - time.monotonic())
+            assert time.process_time() - before < 0.5
+            feed()
+            own.run(lambda: False, timeout=20)
 
-    with forked(starved) as pid:
-        wait_until(visitor_ready(path, "hungry"), within=5, what="it has no descriptor left")
-        for _ in range(3):
-            with connect(path, pid) as sock:
-                assert sock.recv(1) == b""
-        _, status = os.waitpid(pid, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
+    answers: list[Message | AskError] = []
+    downs: list[str] = []
+    visitor.exchange.name_down = lambda name, _: downs.append(name)  # type: ignore[method-assign]
+    with forked(starved):
+        wait_until(visitor_ready(path, "starved"), within=5, what="it is there")
+        visitor.exchange.watch("starved")
+        visitor.exchange.ask("starved", Echo(b"patient"), timeout=15, answer=answers.append)
+        visitor.run(lambda: bool(answers), timeout=15)
+        assert isinstance(answers[0], Echoed), answers
+        assert downs == []
+        assert visitor.ask("starved", Echo(b"again")).text == b"again"
+
+
+def test_a_message_whose_descriptor_does_not_arrive_is_refused_at_once(path: str, visitor: Visitor) -> None:
+    """Also where the body itself comes in a descriptor."""
+
+    def starved() -> None:
+        with Visitor(path, "starved") as own:
+            own.exchange.on(Echo, lambda ask, envelope: own.exchange.answer(envelope, Echoed(ask.text, os.getpid(), 1)))
+            own.exchange.on(TakeDescriptor, lambda _, envelope: own.exchange.answer(envelope, Ok()))
+            own.run(lambda: bool(own.exchange.journal()), timeout=20)
+            starve()
+            own.run(lambda: False, timeout=60)
+
+    with forked(starved):
+        wait_until(visitor_ready(path, "starved"), within=5, what="it is there")
+        assert visitor.ask("starved", Echo(b"first")).text == b"first"
+        for request in (Echo(b"x" * (2 * INLINE_LIMIT)), TakeDescriptor(Descriptor(os.dup(0)), b"")):
+            before = time.monotonic()
+            with pytest.raises(RefusedError, match="no descriptor left") as refused:
+                visitor.ask("starved", request, timeout=30)
+            assert refused.value.code == "no-descriptors"
+            assert time.monotonic() - before < 15
+        letters = visitor.ask("starved", ReadDeadLetters())
+        assert [letter.entry.kind for letter in letters.letters] == [Echo.KIND, TakeDescriptor.KIND]
+        assert letters.refused == {"descriptors-cut": 2}
+        samples = visitor.ask("starved", CollectMetrics()).samples
+        [sample] = [sample for sample in samples if sample.name == "peerup_transport_refusals_total"]
+        assert (sample.labels, sample.value) == ({"reason": "descriptors-cut"}, 2.0)
+
+
+def test_a_link_that_a_living_process_closes_is_not_its_end(path: str, visitor: Visitor) -> None:
+    downs: list[str] = []
+    visitor.exchange.name_down = lambda name, _: downs.append(name)  # type: ignore[method-assign]
+
+    def rude() -> None:
+        with Visitor(path, "rude") as own:
+            own.exchange.on(Echo, lambda ask, envelope: own.exchange.answer(envelope, Echoed(ask.text, os.getpid(), 1)))
+            own.exchange.on(ReadCount, lambda *_: None)
+            own.transport.control = lambda pid, _: own.transport.drain(pid)  # closes the link to it
+            own.run(lambda: False, timeout=60)
+
+    with forked(rude) as pid:
+        wait_until(visitor_ready(path, "rude"), within=5, what="it is there")
+        assert visitor.ask("rude", Echo(b"one")).text == b"one"
+        answers: list[Message | AskError] = []
+        visitor.exchange.ask("rude", ReadCount(), timeout=30, answer=answers.append)
+        visitor.transport.send_control(pid, b"hang up")
+        visitor.run(lambda: bool(answers), timeout=5)
+        assert isinstance(answers[0], RefusedError)
+        assert "its process goes on" in str(answers[0])
+        assert visitor.ask("rude", Echo(b"two")).text == b"two"
+        assert visitor.transport.state("rude") is NameState.READY
+        assert downs == []
+        os.kill(pid, signal.SIGKILL)
+        visitor.run(lambda: bool(downs), timeout=5)
+
+
+def test_what_waits_in_sealed_memory_counts(path: str, visitor: Visitor) -> None:
+    """Nobody can make another process hold gigabytes by not reading."""
+
+    def deaf() -> None:
+        with Visitor(path, "deaf"):
+            signal.pause()
+
+    with forked(deaf):
+        wait_until(visitor_ready(path, "deaf"), within=5, what="it is there")
+        body, sent = b"x" * (900 * 1024), 0
+
+        def send() -> int:
+            visitor.transport.send(envelope("tester", "deaf", body), ())
+            return len(body)
+
+        with contextlib.suppress(NotDeliveredError):
+            while sent < 20 * QUEUE_BYTES:
+                sent += send()
+        assert sent <= QUEUE_BYTES
+        with pytest.raises(NotDeliveredError, match="does not read"):
+            send()
+    with server(path):  # one that reads takes as much as there is
+        for _ in range(30):
+            assert visitor.ask("server", Echo(body)).text == body
 
 
 def test_control_frames_come_only_from_where_they_may(path: str) -> None:

@@ -60,4 +60,5 @@ async def dead_letters(node: Node, call: Call) -> Answer:
         {"entry": plain(dataclasses.replace(letter.entry, at=node.wall_time(letter.entry.at))), "reason": letter.reason}
         for letter in letters
     ]
-    return data_response({"letters": shown, "dropped": dropped, "silent": silent})
+    refused = {name: dict(answer.refused) for name, answer in answers.items() if answer.refused}
+    return data_response({"letters": shown, "dropped": dropped, "refused": refused, "silent": silent})
