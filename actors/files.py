@@ -30,6 +30,7 @@ LOCK_SECONDS = 10.0
 
 _LOCK_POLL_SECONDS = 0.01
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_BUSY = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR})
 
 
 class FileError(PeerupError):
@@ -68,6 +69,12 @@ class FileLockedError(FileError):
     code = "file-locked"
 
 
+class BusyError(FileError):
+    """This machine has no descriptors or memory left for now, so nothing is known of the file."""
+
+    code = "machine-busy"
+
+
 def file_error(doing: str, path: Path, error: OSError) -> FileError:
     """The error to raise for an :class:`OSError` that came while `doing` (such as `write`) something with a file."""
     what = f"cannot {doing} {path}: {error.strerror or error}"
@@ -79,6 +86,8 @@ def file_error(doing: str, path: Path, error: OSError) -> FileError:
         return FileExistsAlreadyError(what)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return PermissionsError(f"{what}. Check its owner and mode: ls -ld {path.parent} {path}")
+    if error.errno in _BUSY:
+        return BusyError(f"{what}; try again")
     return FileError(what)
 
 

@@ -111,11 +111,13 @@ class AuthorizedKeys:
         lines: every line with its line end, exactly as read; bytes that are not UTF-8 stand as lone surrogates.
         entries: the peers of the lines that are right, by order of lines, each peer once (the first line counts).
         problems: what is wrong with the others, by order of lines.
+        duplicates: further lines of peers that are in `entries`; each is among the problems, too.
     """
 
     lines: tuple[str, ...]
     entries: tuple[Entry, ...]
     problems: tuple[Problem, ...]
+    duplicates: tuple[Entry, ...] = ()
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
@@ -129,6 +131,7 @@ class AuthorizedKeys:
     def _of_lines(cls, lines: tuple[str, ...]) -> Self:
         entries: dict[PeerId, Entry] = {}
         problems: list[Problem] = []
+        duplicates: list[Entry] = []
         for number, line in enumerate(lines, 1):
             entry = _parse_line(line, number, problems)
             if entry is None:
@@ -136,7 +139,8 @@ class AuthorizedKeys:
             if (first := entries.setdefault(entry.peer, entry)) is not entry:
                 reason = f"{entry.peer.short} stands in line {first.line} already"
                 problems.append(Problem(number, "duplicate-peer", reason))
-        return cls(lines, tuple(entries.values()), tuple(problems))
+                duplicates.append(entry)
+        return cls(lines, tuple(entries.values()), tuple(problems), tuple(duplicates))
 
     def to_bytes(self) -> bytes:
         """The file's bytes; for an unedited file exactly those that were read.
@@ -161,8 +165,14 @@ class AuthorizedKeys:
         return None
 
     def rules(self) -> tuple[PeerRule, ...]:
-        """The lines as rules of a policy. Ask `fatal_problems` first."""
-        return tuple(PeerRule(entry.peer, entry.line, entry.expires, entry.comment) for entry in self.entries)
+        """The lines that are right as rules of a policy, duplicates too: of those the stricter counts.
+
+        With `fatal_problems` these are not the whole file; see :mod:`protocol.narrowing`.
+        """
+        return tuple(
+            PeerRule(entry.peer, entry.line, entry.expires, entry.comment)
+            for entry in (*self.entries, *self.duplicates)
+        )
 
     def add(self, peer: PeerId, comment: str = "", attributes: Mapping[str, str] | None = None) -> Self:
         """This file with a line for the peer at its end.

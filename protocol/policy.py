@@ -97,7 +97,8 @@ class PolicyIndex:
     that both lists allow.
 
     The rules that decisions name: `no-policy` (none has arrived yet), `not-listed`, `authorized_keys:LINE`,
-    `expired:LINE`, `gating-off`, `service:NAME` (by its `allowed_peers`), `unknown-service`, `unknown-protocol`.
+    `expired:LINE`, `withdrawn:LINE` (the line cannot be read any more, see `protocol.narrowing`), `gating-off`,
+    `service:NAME` (by its `allowed_peers`), `unknown-service`, `unknown-protocol`.
     """
 
     __slots__ = ("_listed", "_services", "policy")
@@ -117,7 +118,7 @@ class PolicyIndex:
                 self._listed[rule.peer] = _Listed(
                     expires,
                     Decision(allowed=True, rule=f"authorized_keys:{rule.line}"),
-                    Decision(allowed=False, rule=f"expired:{rule.line}"),
+                    Decision(allowed=False, rule=f"{_refused_as(rule.expires)}:{rule.line}"),
                 )
         for service in policy.services:
             self._add_service(service)
@@ -170,6 +171,10 @@ class PolicyIndex:
         """When the next peer expires that is allowed now, in seconds since the epoch; None if none will."""
         coming = [listed.expires for listed in self._listed.values() if now_wall < listed.expires < math.inf]
         return min(coming, default=None)
+
+
+def _refused_as(expires: float | None) -> str:
+    return "withdrawn" if expires == -math.inf else "expired"
 
 
 DENY_ALL: Final = PolicyIndex(None)

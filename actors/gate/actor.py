@@ -5,17 +5,19 @@ configuration (gating, services and their `allowed_peers`, from the actor `confi
 policy gets the next version and is told to every subscriber. The switchboard decides with it on its own; whoever was
 never told a policy refuses everything.
 
-What is broken never widens and never silently narrows what is allowed:
-- A file with a broken line does not come into force: the last good one stays, and the lines are reported by number.
-- At the first start there is no last good one. Then the lines that are right count, the others allow nobody, and the
+A change that narrows the policy always counts, one that widens it waits for a file that is whole
+(`protocol.narrowing`, decision 16):
+- With a broken line, what the lines that can be read do not allow any more is refused at once. New lines, and later
+  times, come into force with the file that has no broken line. Problems are reported by line.
+- A file that is missing or cannot be read allows nobody any more. One that others may write to can take away, not give.
+- At the first start nothing is in force yet. Then the lines that are right count, the others allow nobody, and the
   log says so loudly. (To refuse all of them would lock the owner out of a distant machine for a slip of the pen.)
-- A file that is missing or unreadable, or that others may write to, is treated the same way, with no right lines.
 
 A peer whose `expires` passes is cut off by republishing at that moment: subscribers then judge every live
 connection anew.
 
-A successor of this actor begins with the policy that its predecessor left, so versions always grow, and what was in
-force stays so when the file is broken, or the configuration not to be had, at the moment of a restart.
+A successor of this actor begins with the policy that its predecessor left, so versions always grow, a restart widens
+nothing while the file is broken, and what the configuration said stays in force while it is not to be had.
 """
 
 from __future__ import annotations
@@ -25,11 +27,10 @@ from pathlib import Path
 
 import trio
 
-from actors.files import FileError
+from actors.files import BusyError
 from actors.gate.audit import AuditLog, sync_and_close
-from actors.gate.authorized_keys_file import load_authorized_keys
+from actors.gate.authorized_keys_file import Reading, inspect_authorized_keys
 from actors.watch import watch_file
-from protocol.authorized_keys import AuthorizedKeys
 from protocol.messages import Data
 from protocol.messages.config import ConfigSnapshot, SubscribeConfig
 from protocol.messages.gate import (
@@ -42,6 +43,7 @@ from protocol.messages.gate import (
     TunnelEnded,
 )
 from protocol.messages.system import ActorDown, ActorUp
+from protocol.narrowing import WITHDRAWN, held_back, narrowed_peers
 from protocol.peer_id import PeerId
 from protocol.policy import PeerRule, Policy, PolicyIndex, ServiceRule
 from protocol.service import service_of_protocol
@@ -68,6 +70,15 @@ WARN_SECONDS = 60.0
 CHECKPOINT_BYTES = 12 * 1024
 """A checkpoint stays small: some 200 peers. Of what is more, a successor has only the file to go by."""
 
+CHECKPOINT_BYTES_BROKEN = 768 * 1024
+"""The same while the file is not whole, when it does not say what is in force: some 15,000 peers."""
+
+LOOK_AGAIN = 1.0
+"""Seconds until the file is looked at again for which this machine had no descriptor or memory."""
+
+MOST_WAITING = 1000
+"""Peers that an answer names at most."""
+
 
 class Gate(Actor):
     """See the module.
@@ -81,12 +92,14 @@ class Gate(Actor):
     mailbox_limit = 4096
 
     def __init__(self, path: str, audit: str | None = None, *, watch: bool = True) -> None:
-        self._path = Path(path)
+        self._path = Path(path).absolute()
         self._audit = AuditLog(Path(audit)) if audit is not None else None
         self._watch = watch
-        self._bytes: bytes | None = None  # what the file was when it was last looked at
+        self._reading: Reading | None = None  # what the file was when it was last looked at
         self._problems: tuple[LineProblem, ...] = ()
-        self._good = False  # whether what is in force came from a file without problems
+        self._begun = False  # whether anything is in force that the file must not widen while it is broken
+        self._withdrawn: frozenset[PeerId] = frozenset()  # who was allowed by lines that cannot be read any more
+        self._waiting: tuple[PeerId, ...] = ()  # whose lines allow more than what is in force
         self._policy = Policy(0, gating=True, peers=(), services=())
         self._subscribers: set[str] = set()
         self._told_by_config = 0
@@ -96,7 +109,7 @@ class Gate(Actor):
     async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
         """Read both sources; then the policy can be subscribed to."""
         if checkpoint is not None:
-            self._policy, self._good = _unpack(checkpoint.state)
+            self._policy, self._begun = _unpack(checkpoint.state)
         self.context.watch(CONFIG)
         await self._subscribe_config(publish=False)
         self._read_file(publish=False)
@@ -123,13 +136,17 @@ class Gate(Actor):
             "version": self._policy.version,
             "gating": self._policy.gating,
             "peers": len(self._policy.peers),
-            "expired": sum(rule.expires is not None and rule.expires <= now for rule in self._policy.peers),
+            "expired": sum(rule.expires is not None and WITHDRAWN < rule.expires <= now for rule in self._policy.peers),
+            "whole": self._whole,
+            "withdrawn": len(self._withdrawn),
+            "waiting": [str(peer) for peer in self._waiting[:MOST_WAITING]],
+            "digest": self._reading.digest if self._reading is not None else "",
             "next_expiry_seconds": None if next_expiry is None else next_expiry - now,
             "services": {
                 rule.service: None if rule.allowed_peers is None else [str(peer) for peer in rule.allowed_peers]
                 for rule in self._policy.services
             },
-            "problems": [f"line {problem.line}: {problem.reason}" for problem in self._problems],
+            "problems": [*self._not_whole(), *map(_in_words, self._problems)],
             "subscribers": sorted(self._subscribers),
             "audit": None
             if self._audit is None
@@ -147,9 +164,25 @@ class Gate(Actor):
     @handles(Reload)
     async def reload(self, request: Reload) -> Reloaded:
         """Read the file now."""
-        self._bytes = None
-        self._read_file(publish=True)
-        return Reloaded(self._policy.version, len(self._policy.peers), self._problems)
+        busy = self._read_file(publish=True)
+        decision = (
+            None
+            if request.peer is None
+            else PolicyIndex(self._policy).decide_connection(request.peer, self.context.wall())
+        )
+        reading = self._reading
+        return Reloaded(
+            self._policy.version,
+            len(self._policy.peers),
+            (*busy, *self._problems),
+            str(self._path),
+            reading.digest if reading is not None and not busy else "",
+            self._whole and not busy,
+            self._waiting[:MOST_WAITING],
+            len(self._withdrawn),
+            None if decision is None else decision.allowed,
+            "" if decision is None else decision.rule,
+        )
 
     @handles(ConfigSnapshot)
     async def config_changed(self, snapshot: ConfigSnapshot) -> None:
@@ -249,49 +282,80 @@ class Gate(Actor):
     async def _file_changed(self) -> None:
         self._read_file(publish=True)
 
-    def _read_file(self, *, publish: bool) -> None:
-        """Look at the file; take it over if it is good, or if nothing good is in force yet."""
-        keys: AuthorizedKeys | None = None
-        problems: tuple[LineProblem, ...]
+    @property
+    def _whole(self) -> bool:
+        return self._reading is not None and self._reading.whole
+
+    def _read_file(self, *, publish: bool) -> tuple[LineProblem, ...]:
+        """Look at the file; take it over if it is whole, else what of it narrows what is in force.
+
+        Returns why it could not be looked at.
+        """
         try:
-            keys = load_authorized_keys(self._path)
-            found = "".join(keys.lines).encode("utf-8", "surrogateescape")
-            problems = tuple(LineProblem(problem.line, problem.reason) for problem in keys.problems)
-        except FileError as error:
-            found = str(error).encode()
-            problems = (LineProblem(0, str(error)),)
-        if found == self._bytes:
-            return
-        self._bytes = found
-        fatal = keys is None or bool(keys.fatal_problems)
-        self._report(problems, fatal=fatal)
-        self._problems = problems
-        if fatal and self._good:
-            return
-        self._good = not fatal
-        rules = (keys or AuthorizedKeys.parse(b"")).rules()
-        policy = dataclasses.replace(self._policy, peers=rules)
+            reading = inspect_authorized_keys(self._path)
+        except BusyError as error:
+            self.context.log.warning("{}; what is in force stays so until it can be read", error)
+            self.context.nursery.start_soon(self._look_again)
+            return (LineProblem(0, str(error)),)
+        if reading == self._reading:
+            return ()
+        self._reading = reading
+        problems = [LineProblem(0, reading.problem)] if reading.problem else []
+        problems += [LineProblem(problem.line, problem.reason) for problem in reading.keys.problems]
+        self._problems = tuple(problems)
+        policy = dataclasses.replace(self._policy, peers=self._peers(reading))
+        self._report()
         if publish:
             self._publish(policy)
         else:
             self._policy = policy
+        return ()
 
-    def _report(self, problems: tuple[LineProblem, ...], *, fatal: bool) -> None:
-        self.context.metrics.gauge("peerup_authorized_keys_problems").set(len(problems))
-        for problem in problems:
+    def _peers(self, reading: Reading) -> tuple[PeerRule, ...]:
+        """What is in force by this reading of the file."""
+        before, readable = self._policy.peers, reading.keys.rules()
+        if reading.whole:
+            self._begun, self._withdrawn, self._waiting = True, frozenset(), ()
+            return readable
+        if self._begun:
+            after = narrowed_peers(before, readable)
+            there = {rule.peer for rule in readable}
+            self._withdrawn |= {rule.peer for rule in before if rule.peer not in there and rule.expires != WITHDRAWN}
+        else:
+            after = () if reading.problem else readable
+            self._begun = True
+        self._waiting = tuple(rule.peer for rule in held_back(after, readable))
+        return after
+
+    async def _look_again(self) -> None:
+        await trio.sleep(LOOK_AGAIN)
+        self._read_file(publish=True)
+
+    def _report(self) -> None:
+        self.context.metrics.gauge("peerup_authorized_keys_problems").set(len(self._problems))
+        for problem in self._problems:
             where = f"{self._path}, line {problem.line}: " if problem.line else ""
             self.context.log.error("{}{}", where, problem.reason)
-        if fatal and self._good:
-            self.context.log.error("{} is not taken over; the last good one stays in force", self._path)
-        elif fatal:
-            self.context.log.error("only what is right in {} is in force", self._path)
+        for line in self._not_whole():
+            self.context.log.error("{}", line)
+
+    def _not_whole(self) -> list[str]:
+        """What it means for the policy that the file is not whole; nothing if it is."""
+        if self._reading is None or self._whole:
+            return []
+        refused, waiting = len(self._withdrawn), len(self._waiting)
+        counts = (
+            f"{refused} peer{'' if refused == 1 else 's'} without a readable line refused, "
+            f"{waiting} line{'' if waiting == 1 else 's'} waiting"
+        )
+        return [f"{self._path} is not whole: what it takes away counts, what it adds waits until repaired ({counts})"]
 
     def _publish(self, policy: Policy, *, again: bool = False) -> None:
         """Give the policy the next version and tell it to everybody, unless it is the same (and not `again`)."""
         if policy == self._policy and not again:
             return
         self._policy = dataclasses.replace(policy, version=self._policy.version + 1)
-        self.context.checkpoint(_pack(self._policy, good=self._good))
+        self.context.checkpoint(_pack(self._policy, whole=self._whole))
         self.context.metrics.gauge("peerup_policy_version").set(self._policy.version)
         self.context.metrics.gauge("peerup_authorized_peers").set(len(self._policy.peers))
         self.context.log.info(
@@ -337,14 +401,26 @@ class Gate(Actor):
             self.context.log.error("an audit event was lost: {}: {}", self._audit.path, self._audit.last_error)
 
 
-def _pack(policy: Policy, *, good: bool) -> dict[str, Data]:
-    """The policy as plain data for a checkpoint."""
-    few = sum(64 + len(rule.comment.encode()) for rule in policy.peers) <= CHECKPOINT_BYTES
+def _in_words(problem: LineProblem) -> str:
+    return f"line {problem.line}: {problem.reason}" if problem.line else problem.reason
+
+
+def _pack(policy: Policy, *, whole: bool) -> dict[str, Data]:
+    """The policy as plain data for a checkpoint.
+
+    While the file is not whole it does not say what is in force, so then nothing but the comments is left out.
+    """
+    size = sum(64 + (len(rule.comment.encode()) if whole else 0) for rule in policy.peers)
+    few = size <= (CHECKPOINT_BYTES if whole else CHECKPOINT_BYTES_BROKEN)
     return {
         "version": policy.version,
         "gating": policy.gating,
-        "good": good and few,
-        "peers": [[rule.peer.to_wire(), rule.line, rule.expires, rule.comment] for rule in policy.peers if few],
+        "complete": few,
+        "peers": [
+            [rule.peer.to_wire(), rule.line, rule.expires, rule.comment if whole else ""]
+            for rule in policy.peers
+            if few
+        ],
         "services": [
             [rule.service, None if rule.allowed_peers is None else [peer.to_wire() for peer in rule.allowed_peers]]
             for rule in policy.services
@@ -353,7 +429,7 @@ def _pack(policy: Policy, *, good: bool) -> dict[str, Data]:
 
 
 def _unpack(state: dict[str, Data]) -> tuple[Policy, bool]:
-    """A policy out of a checkpoint, and whether it came from a file without problems."""
+    """A policy out of a checkpoint, and whether all its peers are in it."""
     peers = tuple(
         PeerRule(PeerId.from_wire(peer), line, expires, comment) for peer, line, expires, comment in state["peers"]
     )
@@ -361,4 +437,4 @@ def _unpack(state: dict[str, Data]) -> tuple[Policy, bool]:
         ServiceRule(service, None if allowed is None else tuple(map(PeerId.from_wire, allowed)))
         for service, allowed in state["services"]
     )
-    return Policy(state["version"], state["gating"], peers, services), state["good"]
+    return Policy(state["version"], state["gating"], peers, services), state["complete"]

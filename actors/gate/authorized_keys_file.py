@@ -6,11 +6,15 @@ Who can write to this file decides who may connect, so a file that others may wr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from actors.files import (
     LOCK_SECONDS,
+    BusyError,
+    FileError,
     FileMissingError,
     check_not_writable_by_others,
     locked,
@@ -53,6 +57,55 @@ def load_authorized_keys(path: Path) -> AuthorizedKeys:
         ) from error
     check_not_writable_by_others(path, status)
     return AuthorizedKeys.parse(content)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What can be read of an authorized_keys file, however broken it is.
+
+    Attributes:
+        keys: its lines; none if it cannot be read at all.
+        problem: why the file as a whole must not widen what is in force; empty if nothing is wrong but single lines.
+        digest: the SHA-256 of its bytes in hexadecimal; empty if it cannot be read.
+    """
+
+    keys: AuthorizedKeys
+    problem: str
+    digest: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it can be believed."""
+        return not self.problem and not self.keys.fatal_problems
+
+
+def inspect_authorized_keys(path: Path) -> Reading:
+    """As much of this file as can be read.
+
+    A file that others may write to is read as well: by taking lines away they can shut peers out, but let nobody in.
+
+    Raises:
+        BusyError: this machine is short of something; nothing is known of the file.
+    """
+    try:
+        content, status = read_limited(path, MAX_FILE)
+    except BusyError:
+        raise
+    except FileMissingError:
+        return Reading(AuthorizedKeys.parse(b""), f"there is no {path}, so nobody may connect", "")
+    except FileError as error:
+        return Reading(AuthorizedKeys.parse(b""), str(error), "")
+    problem = ""
+    try:
+        check_not_writable_by_others(path, status)
+    except FileError as error:
+        problem = str(error)
+    return Reading(AuthorizedKeys.parse(content), problem, digest_of(content))
+
+
+def digest_of(content: bytes) -> str:
+    """What tells one content of a file from another: the SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def add_peer(

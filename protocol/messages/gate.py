@@ -30,16 +30,41 @@ class LineProblem:
 
 @message("gate.reloaded")
 class Reloaded(Message):
-    """What a reload found. With problems the last good policy stays in force and `version` did not grow."""
+    """What was found in authorized_keys, and what of it is in force.
+
+    Attributes:
+        version: of the policy. It has been told to whoever enforces it, which does not say that it has arrived.
+        peers: how many peers it lists.
+        problems: what is wrong with the file, line 0 for the file as a whole.
+        file: which file that is, with an absolute path.
+        digest: the SHA-256 of the bytes that were read, in hexadecimal; empty if none could be.
+        whole: whether nothing is wrong that matters. Otherwise only what narrows the policy has been taken over.
+        waiting: peers (the first 1,000 of them) whose lines allow more than what is in force, until the file is whole.
+        withdrawn: how many peers have been refused because no line that can be read allows them any more.
+        allowed: whether the peer that was asked about may connect now; None if none was.
+        rule: the rule that says so, see `protocol.policy`.
+    """
 
     version: int
     peers: int
     problems: tuple[LineProblem, ...]
+    file: str = ""
+    digest: str = ""
+    whole: bool = True
+    waiting: tuple[PeerId, ...] = ()
+    withdrawn: int = 0
+    allowed: bool | None = None
+    rule: str = ""
 
 
 @message("gate.reload")
 class Reload(Request[Reloaded]):
-    """Read authorized_keys again now instead of when the file watcher gets to it."""
+    """Read authorized_keys again now instead of when the file watcher gets to it, and tell what is in force.
+
+    `peer` asks what that means for this peer.
+    """
+
+    peer: PeerId | None = None
 
 
 @message("gate.decided")

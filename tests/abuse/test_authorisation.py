@@ -47,7 +47,7 @@ def restored(world: World) -> Iterator[None]:
     """Whatever a test does to authorized_keys, the next one begins with what this one began with."""
     before = keys_file(world).read_bytes()
     yield
-    keys_file(world).write_bytes(before)
+    replace(keys_file(world), before.decode())
     world.home.run("auth", "list")
     reload(world)
     wait_until(lambda: echo_works(world.tunnel), within=20, what="the tunnel after the test")
@@ -186,17 +186,18 @@ def test_removing_a_peer_in_an_editor_cuts_it_at_once(world: World) -> None:
     wait_until(lambda: echo_works(world.tunnel), within=20, what="the peer back in")
 
 
-def test_a_broken_line_keeps_the_last_good_policy_and_is_told_by_number(world: World) -> None:
+def test_a_broken_line_takes_nothing_from_the_others_and_is_told_by_number(world: World) -> None:
     held = Held(world.tunnel)
+    guest = new_key()
     content = keys_file(world).read_text()
-    without = "".join(line for line in content.splitlines(True) if world.laptop.peer_id not in line)
-    broken = without + "12D3KooWnonsense # a slip of the pen\n"
-    number = len(broken.splitlines())
+    broken = content + f"12D3KooWnonsense # a slip of the pen\n{guest.peer_id}\n"
+    number = len(broken.splitlines()) - 1
     replace(keys_file(world), broken)
     answer = reload(world)
     assert [problem["line"] for problem in answer["problems"]] == [number]
-    assert held.works(), "the last good policy is no longer in force"
+    assert held.works(), "a peer whose line is right has lost its tunnel"
     assert echo_works(world.tunnel, 10)
+    assert trio.run(answer_of, world, guest, ECHO) == b"", "an addition counts before the file is whole"
     assert f"line {number}" in fails(world.home, "auth", "validate")
     told = json.loads(fails(world.home, "auth", "validate", "--json").partition('\n{"error"')[0])
     assert [problem["line"] for problem in told["problems"]] == [number]
@@ -208,6 +209,67 @@ def test_a_broken_line_keeps_the_last_good_policy_and_is_told_by_number(world: W
     assert f"line {number}" in said
     assert held.works()
     held.socket.close()
+    replace(keys_file(world), content + f"{guest.peer_id}\n")
+    assert reload(world)["problems"] == []
+    assert trio.run(answer_of, world, guest, ECHO) == encode_message(ECHO)
+
+
+def remove_line(world: World, content: str) -> None:
+    without = "".join(line for line in content.splitlines(True) if world.laptop.peer_id not in line)
+    replace(keys_file(world), without + "a slip of the pen\n")
+
+
+def spoil_expiry(world: World, content: str) -> None:
+    laptop = world.laptop.peer_id
+    replace(keys_file(world), content.replace(laptop, f"{laptop} expires=tomorrow"))
+
+
+def make_directory(world: World, content: str) -> None:
+    keys_file(world).unlink()
+    keys_file(world).mkdir()
+
+
+def cut_short(world: World, content: str) -> None:
+    keys_file(world).write_text(content[: content.index(world.laptop.peer_id) + 20])
+
+
+def take_away_and_let_others_write(world: World, content: str) -> None:
+    remove_line(world, content)
+    keys_file(world).chmod(0o666)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        remove_line,
+        spoil_expiry,
+        make_directory,
+        cut_short,
+        take_away_and_let_others_write,
+        lambda world, _: keys_file(world).unlink(),
+        lambda world, _: keys_file(world).write_bytes(b"\xff" * 5_000_000),
+    ],
+    ids=["removed", "expiry", "directory", "truncated", "loose", "deleted", "garbage"],
+)
+def test_what_a_broken_file_takes_away_is_cut_off_at_once(world: World, spoil: Callable[[World, str], None]) -> None:
+    content = keys_file(world).read_text()
+    held = Held(world.tunnel)
+    assert held.seconds_until_cut(lambda: spoil(world, content)) < CUT_WITHIN
+    assert not echo_works(world.tunnel)
+    assert json.loads(fails(world.home, "status", "--json", status=0))["gate"]["whole"] is False
+    if keys_file(world).is_dir():
+        keys_file(world).rmdir()
+    replace(keys_file(world), content)
+    wait_until(lambda: echo_works(world.tunnel), within=20, what="the peer back with a whole file")
+
+
+def test_a_command_that_removes_a_peer_counts_though_another_line_is_broken(world: World) -> None:
+    with keys_file(world).open("a") as file:
+        file.write("a slip of the pen\n")
+    held = Held(world.tunnel)
+    remove = world.home.command("auth", "remove", world.laptop.peer_id)
+    assert held.seconds_until_cut(lambda: subprocess.run(remove, check=False, capture_output=True)) < CUT_WITHIN
+    assert not echo_works(world.tunnel)
 
 
 def test_a_file_that_others_may_write_to_is_not_believed(world: World) -> None:

@@ -1,14 +1,18 @@
 """The gate: what policy is published when, out of which file and configuration, and what is counted and written."""
 
-import dataclasses
+import hashlib
 import json
+import os
 import shutil
 
 import msgpack
 import pytest
 import trio
 
-from actors.gate.actor import CHECKPOINT_BYTES, SUBSCRIBE_SECONDS, Gate
+import actors.gate.actor
+from actors.files import BusyError
+from actors.gate.actor import CHECKPOINT_BYTES, LOOK_AGAIN, SUBSCRIBE_SECONDS, Gate
+from protocol.authorized_keys import MAX_FILE
 from protocol.keys import PrivateKey
 from protocol.messages.config import ConfigSnapshot, ServiceEntry, SubscribeConfig
 from protocol.messages.gate import (
@@ -107,39 +111,131 @@ async def test_a_reload_publishes_what_changed_and_only_then(path):
         assert len(policies(switchboard.inbox)) == 2
 
 
-async def test_a_broken_line_keeps_the_last_good_policy_and_is_told_with_its_number(path):
+async def test_a_broken_line_holds_back_what_is_new_and_is_told_with_its_number(path):
     async with Stage() as stage:
-        switchboard, policy = await stand(stage, path)
-        put(path, f"{B}\nnonsense here\n# fine\n{A} expires=tomorrow\n")
-        reloaded = await stage.ask("gate", Reload())
-        assert [problem.line for problem in reloaded.problems] == [2, 4]
-        assert (reloaded.version, reloaded.peers) == (policy.version, 1)
-        assert (await switchboard.ask("gate", SubscribePolicy())).policy == policy
-        assert policies(switchboard.inbox) == []
+        switchboard, _ = await stand(stage, path)
+        put(path, f"{A}\n{B}\nnonsense here\n# fine\n{C} expires=tomorrow\n")
+        reloaded = await stage.ask("gate", Reload(B))
+        assert [problem.line for problem in reloaded.problems] == [3, 5]
+        assert (reloaded.peers, reloaded.whole, reloaded.waiting) == (1, False, (B,))
+        assert (reloaded.allowed, reloaded.rule) == (False, "not-listed")
+        assert [rule.peer for rule in (await switchboard.ask("gate", SubscribePolicy())).policy.peers] == [A]
         assert stage.metrics("gate")[("peerup_authorized_keys_problems",)] == 2
-        assert any(text.startswith("line 2: ") for text in stage.describe("gate")["problems"])
-        put(path, f"{B}\n")
-        reloaded = await stage.ask("gate", Reload())
-        assert (reloaded.problems, reloaded.version) == ((), 2)
-        assert {rule.peer for rule in (await switchboard.wait_until(after(1))).peers} == {B}
+        described = stage.describe("gate")
+        assert any(text.startswith("line 3: ") for text in described["problems"])
+        assert "1 line waiting" in described["problems"][0]
+        assert (described["whole"], described["waiting"]) == (False, [str(B)])
+        put(path, f"{A}\n{B}\n")
+        reloaded = await stage.ask("gate", Reload(B))
+        assert (reloaded.problems, reloaded.whole, reloaded.waiting, reloaded.allowed) == ((), True, (), True)
+        assert reloaded.file == str(path)
+        assert reloaded.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+        told = await switchboard.wait_until(after(reloaded.version - 1))
+        assert {rule.peer for rule in told.peers} == {A, B}
 
 
-@pytest.mark.parametrize("spoil", ["missing", "loose", "directory", "pipe"])
-async def test_a_file_that_cannot_be_used_keeps_the_last_good_policy(path, spoil):
+@pytest.mark.parametrize(
+    ("content", "allowed"),
+    [
+        ("{A}\nbroken\n", {"A"}),
+        ("broken\n{B}\n", {"B"}),
+        ("{A}\n{B} expires=tomorrow\n", {"A"}),
+        ("{A}\n{B} expires=2020-01-01T00:00:00Z\nbroken\n", {"A"}),
+        ("{A}\n{B}\n{A} expires=2020-01-01T00:00:00Z\n", {"B"}),
+        ("{A}\n{B", {"A"}),
+        ("broken\n", set()),
+        ("\udcff\n{A}\n", {"A"}),
+    ],
+)
+async def test_what_no_readable_line_allows_any_more_is_refused_at_once(path, content, allowed):
+    put(path, f"{A}\n{B}\n")
     async with Stage() as stage:
         switchboard, policy = await stand(stage, path)
-        if spoil == "loose":
-            path.chmod(0o666)
-        else:
-            path.unlink()
-            if spoil == "directory":
-                path.mkdir()
-            elif spoil == "pipe":
-                __import__("os").mkfifo(path)
-        reloaded = await stage.ask("gate", Reload())
+        text = content.replace("{A}", str(A)).replace("{B}", str(B)).replace("{B", str(B)[:-7])
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        await stage.ask("gate", Reload())
+        index = PolicyIndex(await switchboard.wait_until(after(policy.version)))
+        by_name = {"A": A, "B": B}
+        assert {
+            name for name, peer in by_name.items() if index.decide_connection(peer, stage.wall()).allowed
+        } == allowed
+
+
+async def test_what_a_broken_file_took_away_comes_back_only_with_a_whole_one(path):
+    put(path, f"{A}\n{B}\n")
+    async with Stage() as stage:
+        await stand(stage, path)
+        put(path, f"{A}\nbroken\n")
+        assert not (await stage.ask("gate", Reload(B))).allowed
+        put(path, f"{A}\n{B}\nbroken\n")
+        reloaded = await stage.ask("gate", Reload(B))
+        assert (reloaded.allowed, reloaded.waiting) == (False, (B,))
+        await stage.kill("gate")  # nor by a restart
+        await stage.start("gate", Gate(str(path), watch=False))
+        assert not (await stage.ask("gate", Reload(B))).allowed
+        put(path, f"{A}\n{B}\n")
+        assert (await stage.ask("gate", Reload(B))).allowed
+
+
+@pytest.mark.parametrize("spoil", ["missing", "directory", "pipe", "too-long"])
+async def test_a_file_that_cannot_be_read_allows_nobody_any_more(path, spoil):
+    async with Stage() as stage:
+        switchboard, policy = await stand(stage, path)
+        before = path.read_bytes()
+        path.unlink()
+        if spoil == "directory":
+            path.mkdir()
+        elif spoil == "pipe":
+            os.mkfifo(path)
+        elif spoil == "too-long":
+            path.write_bytes(before + b"#" * MAX_FILE)
+        reloaded = await stage.ask("gate", Reload(A))
         assert [problem.line for problem in reloaded.problems] == [0]
         assert str(path) in reloaded.problems[0].reason
-        assert (await switchboard.ask("gate", SubscribePolicy())).policy == policy
+        assert (reloaded.allowed, reloaded.withdrawn, reloaded.whole, reloaded.digest) == (False, 1, False, "")
+        assert (await switchboard.wait_until(after(policy.version))).peers == ()
+
+
+async def test_a_file_that_others_may_write_to_can_only_take_away(path):
+    put(path, f"{A}\n{B}\n")
+    async with Stage() as stage:
+        await stand(stage, path)
+        put(path, f"{A}\n{C}\n")
+        path.chmod(0o666)
+        reloaded = await stage.ask("gate", Reload(A))
+        assert reloaded.allowed
+        assert "chmod 600" in reloaded.problems[0].reason
+        assert not (await stage.ask("gate", Reload(B))).allowed
+        assert not (await stage.ask("gate", Reload(C))).allowed
+        path.chmod(0o600)
+        assert (await stage.ask("gate", Reload(C))).allowed
+
+
+async def test_with_gating_off_a_broken_file_makes_no_guest_of_an_expired_peer(path):
+    put(path, f"{A}\n{B} expires=2020-01-01T00:00:00Z\n")
+    async with Stage() as stage:
+        await stand(stage, path, config=FakeConfig(snapshot(gating=False)))
+        assert not (await stage.ask("gate", Reload(B))).allowed
+        path.unlink()
+        reloaded = await stage.ask("gate", Reload(B))
+        assert (reloaded.allowed, reloaded.rule) == (False, "withdrawn:2")
+        assert (await stage.ask("gate", Reload(A))).rule == "gating-off"
+
+
+async def test_a_machine_short_of_descriptors_is_no_change_of_the_policy(path, monkeypatch, autojump_clock):
+    async with Stage() as stage:
+        await stand(stage, path)
+
+        def refuse(path):
+            raise BusyError("no descriptors; try again")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(actors.gate.actor, "inspect_authorized_keys", refuse)
+            put(path, f"{B}\n")
+            reloaded = await stage.ask("gate", Reload(A))
+            assert (reloaded.allowed, reloaded.whole, len(reloaded.problems)) == (True, False, 1)
+        await trio.sleep(LOOK_AGAIN + 0.1)
+        assert (await stage.ask("gate", SubscribePolicy())).policy.peers[0].peer == B
 
 
 async def test_at_the_first_start_only_right_lines_count(path):
@@ -147,9 +243,9 @@ async def test_at_the_first_start_only_right_lines_count(path):
     async with Stage() as stage:
         _, policy = await stand(stage, path)
         assert [rule.peer for rule in policy.peers] == [A]
-        put(path, f"{C}\nbroken\n")  # still no good one
+        put(path, f"{A}\n{C}\nbroken\n")  # from now on additions wait
         await stage.ask("gate", Reload())
-        assert [peer.peer for peer in (await stage.ask("gate", SubscribePolicy())).policy.peers] == [C]
+        assert [peer.peer for peer in (await stage.ask("gate", SubscribePolicy())).policy.peers] == [A]
 
 
 async def test_without_a_file_nobody_gets_in(path):
@@ -231,15 +327,31 @@ async def test_a_successor_keeps_in_force_what_it_cannot_read_anew(path):
         put(path, f"{A} expires=2033-01-01T00:00:00Z # laptop\n{B}\n")
         switchboard, first = await stand(stage, path, config=FakeConfig(snapshot(gating=False, services=services)))
         await stage.kill("config")
-        put(path, "broken\n")
+        put(path, f"broken\n{A} expires=2034-01-01T00:00:00Z\n{C}\n")
         await stage.kill("gate")
         await stage.start("gate", Gate(str(path), watch=False))
         second = (await switchboard.ask("gate", SubscribePolicy())).policy
         assert second.version > first.version
-        assert dataclasses.replace(second, version=first.version) == first
+        assert (second.gating, second.services) == (first.gating, first.services)
+        assert [(rule.peer, rule.expires) for rule in second.peers] == [(A, first.peers[0].expires)]
         assert stage.describe("gate")["problems"]
         put(path, f"{B}\n")
         assert (await stage.ask("gate", Reload())).peers == 1
+
+
+async def test_a_large_file_is_remembered_as_well_while_it_is_broken(path):
+    peers = [PrivateKey.from_seed(number.to_bytes(32)).peer_id for number in range(CHECKPOINT_BYTES // 64 + 100)]
+    put(path, "".join(f"{peer}\n" for peer in peers))
+    async with Stage() as stage:
+        switchboard, _ = await stand(stage, path)
+        lines = "".join(f"{peer}\n" for peer in peers[1:])
+        put(path, f"broken\n{lines}")
+        await stage.ask("gate", Reload())
+        put(path, f"broken\n{lines}{peers[0]}\n")
+        await stage.kill("gate")
+        await stage.start("gate", Gate(str(path), watch=False))
+        told = (await switchboard.ask("gate", SubscribePolicy())).policy
+        assert {rule.peer for rule in told.peers} == set(peers[1:])
 
 
 @pytest.mark.parametrize("count", [CHECKPOINT_BYTES // 64, CHECKPOINT_BYTES // 64 + 1, 1000])
