@@ -1,9 +1,11 @@
 """Watching one file for changes, whatever way an editor or a person changes it.
 
 What is watched is the file's directory, so that a file that is replaced, removed or made anew is seen like one that
-is written to; where the file is a symbolic link, the directory of its target too. When the directory itself goes and
-comes back the watch begins anew. Notification is not relied upon alone: file systems without it, and kernels that
-have run out of watches, are covered by a slow look.
+is written to; where the file is a symbolic link, the directory of its target too. On the way to the file any directory
+may be moved, and any symbolic link be pointed elsewhere, so that another file is meant: therefore each directory on
+the way is watched for changes of the one name that leads on. Where the way has changed, the watch begins anew.
+Notification is not relied upon alone: file systems without it, and kernels that have run out of watches, are covered
+by a slow look, and directories on the way that may be passed but not read by a quick one.
 
 The kernel is asked directly (inotify): a watch is one descriptor among those that the process waits for, it needs no
 thread, and an idle one costs nothing.
@@ -11,6 +13,7 @@ thread, and an idle one costs nothing.
 
 from __future__ import annotations
 
+import os
 import os.path
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -28,7 +31,12 @@ LONGEST_BURST_SECONDS = 1.0
 SLOW_LOOK_SECONDS = 30.0
 """How long a change may stay unseen where the kernel does not tell."""
 
-_RETRY_SECONDS = 2.0
+QUICK_LOOK_SECONDS = 1.0
+"""The same for a change of the way to the file, where a directory on it cannot be watched."""
+
+_RETRY_SECONDS = 1.0
+_MOST_LINKS = 40
+"""Symbolic links on the way to a file; the kernel follows no more either."""
 
 _CHANGES = (
     linux.IN_MODIFY
@@ -41,6 +49,16 @@ _CHANGES = (
     | linux.IN_DELETE_SELF
     | linux.IN_MOVE_SELF
 )
+_NAMES = (
+    linux.IN_MOVED_FROM
+    | linux.IN_MOVED_TO
+    | linux.IN_CREATE
+    | linux.IN_DELETE
+    | linux.IN_DELETE_SELF
+    | linux.IN_MOVE_SELF
+)
+"""What may happen to a name on the way to the file."""
+
 _GONE = linux.IN_DELETE_SELF | linux.IN_MOVE_SELF | linux.IN_UNMOUNT | linux.IN_IGNORED
 
 
@@ -50,9 +68,9 @@ async def watch_file(path: Path, changed: Callable[[], Awaitable[None]]) -> None
     It is called from one task, also when nothing has changed after all: compare before doing work.
     """
     while True:
-        directories = _directories(path)
+        directories, way = _directories(path), _way(path)
         identities = list(map(_identity, directories))
-        watch = _begin(path, directories)
+        watch = _begin(path, directories, way)
         if watch is None or None in identities:  # whoever wants the file will see whether it is there
             if watch is not None:
                 watch.close()
@@ -61,11 +79,11 @@ async def watch_file(path: Path, changed: Callable[[], Awaitable[None]]) -> None
             continue
         try:
             await changed()
-            while not watch.gone and _directories(path) == directories:
+            while not watch.gone and _way(path) == way and _directories(path) == directories:
                 if list(map(_identity, directories)) != identities:
                     break
-                await watch.change()
-                await changed()
+                if await watch.change():
+                    await changed()
         finally:
             watch.close()
 
@@ -77,26 +95,42 @@ class _Watch:
         gone: one of them has been moved or removed. One made anew may even have the same inode, but is not watched.
     """
 
-    def __init__(self, directories: list[Path], names: frozenset[str]) -> None:
+    def __init__(self, directories: list[Path], names: frozenset[str], way: list[tuple[str, str]]) -> None:
         """Raises OSError where the kernel does not let us watch."""
         self.gone = False
-        self._names = names
+        self._slow_look = trio.current_time() + SLOW_LOOK_SECONDS
+        self._names = names | {name for _, name in way}
         self._fd = linux.watch_directories([str(directory) for directory in directories], _CHANGES)
+        watched = [linux.watch_also(self._fd, directory, _NAMES) for directory, _ in way]  # each, though one fails
+        self._all_watched = all(watched)
 
-    async def change(self) -> None:
-        """Return after the next burst of changes, or after some time without any."""
-        with trio.move_on_after(SLOW_LOOK_SECONDS) as slow:
+    async def change(self) -> bool:
+        """Return after the next burst of changes, or after some time without any; whether to look at the file.
+
+        If not, then at the way to it: of that some directory could not be watched.
+        """
+        seconds = min(
+            self._slow_look - trio.current_time(), SLOW_LOOK_SECONDS if self._all_watched else QUICK_LOOK_SECONDS
+        )
+        with trio.move_on_after(max(0.0, seconds)) as slow:
+            await trio.lowlevel.wait_readable(self._fd)
             while not self._read():
+                # Nothing of ours. A directory in which much happens must not keep us busy.
+                await trio.sleep(QUIET_SECONDS)
                 await trio.lowlevel.wait_readable(self._fd)
         if slow.cancelled_caught:
-            return
+            due = trio.current_time() >= self._slow_look
+            self._slow_look += SLOW_LOOK_SECONDS if due else 0.0
+            return due
+        self._slow_look = trio.current_time() + SLOW_LOOK_SECONDS
         end = trio.current_time() + LONGEST_BURST_SECONDS
         while (left := end - trio.current_time()) > 0:
             with trio.move_on_after(min(QUIET_SECONDS, left)) as quiet:
                 await trio.lowlevel.wait_readable(self._fd)
             if quiet.cancelled_caught:
-                return
+                return True
             self._read()
+        return True
 
     def close(self) -> None:
         """Watch no more."""
@@ -113,11 +147,37 @@ class _Watch:
         return found
 
 
-def _begin(path: Path, directories: list[Path]) -> _Watch | None:
+def _begin(path: Path, directories: list[Path], way: list[tuple[str, str]]) -> _Watch | None:
     try:
-        return _Watch(directories, frozenset((path.name, _target(path).name)))
+        return _Watch(directories, frozenset((path.name, _target(path).name)), way)
     except OSError:
         return None
+
+
+def _way(path: Path) -> list[tuple[str, str]]:
+    """Each directory on the way to the file, with the name in it that leads on; symbolic links are followed."""
+    ahead = os.path.join(os.getcwd(), path).split("/")  # noqa: PTH109, PTH118  # Path would drop what `..` means
+    here, steps, links = "/", [], 0
+    while ahead:
+        name = ahead.pop(0)
+        if name == "..":
+            here = os.path.dirname(here)  # noqa: PTH120  # of texts
+        if name in ("", ".", ".."):
+            continue
+        steps.append((here, name))
+        there = f"{here.rstrip('/')}/{name}"
+        try:
+            target = os.readlink(there)  # noqa: PTH115  # the text of the link is wanted
+        except OSError:
+            here = there  # no link, or nothing at all
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            break
+        if target.startswith("/"):
+            here = "/"
+        ahead = [*target.split("/"), *ahead]
+    return list(dict.fromkeys(steps))
 
 
 def _directories(path: Path) -> list[Path]:

@@ -31,6 +31,7 @@ IN_MOVE_SELF = 0x800
 IN_UNMOUNT = 0x2000
 IN_Q_OVERFLOW = 0x4000
 IN_IGNORED = 0x8000
+_IN_MASK_ADD = 0x20000000
 _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
 _INOTIFY_HEADER = struct.Struct("iIII")
@@ -153,6 +154,14 @@ def watch_directories(paths: Iterable[str], mask: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def watch_also(fd: int, path: str, mask: int) -> bool:
+    """Have an inotify descriptor report these changes of one more directory, too; whether that could be done.
+
+    What it reports of this directory already it goes on reporting.
+    """
+    return int(_inotify_add_watch(fd, os.fsencode(path), mask | _IN_MASK_ADD)) >= 0
 
 
 def read_changes(fd: int) -> list[tuple[int, str]]:

@@ -109,6 +109,77 @@ async def test_the_target_of_a_link_and_the_link_itself(tmp_path: Path) -> None:
         await watched.until("another")
 
 
+SOON = 2.5
+"""Seconds for a change of the way to the file to be seen: far less than a slow look takes."""
+
+
+async def test_a_link_on_the_way_that_is_pointed_elsewhere(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "etc" / "node").mkdir(parents=True)
+        (tmp_path / name / "etc" / "node" / "file").write_text(name)
+    link = tmp_path / "link"
+    link.symlink_to("one")
+    (tmp_path / "home").symlink_to(tmp_path / "link" / "etc")
+    path = tmp_path / "home" / "node" / "file"
+    async with watching(path) as watched:
+        await watched.until("one")
+        for name in ("two", "one", "two"):
+            draft = tmp_path / "draft"
+            draft.symlink_to(name)
+            with trio.fail_after(SOON):
+                draft.replace(link)
+                await watched.until(name)
+        (tmp_path / "two" / "etc" / "node" / "file").write_text("edited")
+        await watched.until("edited")
+
+
+async def test_a_directory_on_the_way_that_another_takes_the_place_of(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "deep" / "deeper").mkdir(parents=True)
+        (tmp_path / name / "deep" / "deeper" / "file").write_text(name)
+    path = tmp_path / "one" / "deep" / "deeper" / "file"
+    async with watching(path) as watched:
+        await watched.until("one")
+        with trio.fail_after(SOON):
+            (tmp_path / "one").rename(tmp_path / "old")
+            (tmp_path / "two").rename(tmp_path / "one")
+            await watched.until("two")
+        path.write_text("edited")
+        await watched.until("edited")
+
+
+async def test_a_link_to_nowhere_that_is_mended(tmp_path: Path) -> None:
+    link, target = tmp_path / "link", tmp_path / "there"
+    link.symlink_to("nowhere/at/all")
+    target.mkdir()
+    (target / "file").write_text("found")
+    async with watching(link / "file") as watched:
+        await watched.until(None)
+        draft = tmp_path / "draft"
+        draft.symlink_to("there")
+        with trio.fail_after(SOON):
+            draft.replace(link)
+            await watched.until("found")
+
+
+async def test_where_the_way_cannot_be_watched_it_is_looked_at_more_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linux, "watch_also", lambda *_: False)
+    monkeypatch.setattr(watch, "QUICK_LOOK_SECONDS", 0.05)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    link, draft = tmp_path / "link", tmp_path / "draft"
+    link.symlink_to("one")
+    async with watching(link / "file") as watched:
+        await watched.until("one")
+        draft.symlink_to("two")
+        with trio.fail_after(SOON):
+            draft.replace(link)
+            await watched.until("two")
+
+
 async def test_a_directory_that_goes_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_RETRY_SECONDS", 0.05)
     directory = tmp_path / "directory"

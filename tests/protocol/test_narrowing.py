@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.narrowing import WITHDRAWN, held_back, narrowed_peers
@@ -48,11 +48,13 @@ def listed(peers):
     }
 
 
+@settings(deadline=None)
 @given(rules, rules)
 def test_it_is_the_intersection(before, readable):
     assert allowed(narrowed_peers(before, readable)) == allowed(before) & allowed(readable)
 
 
+@settings(deadline=None)
 @given(rules, rules)
 def test_with_gating_off_it_allows_nothing_that_either_refuses(before, readable):
     after = narrowed_peers(before, readable)
@@ -61,6 +63,7 @@ def test_with_gating_off_it_allows_nothing_that_either_refuses(before, readable)
     assert {(STRANGER, moment) for moment in MOMENTS} <= allowed(after, gating=False)
 
 
+@settings(deadline=None)
 @given(rules, st.lists(rules, max_size=4))
 def test_one_broken_file_after_another_only_narrows(before, readings):
     for gating in (True, False):
@@ -72,6 +75,7 @@ def test_one_broken_file_after_another_only_narrows(before, readings):
             now = after
 
 
+@settings(deadline=None)
 @given(rules, rules)
 def test_what_waits_is_what_the_lines_would_allow_more(before, readable):
     after = narrowed_peers(before, readable)
