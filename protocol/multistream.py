@@ -92,6 +92,12 @@ class ProtocolNotSupportedError(ProtocolError):
     code: ClassVar[str] = "protocol-not-supported"
 
 
+class TooManyTriesError(LimitExceededError):
+    """The peer proposes one protocol after another without end."""
+
+    code: ClassVar[str] = "too-many-proposals"
+
+
 @functools.lru_cache(maxsize=1024)
 def encode_message(text: str) -> bytes:
     """One message: length, text, newline.
@@ -174,7 +180,7 @@ class _Machine:
     def _count_try(self) -> None:
         self._tries += 1
         if self._tries > MAX_TRIES:
-            raise LimitExceededError(f"a negotiation took more than {MAX_TRIES} messages")
+            raise TooManyTriesError(f"a negotiation took more than {MAX_TRIES} messages")
 
     def _agree(self, protocol: str) -> None:
         self.result = protocol
@@ -293,8 +299,12 @@ class Responder(_Machine):
     def receive_data(self, data: bytes) -> None:
         """Take bytes from the peer, in any pieces.
 
+        Behind a proposal that was refused, bytes that are no proposal may be those of the protocol, sent in the hope
+        that it would be agreed. What `data_to_send` gives then should still reach the peer, which waits for it.
+
         Raises:
             NegotiationError: it broke the rules, or this negotiation has failed before.
+            TooManyTriesError: it proposes without end.
             LimitExceededError: it sent more than is granted.
         """
         if self.state == "agreed":

@@ -10,6 +10,10 @@ just not there gets a reset with a code that says so. After agreement the stream
                            |----refused, peer may connect--> `na`, next proposal
                            |----refused, peer may not--> reset (gated)
     opened --deadline, rule broken, end of stream--> reset (negotiation-failed)
+    opened --refused, then anything but a proposal--> `na`, finished; what comes is dropped until the peer ends it
+
+The last line is for peers that send the protocol's bytes right behind their proposal, without waiting for the answer
+(go-libp2p and rust-libp2p do). A reset would overtake the `na`, and the peer would not learn why.
 
 All of it happens in callbacks: a stream that negotiates is one small object and one timer, and no task.
 """
@@ -23,7 +27,7 @@ from actors.switchboard.connections import Connection
 from actors.switchboard.errors import SwitchboardError, TooManyError
 from actors.switchboard.link import Channel
 from protocol.errors import ProtocolError
-from protocol.multistream import Responder
+from protocol.multistream import Responder, TooManyTriesError
 from protocol.policy import Decision
 from protocol.service import service_of_protocol
 from protocol.stream_descriptor import ResetCode
@@ -190,8 +194,14 @@ class _Negotiation:
         except _RefusedStreamError as refused:
             self._give_up(refused.reset_code)
             return
-        except ProtocolError:
+        except TooManyTriesError:
             self._give_up(ResetCode.NEGOTIATION_FAILED)
+            return
+        except ProtocolError:
+            if responder.refused:
+                self._decline()
+            else:
+                self._give_up(ResetCode.NEGOTIATION_FAILED)
             return
         if reply := responder.data_to_send():
             self._channel.send(reply)
@@ -210,7 +220,19 @@ class _Negotiation:
             handler(connection, channel, leftover)
 
     def _on_finish(self) -> None:
-        self._give_up(ResetCode.NEGOTIATION_FAILED)
+        if self._responder.refused:
+            self._end()
+            self._channel.finish()
+        else:
+            self._give_up(ResetCode.NEGOTIATION_FAILED)
+
+    def _decline(self) -> None:
+        """What the peer sends belongs to a protocol that was refused: let it have the answer, and drop the rest."""
+        channel = self._channel
+        channel.on_data = _drop
+        if reply := self._responder.data_to_send():
+            channel.send(reply)
+        channel.finish()
 
     def _on_reset(self, code: int) -> None:
         self._end()
@@ -228,3 +250,7 @@ class _Negotiation:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _drop(_: bytes) -> None:
+    pass

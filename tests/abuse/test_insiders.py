@@ -332,6 +332,27 @@ async def test_unknown_protocols_get_na_and_nothing_else(world: World) -> None:
     vitals.check(growth=GROWTH, what="unknown protocols")
 
 
+@pytest.mark.parametrize("flags", [0, FIN], ids=["goes-on", "finishes"])
+async def test_a_refusal_reaches_a_peer_that_sent_data_with_its_proposal(world: World, flags: int) -> None:
+    """As go-libp2p and rust-libp2p do with a protocol that they believe to be spoken."""
+    async with inside(world) as insider:
+        content = HEADER + encode_message("/peerup/gone/1.0.0") + os.urandom(20_000)
+        await insider.say(data(1, content, SYN | flags))
+        said = b""
+        with trio.fail_after(ENDS_WITHIN):
+            while True:
+                heard = await insider.hear_on(1)
+                said += heard.body
+                assert not heard.flags & RST, f"reset behind {said!r}"
+                if heard.flags & FIN:
+                    break
+        assert said == HEADER + encode_message("na")
+        if not flags:
+            await insider.say(data(1, bytes(50_000), FIN))
+        await still_alive(insider, 3)
+        assert world.describe("switchboard")["description"]["streams_negotiating"] == 0
+
+
 async def test_a_negotiation_that_does_not_end_is_ended(world: World) -> None:
     async with inside(world) as insider:
         await insider.say(data(1, HEADER, SYN))

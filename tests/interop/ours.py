@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ from actors.switchboard.actor import CONFIG, GATE, Switchboard
 from protocol.errors import PeerupError
 from protocol.identify import IdentifyReader
 from protocol.keys import PrivateKey
-from protocol.messages import Message
+from protocol.messages import Descriptor, Message
 from protocol.messages.config import AddressEntry, ConfigSnapshot, SubscribeConfig
 from protocol.messages.gate import Decided, PolicyPublished, SubscribePolicy
 from protocol.messages.keyring import (
@@ -32,6 +34,7 @@ from protocol.messages.switchboard import (
     ConnectionInfo,
     Disconnect,
     InboundStream,
+    OpenAttached,
     OpenStream,
     PingPeer,
     ReadStatus,
@@ -377,6 +380,22 @@ class OurPeer:
             "received_sha256": transfer.digest.hexdigest(),
             "head": base64.b64encode(transfer.head).decode(),
         }
+
+    async def attach(self, peer: str, protocol: str, *, sent: bytes) -> str:
+        """Attach a client that has sent something already, as a proxy does; the code of the refusal, empty for none."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            client = socket.create_connection(server.getsockname())
+            accepted, _ = server.accept()
+        with client:
+            client.sendall(sent)
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            try:
+                await self.stage.deliver(
+                    OpenAttached(PeerId.from_text(peer), (protocol,), Descriptor(accepted.detach()))
+                )
+            except AskError as error:
+                return error.code
+        return ""
 
     async def _progress(self, of: int) -> Answer:
         progress = self._running[of]

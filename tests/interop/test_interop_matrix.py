@@ -214,6 +214,47 @@ async def test_a_protocol_that_is_not_served_is_refused_and_the_connection_lives
     assert len((await do(pair.dialler, "connections"))["connections"]) == 1
 
 
+@pytest.mark.parametrize("size", [10, 200_000])
+@pytest.mark.parametrize("keep_open", [False, True], ids=["finishes", "waits"])
+@pytest.mark.parametrize("implementation", ["go", "rust"])
+async def test_a_refusal_reaches_a_peer_that_did_not_wait_for_it(start_foreign, start, implementation, size, keep_open):
+    """Data travels with the proposal of a protocol that is not spoken (any more): the answer is a refusal, not a reset.
+
+    rust-libp2p also resets streams that it has never announced; the connection must outlive all of it.
+    """
+    options = ["--lazy"] if implementation == "rust" else []
+    async with start("peerup") as ours, start_foreign(implementation, *options) as theirs:
+        assert isinstance(ours, OurPeer)
+        await ours.authorise(theirs.peer_id)
+        await do(theirs, "dial", address=ours.address)
+        await connected(ours, theirs)
+        pair = Pair(theirs, ours)
+        for _ in range(3):
+            refused = await exchange(pair, "/peerup/nothing/1.0.0", send=size, keep_open=keep_open, lazy=True)
+            assert not refused["ok"]
+            assert refused["opened"], "the proposal was not lazy"
+            assert not refused["reset"], refused
+            assert {"go": "protocols not supported", "rust": "negotiation failed"}[implementation] in refused["error"]
+        await do(ours, "serve", protocol=PROTOCOL, behaviour="echo")
+        answer = await exchange(pair, send=size, seed=5, lazy=True)
+        assert answer["received_sha256"] == sha256(size, 5), answer
+        assert len((await do(theirs, "connections"))["connections"]) == 1
+
+
+@pytest.mark.parametrize("implementation", ["go", "js", "rust"])
+async def test_we_hear_a_refusal_though_we_did_not_wait_for_it(start, implementation):
+    async with start("peerup") as ours, start(implementation) as theirs:
+        assert isinstance(ours, OurPeer)
+        await ours.authorise(theirs.peer_id)
+        await do(ours, "dial", address=theirs.address)
+        for _ in range(3):
+            refused = await ours.attach(theirs.peer_id, "/peerup/nothing/1.0.0", sent=b"early" * 1000)
+            assert refused == "protocol-not-supported"
+        await do(theirs, "serve", protocol=PROTOCOL, behaviour="echo")
+        assert (await exchange(Pair(ours, theirs), send=10))["received_sha256"] == sha256(10)
+        assert len((await do(ours, "connections"))["connections"]) == 1
+
+
 async def test_a_silent_service_does_not_hold_up_others_and_ends_with_the_connection(pair):
     await do(pair.listener, "serve", protocol=PROTOCOL, behaviour="silent")
     await do(pair.listener, "serve", protocol="/peerup/other/1.0.0", behaviour="echo")

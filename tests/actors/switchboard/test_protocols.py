@@ -14,6 +14,7 @@ class FakeChannel:
     def __init__(self):
         self.sent = b""
         self.code = None
+        self.finished = False
         self.on_closed = lambda: None
 
     def send(self, data):
@@ -23,6 +24,10 @@ class FakeChannel:
     def reset(self, code):
         assert self.code is None
         self.code = code
+
+    def finish(self):
+        assert self.code is None
+        self.finished = True
 
 
 class FakeTimer:
@@ -129,6 +134,44 @@ def test_garbage_resets_the_stream(garbage):
     assert channel.code == ResetCode.NEGOTIATION_FAILED
     assert room.streams.negotiating == 0
     assert room.timers[0].cancelled
+
+
+@pytest.mark.parametrize("behind", [b"GET / HTTP/1.1\r\n" * 10, bytes(500), b"\xff" * 5000, b"\x80\x40x"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_refusal_is_told_to_a_peer_that_did_not_wait_for_it(behind, at_once):
+    room = Room(allowed=(), served=())
+    channel = room.open()
+    pieces = Initiator((ECHO,)).data_to_send(), behind
+    for piece in [b"".join(pieces)] if at_once else pieces:
+        channel.on_data(piece)
+    assert channel.sent == HEADER + NOT_AVAILABLE
+    assert channel.finished
+    assert channel.code is None
+    channel.on_data(b"still on its way" * 1000)
+    channel.on_data(encode_message(ECHO))
+    assert channel.sent == HEADER + NOT_AVAILABLE
+    channel.on_finish()
+    assert channel.code is None
+    assert room.streams.negotiating == 0
+    assert room.timers[0].cancelled
+
+
+def test_a_peer_that_goes_on_behind_a_refusal_is_reset_in_time():
+    room = Room(allowed=(), served=())
+    channel = room.open()
+    channel.on_data(Initiator((ECHO,)).data_to_send() + bytes(100))
+    room.timers[0].function()
+    assert channel.code == ResetCode.NEGOTIATION_FAILED
+    assert room.streams.negotiating == 0
+
+
+def test_a_refusal_is_told_to_a_peer_that_has_finished():
+    room = Room(allowed=(), served=())
+    channel = room.open()
+    channel.on_data(Initiator((ECHO,)).data_to_send())
+    channel.on_finish()
+    assert (channel.sent, channel.finished, channel.code) == (HEADER + NOT_AVAILABLE, True, None)
+    assert room.streams.negotiating == 0
 
 
 def test_endless_proposals_are_ended():

@@ -108,6 +108,7 @@ type exchangeOptions struct {
 	ResetAfter bool   `json:"reset_after"`  // reset with `reset_code` instead of the half-close
 	ResetCode  uint32 `json:"reset_code"`
 	Hold       bool   `json:"hold"` // read nothing until "release" with the id of the exchange in "of"
+	Lazy       bool   `json:"lazy"` // send behind the proposal before it is answered
 }
 
 // progress counts bytes while they move; `gate` is closed by "release".
@@ -167,6 +168,11 @@ func (n *node) exchanges(ctx context.Context, id int, to peer.ID, name string, c
 func (n *node) exchange(ctx context.Context, to peer.ID, name string, o exchangeOptions, p *progress) answer {
 	result := answer{}
 	started := time.Now()
+	if o.Lazy { // as with a protocol that the peer has once said it speaks
+		if err := n.host.Peerstore().AddProtocols(to, protocol.ID(name)); err != nil {
+			return answer{"opened": false, "error": err.Error()}
+		}
+	}
 	stream, err := n.open(ctx, to, protocol.ID(name))
 	if err != nil {
 		outcome(result, err)

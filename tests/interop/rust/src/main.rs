@@ -224,27 +224,28 @@ fn address(request: &Request) -> Result<Multiaddr, String> {
         .map_err(|error| format!("{}: {error}", request.address))
 }
 
-/// The key, new or made of a text, and whether to listen.
-fn read_options() -> Result<(Keypair, bool), Box<dyn std::error::Error>> {
-    let (mut key, mut listen) = (Keypair::generate_ed25519(), true);
+/// The key, new or made of a text, whether to listen, and whether to send behind a proposal before it is answered.
+fn read_options() -> Result<(Keypair, bool, bool), Box<dyn std::error::Error>> {
+    let (mut key, mut listen, mut lazy) = (Keypair::generate_ed25519(), true, false);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--no-listen" => listen = false,
+            "--lazy" => lazy = true,
             "--seed" => {
                 let seed = arguments.next().ok_or("--seed needs a text")?;
                 key = Keypair::ed25519_from_bytes(Sha256::digest(seed))?;
             }
-            _ => return Err("usage: peer [--seed TEXT] [--no-listen]".into()),
+            _ => return Err("usage: peer [--seed TEXT] [--no-listen] [--lazy]".into()),
         }
     }
-    Ok((key, listen))
+    Ok((key, listen, lazy))
 }
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let (key, listen) = read_options()?;
-    let (node, addresses) = Node::start(key, listen).await?;
+    let (key, listen, lazy) = read_options()?;
+    let (node, addresses) = Node::start(key, listen, lazy).await?;
     let whole: Vec<String> = addresses
         .iter()
         .map(|address| format!("{address}/p2p/{}", node.peer))

@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use futures::StreamExt as _;
-use libp2p::core::ConnectedPoint;
+use libp2p::core::{ConnectedPoint, upgrade};
 use libp2p::core::transport::ListenerId;
 use libp2p::identity::Keypair;
 use libp2p::multiaddr::Protocol;
@@ -69,7 +69,7 @@ pub struct Node {
 
 impl Node {
     /// Starts a node that may listen on loopback; gives back where.
-    pub async fn start(key: Keypair, listen: bool) -> Result<(Self, Vec<Multiaddr>), Box<dyn std::error::Error>> {
+    pub async fn start(key: Keypair, listen: bool, lazy: bool) -> Result<(Self, Vec<Multiaddr>), Box<dyn std::error::Error>> {
         let peer = key.public().to_peer_id();
         let mut swarm = SwarmBuilder::with_existing_identity(key)
             .with_tokio()
@@ -90,7 +90,14 @@ impl Node {
                 relay_client,
                 relay: Toggle::from(None),
             })?
-            .with_swarm_config(|config| config.with_idle_connection_timeout(LONG))
+            .with_swarm_config(|config| {
+                let config = config.with_idle_connection_timeout(LONG);
+                if lazy {
+                    config.with_substream_upgrade_protocol_override(upgrade::Version::V1Lazy)
+                } else {
+                    config
+                }
+            })
             .build();
         let mut addresses = Vec::new();
         if listen {
