@@ -188,6 +188,12 @@ class Attacker:
         ]
         return b"".join(len(message).to_bytes(2, "big") + message for message in sealed)
 
+    def seal_empty(self) -> bytes:
+        """A Noise message that carries nothing."""
+        assert self.result is not None
+        sealed = self.result.send.encrypt(b"")
+        return len(sealed).to_bytes(2, "big") + sealed
+
     async def say(self, *frames: bytes) -> None:
         """Send frames, sealed."""
         await self.send(self.seal(b"".join(frames)))
