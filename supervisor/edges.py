@@ -20,15 +20,24 @@ from protocol.messages.system import (
     EdgeFilter,
     FaultAction,
     FaultRule,
+    FaultsInForce,
+    ReadFaults,
+    ReadTree,
     SetFaults,
     SetTaps,
     Tapped,
     TapRule,
+    Tree,
 )
 from supervisor.timers import Timer, Timers
 
-EXEMPT = frozenset((SetFaults.KIND, SetTaps.KIND, Tapped.KIND))
-"""Kinds that no rule touches: a fault must not prevent its own end, a tap must not watch itself."""
+EXEMPT = frozenset(
+    (SetFaults.KIND, SetTaps.KIND, Tapped.KIND, ReadTree.KIND, Tree.KIND, ReadFaults.KIND, FaultsInForce.KIND)
+)
+"""Kinds that no fault touches: those by which faults are listed and ended, so that none can prevent its own end."""
+
+UNTAPPED = frozenset((SetFaults.KIND, SetTaps.KIND, Tapped.KIND))
+"""Kinds that no tap copies, so that none watches itself."""
 
 BODY_LIMIT = 4096
 """Bytes of a body that a tap copies; tapping is for looking, not for carrying."""
@@ -150,12 +159,14 @@ class Edges:
 
     def sending(self, envelope: Envelope, descriptors: list[Descriptor]) -> bool:
         """Copy to taps and apply faults. True: the message is taken care of, the caller must not send it."""
-        if envelope.kind in EXEMPT:
+        if envelope.kind in UNTAPPED:
             return False
         now = self._now()
         for tap in self._taps:
             if tap.rule.until > now and tap.matches(envelope) and tap.take(now):
                 self._tapped(tap, envelope, now)
+        if envelope.kind in EXEMPT:
+            return False
         for fault in self._faults:
             if fault.rule.action is FaultAction.CRASH or fault.rule.until <= now or not fault.matches(envelope):
                 continue
@@ -231,6 +242,12 @@ def compile_filter(match: EdgeFilter) -> Callable[[Envelope], bool]:
         )
 
     return matches
+
+
+def matches_text(pattern: str, text: str) -> bool:
+    """Whether a part of a filter matches; `*` stands for any run of characters."""
+    compiled = _pattern(pattern)
+    return compiled is None or compiled(text) is not None
 
 
 def _pattern(text: str | None) -> Callable[[str], re.Match[str] | None] | None:

@@ -55,6 +55,7 @@ from protocol.messages.system import (
     Description,
     FaultAction,
     FaultRule,
+    FaultsInForce,
     Hang,
     Journal,
     JournalEntry,
@@ -64,6 +65,7 @@ from protocol.messages.system import (
     Ping,
     Pong,
     ReadDeadLetters,
+    ReadFaults,
     ReadJournal,
     Refusal,
     Sample,
@@ -129,7 +131,8 @@ class Exchange:
     """See the module. Implements :class:`supervisor.port.Receiver`.
 
     Arguments:
-        name, incarnation: who this is; message ids are `<name>:<incarnation>:<n>`.
+        name, incarnation: who this is; message ids are `<name>:<incarnation>-<epoch>:<n>`. The epoch is drawn anew by
+            each exchange, so that no id is ever used twice, whoever forgot which incarnation was the last.
         port: carries the envelopes.
         supervisor: the name of its supervisor; "" for a process beside the tree.
         authority: who may send what; None: only the supervisor may do what not everybody may.
@@ -195,7 +198,7 @@ class Exchange:
         self._set_log_level = set_log_level
         self._crash = crash
         self._hang = hang
-        self._prefix = f"{name}:{incarnation}:"
+        self._prefix = f"{name}:{incarnation}-{_epoch(random)}:"
         self._numbers = itertools.count(1)
         self._timers = Timers(timer_changed)
         self._pending: dict[MessageId, _Pending] = {}
@@ -587,6 +590,7 @@ class Exchange:
         self.on(SetLogLevel, self._on_set_log_level)
         self.on(SetTaps, self._on_set_taps)
         self.on(SetFaults, self._on_set_faults)
+        self.on(ReadFaults, lambda _, envelope: self.answer(envelope, FaultsInForce(self.faults)))
         self.on(Hang, self._on_hang)
 
     def _on_ping(self, _: Ping, envelope: Envelope) -> None:
@@ -657,6 +661,15 @@ class Exchange:
             return
         ends = min([tap.until for tap in edges.taps] + [fault.until for fault in edges.faults])
         self._prune_timer = self.call_at(ends, self._prune_edges)
+
+
+_EPOCH_DIGITS = "abcdefghijkmnpqrstuvwxyz23456789"
+_EPOCH_LENGTH = 6
+
+
+def _epoch(source: random.Random) -> str:
+    """Thirty random bits, to be read and typed by people."""
+    return "".join(source.choices(_EPOCH_DIGITS, k=_EPOCH_LENGTH))
 
 
 def _head(envelope: Envelope, at: float) -> _Head:

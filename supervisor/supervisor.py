@@ -84,6 +84,7 @@ class Supervisor(thespian.actors.Actor):
             self._spec = supervisor_spec(requirements.spec)
         self._processes: dict[int, _Process] = {}
         self._by_name: dict[str, _Process] = {}
+        self._past: dict[str, int] = {}  # incarnations of children that only a predecessor knew
         self._status = 0
         self._manager: Any = None
         self._overseer: Overseer | None = None
@@ -143,11 +144,14 @@ class Supervisor(thespian.actors.Actor):
         directory = self._boot.directory
         for name, entry in directory.names().items():
             if entry.owner == self._name and name not in static and name != self._name:
+                self._past[name] = entry.incarnation
                 directory.remove(name)
 
     def _last_incarnation(self, name: str) -> int:
         entry = self._boot.directory.read(name)
-        return entry.incarnation if entry is not None else dict(self._boot.incarnations).get(name, 0)
+        if entry is not None:
+            return entry.incarnation
+        return max(self._past.get(name, 0), dict(self._boot.incarnations).get(name, 0))
 
     def _describe(self) -> dict[str, Data]:
         return {"strategy": self._spec.strategy.value, "processes": len(self._processes)}

@@ -170,8 +170,11 @@ class Watchers:
         self._follow()
         return rule
 
-    async def clear_faults(self, ident: str | None = None) -> int:
-        """End one fault, or all; how many were in force.
+    async def clear_faults(self, ident: str | None = None) -> tuple[str, ...]:
+        """Tell all actors to end one fault, or all; the ids of those.
+
+        When the actors have done so, :meth:`leave_checkpoint` lets a successor know as well: not before, because a
+        fault may prevent it.
 
         Raises:
             RefusedError: none has this id.
@@ -182,9 +185,8 @@ class Watchers:
         cleared = [ident] if ident is not None else list(current)
         for key in cleared:
             del self._faults[key]
-        self.leave_checkpoint()
         await self._publish()
-        return len(cleared)
+        return tuple(cleared)
 
     def faults(self) -> tuple[FaultRule, ...]:
         """The faults in force."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from peerup.cli.framework import DURATION, Session, command, examples
+from peerup.cli.framework import DURATION, Failure, Session, command, examples
 from peerup.cli.output import Column, good, span, table
 
 
@@ -82,12 +82,18 @@ def _describe(data: dict[str, Any]) -> str:
     return f"{data['action']} {edge}, {which}"
 
 
+def _where(data: dict[str, Any]) -> str:
+    """In how many actors a fault is in force."""
+    there, missing = len(data["actors"]), len(data["missing"]) + len(data["silent"])
+    return f"{there} of {there + missing} actors"
+
+
 @command("list", json_output=True)
 def list_faults(session: Session) -> None:
     """Show the message faults in force."""
     data = session.client.get("/v1/faults")
-    columns = (Column("ID"), Column("FAULT", fold=True), Column("LEFT", right=True))
-    rows = [(item["id"], _describe(item), span(item["seconds_left"])) for item in data]
+    columns = (Column("ID"), Column("FAULT", fold=True), Column("IN FORCE"), Column("LEFT", right=True))
+    rows = [(item["id"], _describe(item), _where(item), span(item["seconds_left"])) for item in data]
     session.show(data, lambda: table(columns, rows, empty="no message fault is in force"))
 
 
@@ -98,7 +104,15 @@ def clear(session: Session, ident: str | None) -> None:
     from peerup.client import segment
 
     data = session.client.delete(f"/v1/faults/{segment(ident)}" if ident else "/v1/faults")
-    session.show(data, lambda: good(f"{data['cleared']} cleared"))
+    session.show(data, lambda: good(f"{data['cleared']} cleared") if not data["remaining"] else None)
+    if data["remaining"]:
+        name, reason = next(iter(data["remaining"].items()))
+        more = f", and {len(data['remaining']) - 1} more" if len(data["remaining"]) > 1 else ""
+        raise Failure(
+            f"faults may still be in force: {name}: {reason}{more}",
+            "try again; `peerup fault list` shows where",
+            as_json=session.as_json,
+        )
 
 
 fault.add_command(list_faults)

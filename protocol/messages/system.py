@@ -253,6 +253,18 @@ class SetFaults(Message):
     faults: tuple[FaultRule, ...]
 
 
+@message("system.faults-in-force")
+class FaultsInForce(Message):
+    """The message faults that an actor applies now."""
+
+    faults: tuple[FaultRule, ...]
+
+
+@message("system.read-faults")
+class ReadFaults(Request[FaultsInForce]):
+    """Ask an actor which message faults it applies."""
+
+
 @message("system.hang")
 class Hang(Message):
     """Stop turning the event loop for ever (only with `--allow-faults`): the heartbeat must find it."""

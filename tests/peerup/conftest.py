@@ -17,7 +17,7 @@ import actors.api.actor as api
 from peerup.client import Client
 from protocol.messages import Message, Request
 from protocol.messages.config import ConfigSnapshot, SubscribeConfig
-from protocol.messages.system import ChildStatus, ReadTree, SetFaults, SetTaps, Tree
+from protocol.messages.system import ChildStatus, FaultsInForce, ReadFaults, ReadTree, SetFaults, SetTaps, Tree
 from supervisor.errors import NoSuchActorError
 
 
@@ -46,6 +46,14 @@ class FakeContext:
             ReadTree: lambda _target, _request: Tree(tuple(self.tree)),
             SubscribeConfig: lambda _target, _request: ConfigSnapshot(1, True, (), (), ()),
         }
+        self.answers[ReadFaults] = lambda target, _: FaultsInForce(
+            tuple(
+                rule
+                for message in self.told_to(target, SetFaults)[-1:]
+                for rule in message.faults
+                if rule.until > self.now()
+            )
+        )
         self.asked: list[tuple[str, Request]] = []
         self.told_event = trio.Event()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import re
@@ -15,7 +16,7 @@ from urllib.parse import quote, urlencode
 import pytest
 import trio
 
-from actors.api.routes import ROUTES
+from actors.api.routes import ROUTES, faults
 from actors.api.routes.proxies import stdio
 from actors.api.routing import Call
 from actors.http import HttpLimits, HttpRequest
@@ -30,13 +31,17 @@ from protocol.messages.system import (
     DeadLetters,
     Describe,
     Description,
+    EdgeFilter,
     FaultAction,
+    FaultRule,
+    FaultsInForce,
     InjectProcessFault,
     Journal,
     JournalEntry,
     Ok,
     Ping,
     ReadDeadLetters,
+    ReadFaults,
     ReadJournal,
     SetFaults,
     SetLogLevel,
@@ -46,7 +51,7 @@ from protocol.messages.system import (
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 from supervisor.actor import Checkpoint
-from supervisor.errors import DeadlineExceededError, RefusedError
+from supervisor.errors import DeadlineExceededError, NoSuchActorError, RefusedError
 
 PEER = PeerId.from_public_key(bytes.fromhex("08011220") + bytes(range(32)))
 CONNECTION = ConnectionInfo(
@@ -363,6 +368,45 @@ async def test_message_faults_are_told_listed_checkpointed_and_cleared(serve):
         assert node.faults("gate") == ()
         with pytest.raises(RefusedByNodeError, match="no fault"):
             await node.call(node.client.delete, "/v1/faults/fault99")
+
+
+async def test_the_list_of_faults_is_what_the_actors_say(serve):
+    async with serve() as node:
+        stale = FaultRule("fault77", EdgeFilter(target="gate"), FaultAction.DROP, 1.0, None, 1, math.inf, 0.0)
+        await node.call(node.client.post, "/v1/faults", {"action": "drop", "from": "x"})
+        told = node.faults("root")
+
+        def answer(target, _):
+            if target == "api":
+                raise NoSuchActorError("api is away")
+            return FaultsInForce(told if target == "root" else (stale,))
+
+        node.context.answers[ReadFaults] = answer
+        first, second = await node.call(node.client.get, "/v1/faults")
+        assert (first["id"], first["actors"], first["missing"]) == (told[0].id, ["root"], ["gate"])
+        assert (second["id"], second["actors"]) == ("fault77", ["gate"])
+        assert first["silent"] == {"api": "api is away"}
+
+
+async def test_an_actor_that_goes_on_with_a_fault_is_named(serve, monkeypatch):
+    monkeypatch.setattr(faults, "CLEAR_DEADLINE", 0.3)
+    async with serve() as node:
+        await node.call(node.client.post, "/v1/faults", {"action": "drop", "from": "x"})
+        (rule,) = node.faults("gate")
+        before = node.context.answers[ReadFaults]
+        node.context.answers[ReadFaults] = lambda target, request: (
+            FaultsInForce((rule,)) if target == "gate" else before(target, request)
+        )
+        answer = await node.call(node.client.delete, "/v1/faults")
+        assert answer == {"cleared": 1, "remaining": {"gate": f"still applies {rule.id}"}}
+
+
+@pytest.mark.parametrize("kind", ["system.read-tree", "system.*-faults", "no.such"])
+async def test_a_fault_that_could_touch_nothing_is_refused(serve, kind):
+    async with serve() as node:
+        with pytest.raises(RefusedByNodeError):
+            await node.call(node.client.post, "/v1/faults", {"action": "drop", "kind": kind})
+        assert await node.call(node.client.get, "/v1/faults") == []
 
 
 async def test_faults_end_by_themselves(serve):

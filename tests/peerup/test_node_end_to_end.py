@@ -372,6 +372,17 @@ def test_message_faults_hit_are_listed_and_end(pair):
     assert laptop.json("fault", "list") == []
 
 
+@pytest.mark.parametrize("edge", [("--from", "api"), ("--to", "api"), ("--kind", "*")])
+def test_no_fault_prevents_its_own_end(pair, edge):
+    laptop, _ = pair
+    laptop.run("fault", "drop", *edge, "--ttl", "1h")
+    [listed] = laptop.json("fault", "list")
+    assert listed["actors"]
+    assert laptop.json("fault", "clear") == {"cleared": 1, "remaining": {}}
+    assert laptop.json("fault", "list") == []
+    wait_for(lambda: laptop.json("status")["actors"], "it answers as before")
+
+
 def test_removing_a_peer_cuts_its_live_tunnel(pair):
     laptop, home = pair
     with echo_server() as port:

@@ -40,7 +40,9 @@ from tests.support.commands import commands
 READ_ONLY = {
     "system.ok", "system.refusal", "system.ping", "system.pong", "system.describe", "system.description",
     "system.collect-metrics", "system.metrics", "system.tapped", "system.read-journal", "system.journal",
-    "system.read-dead-letters", "system.dead-letters", "system.read-tree", "system.tree", "system.child-started",
+    "system.read-dead-letters", "system.dead-letters", "system.read-tree", "system.tree",
+    "system.read-faults", "system.faults-in-force",
+    "system.child-started",
 }  # fmt: skip
 
 BAD = commands("bad", victim="b", sibling="b", child=ChildSpec("new", "summer", {}))

@@ -1,18 +1,30 @@
 """Routes that break things on purpose; all are refused unless the node runs with `--allow-faults`.
 
 POST   /v1/actors/{name}/fault   {fault: kill | stop | hang}
-GET    /v1/faults                the message faults in force
+GET    /v1/faults                the message faults, and in which actors each is in force
 POST   /v1/faults                {action, from?, to?, kind?, probability?, nth?, seed?, seconds?, delay?}
 DELETE /v1/faults[/{id}]         end all, or one
 """
 
 from __future__ import annotations
 
+import trio
+
 from actors.api.node import ROOT, SERVICE, Node
 from actors.api.present import plain
 from actors.api.routing import Answer, Call, Routes, data_response, data_then
 from protocol.messages import Data
-from protocol.messages.system import EdgeFilter, FaultAction, FaultRule, InjectProcessFault, ProcessFault
+from protocol.messages.codec import kinds
+from protocol.messages.system import (
+    EdgeFilter,
+    FaultAction,
+    FaultRule,
+    FaultsInForce,
+    InjectProcessFault,
+    ProcessFault,
+    ReadFaults,
+)
+from supervisor.edges import EXEMPT, matches_text
 from supervisor.errors import AskError, RefusedError
 
 LONGEST_FAULT = 3600.0
@@ -20,6 +32,12 @@ LONGEST_FAULT = 3600.0
 
 FAULT_DEADLINE = 5.0
 """Seconds for a supervisor to do a process fault."""
+
+CLEAR_DEADLINE = 4.0
+"""Seconds for all actors to end a fault."""
+
+CLEAR_PAUSE = 0.1
+"""Seconds between looks at them meanwhile."""
 
 routes = Routes()
 
@@ -65,7 +83,20 @@ async def process_fault(node: Node, call: Call) -> Answer:
 @routes.on("GET", "/v1/faults")
 async def list_faults(node: Node, call: Call) -> Answer:
     """The message faults in force."""
-    return data_response([_present(node, rule) for rule in node.watchers.faults()])
+    rules = {rule.id: rule for rule in node.watchers.faults()}
+    answers, silent = await _in_force(node)
+    actors: dict[str, list[str]] = {ident: [] for ident in rules}
+    for name, answer in answers.items():
+        for rule in answer.faults:
+            rules.setdefault(rule.id, rule)  # one that was to end, and goes on there
+            actors.setdefault(rule.id, []).append(name)
+    return data_response(
+        [
+            _present(node, rule)
+            | {"actors": sorted(actors[ident]), "missing": sorted(set(answers) - set(actors[ident])), "silent": silent}
+            for ident, rule in rules.items()
+        ]
+    )
 
 
 @routes.on("POST", "/v1/faults")
@@ -78,6 +109,7 @@ async def add_fault(node: Node, call: Call) -> Answer:
     except ValueError:
         known = ", ".join(action.value for action in FaultAction)
         raise RefusedError("bad-request", f"{word!r} is no message fault", f"use one of {known}") from None
+    _demand_effect(call.optional_text("kind"))
     match = EdgeFilter(call.optional_text("from"), call.optional_text("to"), call.optional_text("kind"))
     if match == EdgeFilter():
         raise RefusedError("bad-request", "this would hit every message", "give --from, --to or --kind ('*' for all)")
@@ -94,16 +126,53 @@ async def add_fault(node: Node, call: Call) -> Answer:
     return data_response(_present(node, rule))
 
 
+def _demand_effect(pattern: str | None) -> None:
+    """Refuse a fault of kinds that no fault touches."""
+    if pattern is None:
+        return
+    matching = {kind for kind in kinds() if matches_text(pattern, kind)}
+    if not matching:
+        raise RefusedError("bad-request", f"no message is of a kind like {pattern!r}", "`peerup tap` shows kinds")
+    if matching <= EXEMPT:
+        raise RefusedError(
+            "bad-request",
+            f"no fault touches {', '.join(sorted(matching))}: faults are listed and ended by these",
+            "choose another kind",
+        )
+
+
 @routes.on("DELETE", "/v1/faults")
 async def clear_faults(node: Node, call: Call) -> Answer:
     """End all message faults."""
-    return data_response({"cleared": await node.watchers.clear_faults()})
+    return await _clear(node)
 
 
 @routes.on("DELETE", "/v1/faults/{id}")
 async def clear_fault(node: Node, call: Call) -> Answer:
     """End one message fault."""
-    return data_response({"cleared": await node.watchers.clear_faults(call.text("id"))})
+    return await _clear(node, call.text("id"))
+
+
+async def _clear(node: Node, ident: str | None = None) -> Answer:
+    """End faults, and find out that the actors have done so."""
+    cleared = await node.watchers.clear_faults(ident)
+    remaining: dict[str, str] = {}
+    with trio.move_on_after(CLEAR_DEADLINE):
+        while True:
+            answers, remaining = await _in_force(node)
+            for name, answer in answers.items():
+                if left := [rule.id for rule in answer.faults if ident is None or rule.id == ident]:
+                    remaining[name] = f"still applies {', '.join(left)}"
+            if not remaining:
+                break
+            await trio.sleep(CLEAR_PAUSE)
+    node.watchers.leave_checkpoint()
+    return data_response({"cleared": len(cleared), "remaining": remaining})
+
+
+async def _in_force(node: Node) -> tuple[dict[str, FaultsInForce], dict[str, str]]:
+    """What each actor that has a process now says, and for those that say nothing the reason."""
+    return await node.ask_each([child.name for child in await node.tree() if child.pid is not None], ReadFaults())
 
 
 def _present(node: Node, rule: FaultRule) -> dict[str, Data]:
