@@ -98,6 +98,8 @@ def node_home(explicit: str | Path | None, environment: Mapping[str, str]) -> No
     Raises:
         FileError: no place can be found, because not even HOME is set.
     """
+    if explicit is not None and not str(explicit).strip():
+        raise FileError("--home names no directory: what was given is empty")
     chosen = explicit or environment.get("PEERUP_HOME")
     if chosen:
         root = Path(chosen).expanduser().absolute()

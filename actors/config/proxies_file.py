@@ -62,7 +62,7 @@ def load_proxies(path: Path) -> tuple[DesiredProxy, ...]:
         root = SectionReader(parse_yaml(content.decode()), "", problems, [])
     except (YamlSyntaxError, UnicodeDecodeError) as error:
         raise ProxiesFileError(f"{path}: {error}") from error
-    proxies = root.section("proxies")
+    proxies = root.section("proxies", may_be_empty=True)
     for actor in proxies.keys():  # noqa: SIM118  # not a dict
         entry = proxies.section(actor)
         peer = entry.parsed("peer", None, PeerId.from_text)

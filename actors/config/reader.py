@@ -2,7 +2,9 @@
 
 A :class:`SectionReader` stands for one mapping of the file. Each `take` method reads one key, remembers that
 it is known, and gives back its value or, after noting a problem, a default, so that one pass finds everything that
-is wrong. What was never asked for is an unknown key. Lines come from ruamel.yaml's mappings where the
+is wrong. What was never asked for is an unknown key. A key that is there and empty (nothing, `null`, or a text of
+spaces alone) is not taken for one that is absent: most often everything below it was commented out, and what is meant
+by that is not for us to guess. Lines come from ruamel.yaml's mappings where the
 value was read from a file; plain mappings work as well, without lines.
 """
 
@@ -71,10 +73,19 @@ class SectionReader:
         path: the dotted path of the mapping; empty for the file as a whole.
         problems: where mistakes are noted; shared by all readers of a file.
         warnings: where keys that nobody asked for are noted by :meth:`finish`, and what else is no mistake.
+        asked: where the path of every key that is asked for is noted, whether it is there or not.
     """
 
-    def __init__(self, values: Any, path: str, problems: list[Problem], warnings: list[Problem]) -> None:
+    def __init__(
+        self,
+        values: Any,
+        path: str,
+        problems: list[Problem],
+        warnings: list[Problem],
+        asked: set[str] | None = None,
+    ) -> None:
         self.path = path
+        self._asked = set() if asked is None else asked
         self._problems = problems
         self._warnings = warnings
         self._seen: set[Any] = set()
@@ -114,16 +125,18 @@ class SectionReader:
         """The value of a key as it stands there, None without one; reading it for good is up to the other methods."""
         return self._values.get(key)
 
-    def section(self, key: str) -> SectionReader:
-        """The mapping below this key; an empty one if it is absent."""
-        value = self._take(key)
-        reader = SectionReader(None, self.key_path(key), self._problems, self._warnings)
+    def section(self, key: str, *, may_be_empty: bool = False) -> SectionReader:
+        """The mapping below this key; an empty one if it is absent.
+
+        `may_be_empty` is for a collection, in which nothing can only mean none.
+        """
+        value = self._take(key) if may_be_empty else self._filled(key, "remove it, or write what belongs below it")
         if value is _MISSING or value is None:
-            return reader
-        if not isinstance(value, Mapping):
+            value = None
+        elif not isinstance(value, Mapping):
             self.problem(key, f"must be a mapping of keys to values, not {describe(value)}")
-            return reader
-        return SectionReader(value, self.key_path(key), self._problems, self._warnings)
+            value = None
+        return SectionReader(value, self.key_path(key), self._problems, self._warnings, self._asked)
 
     def text(self, key: str, default: str) -> str:
         """A string."""
@@ -131,8 +144,8 @@ class SectionReader:
 
     def parsed(self, key: str, default: T, parse: Callable[[str], T]) -> T:
         """A string that `parse` turns into a value; it raises ValueError for what it does not take."""
-        value = self._take(key)
-        if value is _MISSING or value is None:
+        value = self._filled(key)
+        if value is _MISSING:
             return default
         if not isinstance(value, str):
             self.problem(key, f"must be text, not {describe(value)}; put it in quotes")
@@ -145,8 +158,8 @@ class SectionReader:
 
     def boolean(self, key: str, default: bool) -> bool:  # noqa: FBT001  # the default is a value here, not a switch
         """Whether the key says true or false."""
-        value = self._take(key)
-        if value is _MISSING or value is None:
+        value = self._filled(key)
+        if value is _MISSING:
             return default
         if isinstance(value, str):
             value = _OLD_BOOLEANS.get(value.lower(), value)
@@ -157,8 +170,8 @@ class SectionReader:
 
     def integer(self, key: str, default: int, *, least: int, most: int) -> int:
         """A whole number within these bounds."""
-        value = self._take(key)
-        if value is _MISSING or value is None:
+        value = self._filled(key)
+        if value is _MISSING:
             return default
         if isinstance(value, bool) or not isinstance(value, int):
             self.problem(key, f"must be a whole number, not {describe(value)}")
@@ -172,8 +185,8 @@ class SectionReader:
         self, key: str, default: int | None, *, least: int = 0, most: int, parse: Callable[[str], int]
     ) -> int | None:
         """A whole number within these bounds, as such or in the form that `parse` takes; None for `unlimited`."""
-        value = self._take(key)
-        if value is _MISSING or value is None:
+        value = self._filled(key)
+        if value is _MISSING:
             return default
         if value == "unlimited":
             return None
@@ -192,8 +205,8 @@ class SectionReader:
 
     def duration(self, key: str, default: float) -> float:
         """A duration as Go writes it, in seconds; must be positive."""
-        value = self._take(key)
-        if value is _MISSING or value is None:
+        value = self._filled(key)
+        if value is _MISSING:
             return default
         try:
             seconds = parse_duration(str(value)) if isinstance(value, str) or value == 0 else None
@@ -205,10 +218,15 @@ class SectionReader:
             return default
         return seconds
 
-    def items(self, key: str, parse: Callable[[str], T]) -> tuple[T, ...] | None:
-        """A list of strings that `parse` turns into values; None if it is absent. Wrong items are left out."""
-        value = self._take(key)
-        if value is _MISSING or value is None:
+    def items(
+        self, key: str, parse: Callable[[str], T], *, if_empty: str = "write [] for none, or remove it for its default"
+    ) -> tuple[T, ...] | None:
+        """A list of strings that `parse` turns into values; None if it is absent. Wrong items are left out.
+
+        `if_empty` says what to do about a key without a value.
+        """
+        value = self._filled(key, if_empty)
+        if value is _MISSING:
             return None
         if isinstance(value, str) or not isinstance(value, Sequence):
             self.problem(key, f"must be a list, not {describe(value)}; write it as [a, b] or one `- item` a line")
@@ -239,8 +257,17 @@ class SectionReader:
             if key not in self._seen:
                 self.warn(key, "is not a key that peerup knows; it is ignored")
 
+    def _filled(self, key: str, advice: str = "write its value, or remove it for its default") -> Any:
+        """The value of this key; `_MISSING` without one. A key that is there and has none is noted as a problem."""
+        value = self._take(key)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            self.problem(key, f"is there and empty; {advice}")
+            return _MISSING
+        return value
+
     def _take(self, key: str) -> Any:
         self._seen.add(key)
+        self._asked.add(self.key_path(key))
         return self._values.get(key, _MISSING)
 
     def _item_problem(self, key: str, items: Any, index: int, reason: str) -> None:

@@ -8,6 +8,7 @@ all others, so that a configuration does not become invalid by an update of peer
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterable
@@ -201,15 +202,25 @@ class NodeConfig:
         return self.path(self.security.authorized_keys_file)
 
 
-def read_config(values: Any, file: Path) -> NodeConfig:
-    """The configuration in these parsed values.
+def known_keys() -> tuple[str, ...]:
+    """The path of every key that a configuration may have, sections too; service, name and peer are examples."""
+    peer = "12D3KooWPjceQrSwdWXPyLLeABRXmuqt69Rg3sBYbU1Nft9HyQ6X"
+    example = {"services": {"name": {}}, "names": {"name": peer}, "addresses": {peer: []}}
+    asked: set[str] = set()
+    with contextlib.suppress(ConfigError):
+        read_config(example, Path("config.yaml"), asked)
+    return tuple(sorted(asked))
+
+
+def read_config(values: Any, file: Path, asked: set[str] | None = None) -> NodeConfig:
+    """The configuration in these parsed values. The paths of all keys that were looked for are added to `asked`.
 
     Raises:
         ConfigError: with all that is wrong.
     """
     problems: list[Problem] = []
     warnings: list[Problem] = []
-    root = SectionReader(values, "", problems, warnings)
+    root = SectionReader(values, "", problems, warnings, asked)
     version = root.integer("version", 1, least=0, most=2**31)
     if version > LATEST_VERSION:
         root.problem("version", f"is {version}, but this peerup knows versions up to {LATEST_VERSION}; update peerup")
@@ -221,9 +232,9 @@ def read_config(values: Any, file: Path) -> NodeConfig:
     discovery = _discovery(root.section("discovery"))
     security = _security(root.section("security"))
     ping = _ping(root.section("protocols"))
-    services = _services(root.section("services"))
-    names = _names(root.section("names"))
-    addresses = _addresses(root.section("addresses"))
+    services = _services(root.section("services", may_be_empty=True))
+    names = _names(root.section("names", may_be_empty=True))
+    addresses = _addresses(root.section("addresses", may_be_empty=True))
     telemetry = _telemetry(root.section("telemetry"))
     log = _log(root.section("log"))
     limits = _limits(root.section("limits"))
@@ -265,7 +276,7 @@ def parse_listen_address(text: str) -> tuple[str, int]:
 
 
 def _network(reader: SectionReader) -> NetworkConfig:
-    listen = reader.items("listen_addresses", Multiaddr)
+    listen = reader.items("listen_addresses", Multiaddr, if_empty=_LISTEN_EMPTY)
     tls = _tls(reader.section("tls"))
     secure = next((address for address in listen or () if address.value("tls") is not None), None)
     if secure is not None and not tls.certificate_file:
@@ -292,7 +303,7 @@ def _network(reader: SectionReader) -> NetworkConfig:
 
 def _tls(reader: SectionReader) -> TlsConfig:
     keys = ("certificate_file", "key_file", "trusted_file")
-    made = TlsConfig(*(reader.parsed(key, "", lambda text: _path(text) if text else text) for key in keys))
+    made = TlsConfig(*(reader.parsed(key, "", _path) for key in keys))
     if bool(made.certificate_file) != bool(made.key_file):
         missing = "key_file" if made.certificate_file else "certificate_file"
         reader.problem(keys[0] if made.certificate_file else keys[1], f"is of no use without {missing}; name both")
@@ -309,7 +320,7 @@ def _relay(reader: SectionReader) -> RelayConfig:
 
 
 def _discovery(reader: SectionReader) -> DiscoveryConfig:
-    network = reader.parsed("network", "", lambda text: check_network_name(text) if text else text)
+    network = reader.parsed("network", "", check_network_name)
     made = DiscoveryConfig(
         reader.text("rendezvous", "peerup-default-network"),
         network or None,
@@ -337,6 +348,10 @@ def _ping(protocols: SectionReader) -> PingConfig:
     return made
 
 
+_ALLOWED_PEERS_EMPTY = "write [] to let nobody use the service, or remove it to let every authorised peer"
+_LISTEN_EMPTY = "write [] to listen nowhere, or remove it to listen at any free port of every address"
+
+
 def _services(reader: SectionReader) -> tuple[ServiceEntry, ...]:
     found: list[ServiceEntry] = []
     for key in reader.keys():  # noqa: SIM118  # not a dict
@@ -351,7 +366,7 @@ def _services(reader: SectionReader) -> tuple[ServiceEntry, ...]:
         if not address and "local_address" not in entry.keys():  # noqa: SIM118  # not a dict
             reader.problem(key, "has no local_address; add one, such as local_address: localhost:22")
         enabled = entry.boolean("enabled", default=False)
-        allowed = entry.items("allowed_peers", PeerId.from_text)
+        allowed = entry.items("allowed_peers", PeerId.from_text, if_empty=_ALLOWED_PEERS_EMPTY)
         entry.ignore("protocol")  # peer-up stores it and never uses it; the protocol id follows from the name
         entry.finish()
         found.append(ServiceEntry(str(name), address, enabled, allowed))

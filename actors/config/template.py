@@ -31,7 +31,8 @@ _TLS = """\
 
 _TEMPLATE = """\
 # Configuration of a peerup node. Keys marked [live] take effect as soon as the file is saved; the others when
-# the node is started again. `peerup config validate` checks this file. A peer-up config.yaml works here as well.
+# the node is started again. A key without a value is an error: to have its default, remove the key, or put a # before
+# it. `peerup config validate` checks this file. A peer-up config.yaml works here as well.
 
 version: 1
 
