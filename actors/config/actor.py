@@ -320,18 +320,18 @@ class Config(Actor):
         return DesiredProxy(f"proxy/{request.peer}/{service}", peer, request.peer, str(service), request.listen or "")
 
     def _resolve(self, name: str) -> Resolved:
+        """A text that is a peer id means that peer; anything else is a name."""
+        with contextlib.suppress(InvalidValueError):
+            return Resolved(PeerId.from_text(name), "peer-id")
         for entry in self._snapshot.names:
             if entry.name == name:
                 return Resolved(entry.peer, "config")
-        try:
-            return Resolved(PeerId.from_text(name), "peer-id")
-        except InvalidValueError:
-            known = ", ".join(sorted(entry.name for entry in self._snapshot.names)) or "none"
-            raise RefusedError(
-                "unknown-peer",
-                f"{name[:80]!r} is neither a peer id nor a name (known names: {known})",
-                "name a peer with: peerup names add NAME PEER_ID",
-            ) from None
+        known = ", ".join(sorted(entry.name for entry in self._snapshot.names)) or "none"
+        raise RefusedError(
+            "unknown-peer",
+            f"{name[:80]!r} is neither a peer id nor a name (known names: {known})",
+            "name a peer with: peerup names add NAME PEER_ID",
+        )
 
     def _all_proxies(self) -> list[DesiredProxy]:
         return [*self._desired.values(), *self._passing.values()]

@@ -66,7 +66,10 @@ def add(session: Session, peer_id: str, comment: str, expires: str | None, path:
 @click.argument("peer")
 @FILE
 def remove(session: Session, peer: str, path: Path | None) -> None:
-    """Let a peer (its id, a name, or the comment of its line) connect no longer, and cut its connections."""
+    """Let a peer connect no longer, and cut its connections.
+
+    PEER is a peer id, else a name (`peerup names`), else the comment of a line. What could mean several is refused.
+    """
     from actors.gate.authorized_keys_file import remove_peer
 
     file = authorized_keys_path(session, path)

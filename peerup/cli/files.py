@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,25 +90,54 @@ def find_peer_id(text: str) -> PeerId:
         raise NoPeerIdError(str(error)) from error
 
 
+class AmbiguousPeerError(InvalidValueError):
+    """A text could mean several peers. `action` lists them."""
+
+    def __init__(self, reason: str, action: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.action = action
+
+
 def find_listed_peer(session: Session, path: Path, text: str) -> PeerId:
-    """The peer that is meant, of those in this authorized_keys file: by the comment of its line, else by id or name.
+    """The peer that is meant, of those in this authorized_keys file: by id, else by name, else by its line's comment.
+
+    A text that is a peer id means that peer whatever names and comments say, and a name is asked for before comments.
 
     Raises:
-        InvalidValueError: none is, or several have this comment.
+        AmbiguousPeerError: several lines have this comment, or a name means a peer that is not in the file while
+            another one's line has it as comment.
+        InvalidValueError: no peer is meant.
     """
     from actors.gate.authorized_keys_file import load_authorized_keys
+    from protocol.peer_id import PeerId
 
-    found = [entry.peer for entry in load_authorized_keys(path).entries if entry.comment == text]
-    if len(found) > 1:
-        raise InvalidValueError(f"{len(found)} lines of {path} have the comment {text!r}; say which by the peer id")
-    if found:
-        return found[0]
+    with contextlib.suppress(InvalidValueError):
+        return PeerId.from_text(text)
+    entries = load_authorized_keys(path).entries
+    commented = [entry for entry in entries if entry.comment == text]
+    lines = "; ".join(f"{entry.peer} (line {entry.line})" for entry in commented)
     try:
-        return find_peer(session, text)
+        named = find_peer(session, text)
     except InvalidValueError as error:
-        raise InvalidValueError(
-            f"{text!r} is neither a peer id, nor a name of this node, nor the comment of a line in {path}"
-        ) from error
+        if not commented:
+            raise InvalidValueError(
+                f"{text!r} is neither a peer id, nor a name of this node, nor the comment of a line in {path}"
+            ) from error
+        if len(commented) > 1:
+            raise AmbiguousPeerError(
+                f"{len(commented)} lines of {path} have the comment {text!r}", f"say which by the peer id: {lines}"
+            ) from error
+        return commented[0].peer
+    others = [entry for entry in commented if entry.peer != named]
+    if others and all(entry.peer != named for entry in entries):
+        raise AmbiguousPeerError(
+            f"{text!r} is the name of {named}, which is not in {path}, and the comment of another peer there",
+            f"say which by the peer id: {lines}",
+        )
+    for entry in others:
+        note(f"note: {text!r} is also the comment of line {entry.line}, {entry.peer}; that peer is not meant")
+    return named
 
 
 def tell_node(session: Session, route: str) -> dict[str, Any]:

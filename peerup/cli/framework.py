@@ -180,7 +180,7 @@ def command(
         @click.pass_context
         def run(context: click.Context, /, *args: Any, home: str | None, **values: Any) -> None:
             as_json = bool(values.pop("as_json", False))
-            session = Session(home or context.find_root().params.get("home"), as_json=as_json)
+            session = Session(context.find_root().params.get("home") if home is None else home, as_json=as_json)
             try:
                 function(session, *args, **values)
             except PeerupError as error:

@@ -382,8 +382,9 @@ def authorize(session: Session, peer_id: str, comment: str, expires: str | None)
 @command("deauthorize", json_output=True, short_help="Let a device use this relay no longer.")
 @click.argument("peer", metavar="PEER")
 def deauthorize(session: Session, peer: str) -> None:
-    """Let a device (its id, a name, or the comment of its line) use this relay no longer.
+    """Let a device use this relay no longer.
 
+    PEER is a peer id, else a name (`peerup names`), else the comment of a line. What could mean several is refused.
     A running relay ends its connections, its reservation and its circuits at once.
     """
     from actors.gate.authorized_keys_file import remove_peer

@@ -102,6 +102,48 @@ def test_auth_add_list_remove(node):
     node("auth", "add", PEERS[2], "--expires", "soon", status=2)
 
 
+def listed(node: Shell) -> list[str]:
+    return [peer["peer_id"] for peer in node.json("auth", "list")]
+
+
+@pytest.mark.parametrize("command", [("auth", "remove"), ("relay", "deauthorize")])
+def test_an_id_is_that_id_whatever_comments_say(node, command):
+    config = node.home / "config.yaml"
+    config.write_text(config.read_text() + "relay_service:\n  enabled: true\n")
+    node("auth", "add", PEERS[0], "--comment", PEERS[1])
+    node("auth", "add", PEERS[2], "--comment", PEERS[2][:20])
+    assert "is not in" in node(*command, PEERS[1], status=1).stderr
+    assert listed(node) == [PEERS[0], PEERS[2]]
+    node("auth", "add", PEERS[1])
+    assert node.json(*command, PEERS[1])["peer_id"] == PEERS[1]
+    assert listed(node) == [PEERS[0], PEERS[2]]
+
+
+def test_a_name_comes_before_a_comment(node):
+    node("names", "add", "laptop", PEERS[0])
+    node("auth", "add", PEERS[1], "--comment", "laptop")
+    # The name's peer is not in the file: neither is guessed at, and the candidate is shown.
+    refused = node("auth", "remove", "laptop", status=1)
+    assert PEERS[0] in refused.stderr
+    assert f"{PEERS[1]} (line " in refused.stderr
+    node("auth", "add", PEERS[0])
+    removed = node("auth", "remove", "laptop")
+    assert f"{PEERS[0]} may connect no longer" in removed.stdout
+    assert PEERS[1] in removed.stderr
+    assert listed(node) == [PEERS[1]]
+    node("names", "remove", "laptop")
+    node("auth", "remove", "laptop")
+    assert listed(node) == []
+
+
+def test_a_comment_of_several_lines_is_refused_and_the_candidates_are_listed(node):
+    for peer in PEERS[:2]:
+        node("auth", "add", peer, "--comment", "tablet")
+    refused = node("auth", "remove", "tablet", status=1)
+    assert all(f"{peer} (line " in refused.stderr for peer in PEERS[:2])
+    assert listed(node) == PEERS[:2]
+
+
 def test_auth_list_fits_80_columns(node):
     node("auth", "add", PEERS[0], "--comment", "the laptop in the kitchen, which has a rather long description")
     node("auth", "add", PEERS[1], "--comment", "tv", "--expires", "2030-12-31T18:00:00Z")
