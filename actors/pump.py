@@ -5,10 +5,10 @@ Theory of operation. Two directions, each of which is open or ended:
     local -> stream   reads the local socket, sends D messages; end of file becomes F
     stream -> local   reads messages, writes D to the local socket; F becomes a shutdown for writing
 
-Both ended: the pump is done, cleanly. A reset on either side ends both at once and crosses over: R makes the local
-socket close with RST, a failure of the local socket makes an R with `LOCAL_RESET`. Each direction holds at most what
-one read gave and the other side has not taken, and reads no more until it has: the kernel's buffers do the rest. A pump
-that waits holds no memory of its own; bytes pass through the reactor's scratch buffer.
+Both ended: the pump is done, cleanly. A reset on either side ends both and crosses over, behind what came before it: R
+makes the local socket close with RST, a failure of the local socket makes an R with `LOCAL_RESET`. Each direction
+holds at most what one read gave and the other side has not taken, and reads no more until it has: the kernel's buffers
+do the rest. A pump that waits holds no memory of its own; bytes pass through the reactor's scratch buffer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from actors.draining import give_up_without_progress, unacknowledged, when_gone
 from actors.reactor import ERROR, HANG_UP, READ, WRITE, Reactor
 from actors.sockets import RESET_ON_CLOSE, send_at_once
 from protocol.stream_descriptor import (
@@ -76,6 +77,7 @@ class Pump:
         "_done",
         "_local",
         "_local_attached",
+        "_local_broken",
         "_local_events",
         "_local_fd",
         "_local_finished",
@@ -83,6 +85,7 @@ class Pump:
         "_reactor",
         "_stream",
         "_stream_attached",
+        "_stream_ended",
         "_stream_events",
         "_stream_fd",
         "_stream_finished",
@@ -109,6 +112,10 @@ class Pump:
         self._to_local = b""  # bytes that the local socket did not take yet
         self._local_finished = False  # end of file was read
         self._stream_finished = False  # F was read
+        self._local_broken = False  # the local socket failed; what it holds has yet to go to the stream
+        self._stream_ended: tuple[Outcome, int] | None = (
+            None  # how, when it did not finish; what came before goes first
+        )
         self._done = False
         local.setblocking(False)
         stream.setblocking(False)
@@ -201,6 +208,9 @@ class Pump:
             return
         self._to_stream = b""
         self._want_stream(self._stream_events & ~WRITE)
+        if self._local_broken:
+            self._send_last()
+            return
         if not self._local_finished:
             self._want_local(self._local_events | READ)
         elif message[0] != FINISH:
@@ -224,7 +234,10 @@ class Pump:
             self._flush_stream()
         if self._done or not ready & (READ | HANG_UP | ERROR):
             return
-        if self._stream_finished:
+        if self._local_broken:
+            if ready & (HANG_UP | ERROR):  # nobody is left to take what the local socket held
+                self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET, tell_stream=False)
+        elif self._stream_finished:
             if self._local_finished and not self._to_stream:
                 self._detach_stream()  # all was said both ways; the local socket has yet to take the last of it
             else:
@@ -260,12 +273,13 @@ class Pump:
                 message = bytes(scratch[end - 1 : end - 1 + length])
                 scratch[end - 1] = saved
                 break
-            if control > 0 and not message:
+            if control > 0 and (not message or message[0] != FINISH):
                 # whatever came before it, this is not a clean end
-                self._reset(Outcome.STREAM_LOST, ResetCode.LOST, tell_stream=False)
-                return
-            if control > 0 and message[0] != FINISH:
-                self._reset(Outcome.STREAM_RESET, parse_reset(message), tell_stream=False)
+                lost = Outcome.STREAM_LOST, int(ResetCode.LOST)
+                self._stream_ended = (Outcome.STREAM_RESET, parse_reset(message)) if message else lost
+                if end > 1:
+                    self._write_local(scratch[1:end])
+                self._write_last()
                 return
             if end > 1 and not self._write_local(scratch[1:end]):
                 self._stream_finished = control > 0
@@ -307,6 +321,8 @@ class Pump:
         if self._to_local:
             return
         self._want_local(self._local_events & ~WRITE)
+        if self._stream_ended is not None:
+            return
         if self._stream_finished:
             self._shutdown_local()
         else:
@@ -326,8 +342,65 @@ class Pump:
         if self._local_finished and self._stream_finished and not self._to_local and not self._to_stream:
             self._finish(Outcome.FINISHED, ResetCode.NONE)
 
+    def _write_last(self) -> None:
+        """The stream is over: when the local socket's other end has what came before, reset it."""
+        if self._done or self._stream_ended is None:
+            return
+        self._want_local(self._local_events & ~READ)
+        self._want_stream(0)
+        if self._stream_attached:
+            self._detach_stream()
+        outcome, code = self._stream_ended
+        when_gone(self._reactor, self._unwritten, lambda: self._reset(outcome, code, tell_stream=False))
+
+    def _unwritten(self) -> int | None:
+        if self._done:
+            return None
+        # what a Unix socket has taken lies with its reader
+        taken = 0 if self._local.family == socket.AF_UNIX else unacknowledged(self._local)
+        return len(self._to_local) + taken
+
+    def _send_last(self) -> None:
+        """The local socket is broken: send what it still holds, as the stream takes it, then reset."""
+        local, stream, scratch = self._local, self._stream, self._reactor.scratch
+        while not self._to_stream:
+            length = 0
+            if not self._local_finished:
+                with contextlib.suppress(OSError):
+                    length = local.recv_into(scratch[1:MAX_MESSAGE])
+            if not length:
+                self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET, tell_stream=True)
+                return
+            self.sent += length
+            scratch[0] = DATA
+            try:
+                stream.send(scratch[: length + 1])
+            except BlockingIOError:
+                self._to_stream = bytes(scratch[: length + 1])
+            except OSError:
+                self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET, tell_stream=False)
+                return
+        self._want_stream(WRITE)
+
     def _local_failed(self, error: Exception) -> None:
-        self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET, tell_stream=True)
+        if self._done or self._local_broken:
+            return
+        if self._stream_ended is not None:
+            outcome, code = self._stream_ended  # nobody is left to take what came before it
+            self._reset(outcome, code, tell_stream=False)
+            return
+        self._local_broken = True
+        self._to_local = b""
+        if self._local_attached:
+            self._detach_local()
+        self._local_events = 0
+        self._want_stream(0)
+        give_up_without_progress(
+            self._reactor,
+            lambda: None if self._done else self.sent,
+            lambda: self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET, tell_stream=True),
+        )
+        self._send_last()
 
     def _stream_failed(self, error: Exception) -> None:
         self._reset(Outcome.STREAM_LOST, ResetCode.LOST, tell_stream=False)

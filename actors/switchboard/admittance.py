@@ -274,7 +274,8 @@ class Admittance:
             elif connection.was_allowed or not connection.outbound:
                 self._decisions.note(connection.peer, "connection", allowed, connection.way, now)
                 self._context.log.info("cut off {}: {}", connection.peer, allowed.rule)
-                connection.link.abort("not-authorised", f"the policy no longer allows it ({allowed.rule})")
+                reason = f"the policy no longer allows it ({allowed.rule})"
+                connection.link.abort("not-authorised", reason, at_once=True)
                 continue
             for channel, protocol in list(connection.inbound_streams.items()):
                 decision = policy.decide_stream(connection.peer, protocol, wall)

@@ -12,7 +12,8 @@ by callbacks and `send`. `hand_over` makes a socket pair, whose one end, the sea
                    to yamux as consumed before it has been taken; and as far as the peer's budget lasts.
 
 The seam's other end may close at any time. When it does while the seam is not being read, what is left in it is read at
-once (a kernel buffer at most), so that a reset never waits behind data that the peer may never admit.
+once (a kernel buffer at most); a reset behind it waits `draining.PATIENCE` seconds for a peer that admits nothing.
+Likewise what came from the peer before it reset the stream is still passed on to the seam, and the reset behind it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from actors.draining import give_up_without_progress
 from actors.reactor import HANG_UP, READ, WRITE, Reactor
 from actors.switchboard.budget import Budget
 from protocol import yamux
@@ -137,6 +139,7 @@ class Channel:
         queued: it stands in the link's queue (the link's to change).
         stream: yamux's record of it.
         ended_by: the code that the peer reset it with, or that the end of the link did; None otherwise.
+        may_drain: it was not ended from here: what came before its end may still go on to whoever reads it.
     """
 
     __slots__ = (
@@ -146,6 +149,7 @@ class Channel:
         "_events",
         "_finishing",
         "_kept",
+        "_last_code",
         "_link",
         "_negotiation",
         "_pending",
@@ -155,6 +159,7 @@ class Channel:
         "_unsent_bytes",
         "ended_by",
         "inbound",
+        "may_drain",
         "on_closed",
         "on_data",
         "on_finish",
@@ -175,6 +180,7 @@ class Channel:
         self.sent = 0
         self.received = 0
         self.ended_by: int | None = None
+        self.may_drain = False
         self.stream = stream
         self.queued = False
         self.on_data = lambda _: None
@@ -192,6 +198,7 @@ class Channel:
         self._unsent: deque[bytes] = deque()  # data that the peer's window does not admit yet
         self._unsent_bytes = 0
         self._finishing = False  # finish, or have finished, after `_unsent`
+        self._last_code: int | None = None  # reset with this code after `_unsent`
         self._closed_told = False
         self._negotiation: Callable[[bytes], bytes | None] | None = None  # what hears the peer before the seam does
 
@@ -234,6 +241,7 @@ class Channel:
 
     def reset(self, code: int) -> None:
         """End the stream both ways at once. Whoever has the descriptor, if it was handed over, is told the code."""
+        self.may_drain = False
         if not self.stream.closed:
             self._link.session.reset(self.stream, code)
             self._link.plan_flush()
@@ -352,8 +360,12 @@ class Channel:
         window = stream.send_window
         if self._unsent and not stream.closed:
             if not window:
+                self._want(self._events & ~READ)  # else the seam would be told of again and again
                 return 0
             return self._fetch_unsent(buffer, start, min(window, limit))
+        if self._last_code is not None:
+            self.reset(self._last_code)
+            return 0
         if self._finishing:
             if not stream.local_finished and not stream.closed:
                 self._link.session.finish(stream)
@@ -465,7 +477,7 @@ class Channel:
 
     def _deliver_message(self, buffer: memoryview, start: int, end: int, now: float) -> None:
         seam = self._seam
-        if seam is None:
+        if seam is None or self._last_code is not None:
             return  # it was lost a moment ago
         buffer[start - 1] = DATA
         if not self._pending:
@@ -510,13 +522,33 @@ class Channel:
             self._tell(FINISH_MESSAGE)
         self._check_closed()
 
-    def over(self, code: int) -> None:
-        """The peer reset the stream, or the link is gone."""
+    def over(self, code: int, *, at_once: bool = False) -> None:
+        """The peer reset the stream, or the link is gone; `at_once`: because we ended it."""
         handed_over = self._seam is not None or self._end is not None
         self.ended_by = code
-        self._drop(code)
+        self.may_drain = not at_once
+        if self._seam is not None and self._pending and not at_once:
+            self._unsent.clear()
+            self._unsent_bytes = 0
+            self._tell(reset_message(code))  # after what came before it
+            give_up_without_progress(self._link.reactor, self._left, self._give_up)
+        else:
+            self._drop(code)
         if not handed_over:
             self.on_reset(code)
+
+    def _left(self) -> int | None:
+        """How much was said before a reset and has not gone on yet; None when it is over."""
+        if self._seam is None:
+            return None
+        return (len(self._pending) if self.stream.closed else self._unsent_bytes) or None
+
+    def _give_up(self) -> None:
+        """Wait no longer for a reader of the seam, or for a peer, that takes nothing."""
+        if self.stream.closed:
+            self._close_seam()
+        elif self._last_code is not None:
+            self.reset(self._last_code)
 
     # ---- the seam
 
@@ -545,6 +577,8 @@ class Channel:
         """Read what is left in the seam, whatever the peer's window, to learn how it ended."""
         seam, stream = self._seam, self.stream
         assert seam is not None
+        if self._last_code is not None:
+            return  # it was learnt before
         message = b""
         while not self._finishing:
             try:
@@ -564,7 +598,16 @@ class Channel:
             self._link.enqueue(self)
         else:
             # there is nobody left to hear what the peer may still say
-            self.reset(ResetCode.LOST if message == FINISH_MESSAGE else self._code_of(message))
+            code = ResetCode.LOST if message == FINISH_MESSAGE else self._code_of(message)
+            if not self._unsent:
+                self.reset(code)
+                return
+            self._last_code = code
+            self._keep_nothing()
+            self._link.reactor.unregister(self._seam_fd)
+            self._attached = False
+            self._link.enqueue(self)
+            give_up_without_progress(self._link.reactor, self._left, self._give_up)
 
     def _flush_pending(self) -> None:
         seam, pending, stream, session = self._seam, self._pending, self.stream, self._link.session

@@ -78,8 +78,8 @@ class Muxed(Protocol):
         """Close in good order."""
         ...
 
-    def abort(self, code: str = ..., reason: str = ...) -> None:
-        """Close at once."""
+    def abort(self, code: str = ..., reason: str = ..., *, at_once: bool = ...) -> None:
+        """Close now; `at_once`: with nothing that came before passed on any more."""
         ...
 
 

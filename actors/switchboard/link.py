@@ -72,6 +72,7 @@ _MOST_CONTROL: Final = MAX_PLAINTEXT  # beyond a batch
 _RECEIVE: Final = 4 * _FRAME  # of one recv
 _SEND_ROUNDS: Final = 4  # batches of one round of the reactor
 _RECEIVE_ROUNDS: Final = 2
+_LAST_ROUNDS: Final = 64  # of a broken wire: more than a kernel buffer holds
 _PASSED: Final = 4 * _FRAME  # bytes that are passed on before they are sent
 _OPENED: Final = 16  # where opened bytes begin: yamux and those who pass them on may write a little before them
 _LAST_WORDS: Final = 32 * 1024  # of all that is said when a link ends
@@ -168,6 +169,7 @@ class Link:
         wire.start(self._wire_ready, self._take, self._failed)
         self._timer: Timer = reactor.call_later(KEEPALIVE_INTERVAL, self._tick)
         self._ping()
+        self._losing = False  # the wire broke; what it holds is yet to be read
         self._unopened = bool(received or plaintext)
         if self._unopened:
             reactor.call_soon(self._open_first)
@@ -205,11 +207,14 @@ class Link:
 
     def close(self, code: str = "local-close", reason: str = "closed by this node") -> None:
         """Say go away, reset what is open, close the wire. `on_end` follows from the loop. Twice is once."""
-        self._finish(LinkEnd(code, reason), ResetCode.SHUTDOWN, GoAwayCode.NORMAL)
+        self._finish(LinkEnd(code, reason), ResetCode.SHUTDOWN, GoAwayCode.NORMAL, at_once=True)
 
-    def abort(self, code: str = "local-abort", reason: str = "cut off by this node") -> None:
-        """Close the wire now, without a word to the peer. `on_end` follows from the loop. Twice is once."""
-        self._finish(LinkEnd(code, reason), ResetCode.CONNECTION_LOST, None)
+    def abort(self, code: str = "local-abort", reason: str = "cut off by this node", *, at_once: bool = False) -> None:
+        """Close the wire now, without a word to the peer. `on_end` follows from the loop. Twice is once.
+
+        `at_once`: what came from the peer and was not taken by its readers yet is dropped.
+        """
+        self._finish(LinkEnd(code, reason), ResetCode.CONNECTION_LOST, None, at_once=at_once)
 
     def enqueue(self, channel: Channel) -> None:
         """The channel may have something to send."""
@@ -280,6 +285,8 @@ class Link:
             try:
                 length = self._wire.recv_into(received[start:stop])
             except BlockingIOError:
+                return
+            if not length and self._losing:
                 return
             if not length:
                 self._finish(LinkEnd("remote-close", "the peer closed the connection"), ResetCode.CONNECTION_LOST, None)
@@ -589,9 +596,31 @@ class Link:
         elif isinstance(error, PeerupError):
             self._finish(LinkEnd(error.code, str(error)), ResetCode.CONNECTION_LOST, GoAwayCode.INTERNAL_ERROR)
         else:
-            self._finish(LinkEnd("connection-lost", str(error)), ResetCode.CONNECTION_LOST, None)
+            self._lose(error)
 
-    def _finish(self, end: LinkEnd, code: ResetCode, go_away: GoAwayCode | None) -> None:
+    def _lose(self, error: Exception) -> None:
+        """The wire is broken, and what it still holds came before that: end when that was taken."""
+        if self.end is not None or self._losing:
+            return
+        self._losing = True
+        self._release_unsent()
+        self._unsent = memoryview(b"")  # the wire takes nothing any more
+        # not now: the rooms may be in use for another link, whose bytes are passed on to this one
+        self.reactor.call_soon(lambda: self._read_last(error))
+
+    def _read_last(self, error: Exception) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(_LAST_ROUNDS):
+                received = self.received
+                try:
+                    self._read_wire()
+                except PeerupError as unreadable:
+                    self._failed(unreadable)
+                if self.received == received or self.end is not None:
+                    break
+        self._finish(LinkEnd("connection-lost", str(error)), ResetCode.CONNECTION_LOST, None)
+
+    def _finish(self, end: LinkEnd, code: ResetCode, go_away: GoAwayCode | None, *, at_once: bool = False) -> None:
         if self.end is not None:
             return
         self.end = end
@@ -608,7 +637,7 @@ class Link:
         self._wire.close()
         for stream in self.session:
             self.session.reset(stream, code)
-            stream.owner.over(code)
+            stream.owner.over(code, at_once=at_once)
         self.reactor.call_soon(lambda: self._on_end(end))
 
     def _say_go_away(self, code: GoAwayCode) -> None:

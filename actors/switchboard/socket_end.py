@@ -11,6 +11,17 @@ Theory of operation. Two directions, each of which is open or ended:
 
 An end of file here becomes a FIN of the stream, a FIN of the stream a shutdown for writing here. Both ended: closed.
 
+A reset does not overtake what came before it. A service that refuses an upload answers and closes at once, with input
+unread, which is a reset; its answer lies in our socket's receive buffer then, and the kernel keeps it there:
+
+    socket broken -> peer   What the socket still holds is fetched and sent as the peer's window lasts; then the stream
+                            is reset. What the peer sends meanwhile is dropped, and it is granted nothing more.
+    stream reset -> socket  What came before is written to the socket. It is closed, with a reset, once the other
+                            kernel has confirmed all of it.
+
+Either is given up after `draining.PATIENCE` seconds without progress. What ends the stream here (the policy, its
+owner, the end of the node) waits for nothing.
+
 The socket closes with a reset (SO_LINGER 1, 0) from the moment that it was given to us until both directions have ended
 well. So whatever goes wrong, be it that this process is killed, its client sees a reset and never mistakes a broken
 tunnel for a complete one.
@@ -21,12 +32,14 @@ Before `attach` the end has no socket and keeps what is delivered, at most one w
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from actors.draining import give_up_without_progress, unacknowledged, when_gone
 from actors.pump import Outcome
 from actors.reactor import ERROR, HANG_UP, READ, WRITE
 from actors.sockets import FINISH_ON_CLOSE, RESET_ON_CLOSE, send_at_once
@@ -56,12 +69,16 @@ class SocketEnd:
     __slots__ = (
         "_admit",
         "_admitted",
+        "_broken",
         "_channel",
+        "_code",
         "_done",
         "_drained",
+        "_draining",
         "_events",
         "_fd",
         "_fresh",
+        "_heard_end",
         "_kept",
         "_on_done",
         "_outcome",
@@ -105,6 +122,10 @@ class SocketEnd:
         self._shut = False  # shut down for writing
         self._done = False
         self._outcome = Outcome.STREAM_RESET  # what a reset means
+        self._broken = False  # the socket is; what it holds has yet to go to the peer
+        self._heard_end = False  # its other end had finished before it broke
+        self._draining = False  # the stream was reset; what came before has yet to be taken by the socket's other end
+        self._code = int(ResetCode.NONE)  # with which it was reset
         if unread:
             self._pending.append(bytearray(unread))
         channel.join(self, negotiation)
@@ -146,6 +167,8 @@ class SocketEnd:
         sock = self._socket
         if sock is None:
             return 0
+        if self._broken:
+            return self._fetch_last(sock, buffer[start : start + limit])
         if not limit:
             self._want(self._events & ~READ)
             return 0
@@ -159,7 +182,7 @@ class SocketEnd:
             self._want(self._events | READ)
             return 0
         except OSError:
-            self._lost()
+            self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET)
             return 0
         if not length:
             self._want(self._events & ~READ)
@@ -169,10 +192,28 @@ class SocketEnd:
         self._drained = length < limit
         return length
 
+    def _fetch_last(self, sock: socket.socket, room: memoryview) -> int:
+        """What the broken socket still holds; when that is all, the reset."""
+        if not room:
+            return 0  # when the peer grants more, we are asked again
+        try:
+            length = sock.recv_into(room)
+        except OSError:
+            length = 0
+        if length:
+            self.sent += length
+            return length
+        if self._heard_end:  # it had said all that it would: that it takes no more is another matter
+            self._channel.finish_now()
+        self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET)
+        return 0
+
     # ---- peer -> socket, called by the channel
 
     def deliver(self, buffer: memoryview, start: int, end: int, now: float) -> None:
         """See `LocalEnd`."""
+        if self._broken:
+            return
         self.received += end - start
         if self._socket is not None and not self._pending:
             if not self._fresh:
@@ -198,8 +239,8 @@ class SocketEnd:
             taken = sock.send(fresh[0]) if len(fresh) == 1 else sock.sendmsg(fresh)
         except BlockingIOError:
             taken = 0
-        except OSError:
-            self._lost()
+        except OSError as error:
+            self._lost(error.errno)
             return
         if taken:
             self._channel.consumed(taken, now)
@@ -215,20 +256,36 @@ class SocketEnd:
     def peer_finished(self) -> None:
         """See `LocalEnd`."""
         self._peer_finished = True
-        if self._socket is not None and not self._pending and not self._fresh:
+        if self._socket is not None and not self._pending and not self._fresh and not self._broken:
             self._shut_down()
 
     def stream_closed(self) -> None:
         """See `LocalEnd`."""
-        if self._shut and not self._done:
+        if self._shut and not self._done and not self._draining:
             self._finish(Outcome.FINISHED, ResetCode.NONE)
 
     def over(self, code: int) -> None:
         """See `LocalEnd`."""
-        if self._fresh and self._socket is not None:  # it came before the reset
-            with contextlib.suppress(OSError):
-                self._socket.sendmsg(self._fresh)
-        self._finish(self._outcome, code)
+        if self._done:
+            return
+        if self._socket is None or self._broken or self._draining or not self._channel.may_drain:
+            if self._fresh and self._socket is not None:  # it came before the reset
+                with contextlib.suppress(OSError):
+                    self._socket.sendmsg(self._fresh)
+            self._finish(self._outcome, code)
+            return
+        self._draining = True
+        self._code = code
+        reactor = self._channel.reactor
+        self.settle(reactor.clock())
+        if not self._done:
+            self._want(WRITE if self._pending else 0)
+            when_gone(reactor, self._left, lambda: self._finish(self._outcome, self._code))
+
+    def _left(self) -> int | None:
+        """Bytes from before the reset that the socket's other end has not got; None when it is over."""
+        sock = self._socket
+        return None if sock is None else sum(map(len, self._pending)) + unacknowledged(sock)
 
     # ---- the socket
 
@@ -246,7 +303,7 @@ class SocketEnd:
 
     def _ready(self, ready: int) -> None:
         if ready & ERROR or (ready & HANG_UP and not self._shut):
-            self._lost()
+            self._lost(self._pending_error())
             return
         if ready & WRITE and self._pending:
             self._flush()
@@ -265,7 +322,7 @@ class SocketEnd:
                 self._want(self._events & ~READ)  # it waits for its turn: do not tell again
 
     def _failed(self, error: Exception) -> None:
-        self._lost()
+        self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET)
 
     def _flush(self) -> None:
         sock, pending = self._socket, self._pending
@@ -276,8 +333,8 @@ class SocketEnd:
                 self._taken(sock.sendmsg(list(itertools.islice(pending, _GATHER))), now)
         except BlockingIOError:
             self._want(self._events | WRITE)
-        except OSError:
-            self._lost()
+        except OSError as error:
+            self._lost(error.errno)
         else:
             self._want(self._events & ~WRITE)
             if self._peer_finished:
@@ -305,35 +362,74 @@ class SocketEnd:
         try:
             sock.shutdown(socket.SHUT_WR)
         except OSError:
-            self._lost()
+            self._lost(self._pending_error())
             return
         self._shut = True
-        if self._channel.closed:
+        if self._channel.closed and not self._draining:
             self._finish(Outcome.FINISHED, ResetCode.NONE)
 
     # ---- ends
 
-    def _lost(self) -> None:
-        self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET)
+    def _pending_error(self) -> int:
+        """What the kernel has to say of the socket, once."""
+        assert self._socket is not None
+        try:
+            return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except OSError as error:
+            return error.errno or 0
+
+    def _lost(self, number: int | None) -> None:
+        """The socket broke, with this error: pass on what it holds, then reset the stream."""
+        if self._done or self._broken:
+            return
+        if self._draining:
+            self._finish(self._outcome, self._code)  # nobody is left to take what came before the stream's reset
+            return
+        if self._channel.closed:
+            self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET)
+            return
+        self._broken = True
+        # the kernel says so where it was reset after its other end had finished, and "connection reset" otherwise
+        self._heard_end = number == errno.EPIPE
+        self._unregister()
+        self._keep_nothing()
+        self._channel.enqueue()
+        give_up_without_progress(
+            self._channel.reactor,
+            lambda: None if self._done else self.sent,
+            lambda: self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET),
+        )
 
     def _reset(self, outcome: Outcome, code: int) -> None:
-        if not self._done:
-            self._outcome = outcome
+        if self._done:
+            return
+        self._outcome = outcome
+        if self._draining:
+            self._finish(outcome, code)
+        else:
             self._channel.reset(code)
+
+    def _keep_nothing(self) -> None:
+        self._pending.clear()
+        self._fresh = []
+        self._channel.budget.give_back(self._kept)
+        self._kept = 0
+
+    def _unregister(self) -> None:
+        if self._registered:
+            self._channel.reactor.unregister(self._fd)
+            self._registered = False
+            self._events = 0
 
     def _finish(self, outcome: Outcome, code: int) -> None:
         if self._done:
             return
         self._done = True
-        self._pending.clear()
-        self._fresh.clear()
-        self._channel.budget.give_back(self._kept)
-        self._kept = 0
+        self._keep_nothing()
         self._release()
         sock, self._socket = self._socket, None
         if sock is not None:
-            if self._registered:
-                self._channel.reactor.unregister(self._fd)
+            self._unregister()
             if outcome is Outcome.FINISHED:
                 with contextlib.suppress(OSError):  # it is broken already; then nothing is left to be said with care
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, FINISH_ON_CLOSE)

@@ -17,7 +17,8 @@ peers that do not read could fill the memory.
 How many bytes may go on, and when, is asked of a `Meter` before they are fetched (limits and rates of the relay).
 
 The end of one direction passes through when everything before it has gone. A reset of either stream resets the other
-with the same code. When both streams are closed, however it came, `on_over` is called, once.
+with the same code: behind what is still kept for it, unless its peer takes nothing of that for `draining.PATIENCE`
+seconds. When both streams are closed, however it came, `on_over` is called, once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from actors.draining import give_up_without_progress
 from actors.switchboard.channel import Channel, LinkClosedError
 from protocol.reservations import Circuit, Direction
 from protocol.stream_descriptor import ResetCode
@@ -81,6 +83,7 @@ class Half:
         "_early",
         "_finish",
         "_kept",
+        "_last_code",
         "_round",
         "_splice",
         "_window",
@@ -109,6 +112,7 @@ class Half:
         self._early = len(early)  # of that, what came with the negotiation and counts for no window
         self._round = 0  # of the reactor, in which the first of what is kept came
         self._finish = False  # the other peer has finished: finish after what is kept
+        self._last_code: int | None = None  # reset with this code after what is kept
         self._window = INITIAL_WINDOW
         if early:
             self._kept.append(bytearray(early))
@@ -130,6 +134,8 @@ class Half:
         if not kept:
             if self._finish and not self.channel.stream.local_finished:
                 self.channel.finish_now()
+            if self._last_code is not None:
+                self._splice.reset(self._last_code)
             return 0
         if not limit:
             return 0
@@ -213,7 +219,22 @@ class Half:
 
     def over(self, code: int) -> None:
         """See `LocalEnd`."""
-        self._splice.reset(code)
+        other = self.other
+        if self.channel.may_drain and other.length and not other.channel.closed:
+            other.drain(code)
+        else:
+            self._splice.reset(code)
+
+    def drain(self, code: int) -> None:
+        """The other peer has reset its stream: reset this one behind what is kept for it."""
+        self._last_code = int(code)
+        self._splice.ending(code)
+        self.channel.enqueue()
+        give_up_without_progress(
+            self.channel.reactor,
+            lambda: None if self.channel.closed else self.length,
+            lambda: self._splice.reset(code),
+        )
 
     def drop(self) -> None:
         """The streams are over: forget what is kept."""
@@ -272,10 +293,15 @@ class Splice:
         if self._resetting:
             return
         self._resetting = True
-        self._code = int(code)
+        self.ending(code)
         self.source.channel.reset(code)
         self.destination.channel.reset(code)
         self.check_over()
+
+    def ending(self, code: int) -> None:
+        """It ends with this code, unless it has begun to end with another one."""
+        if not self._code:
+            self._code = int(code)
 
     def check_over(self) -> None:
         """One of the streams may have been the last to close."""

@@ -7,6 +7,7 @@ import struct
 import pytest
 import trio
 
+from actors import draining
 from actors.switchboard import channel as channel_module
 from actors.switchboard import link as link_module
 from actors.switchboard.link import LinkClosedError
@@ -183,7 +184,8 @@ async def test_a_dead_process_is_a_reset(said):
         far.close()
 
 
-async def test_a_reset_does_not_wait_behind_data_that_nobody_reads():
+async def test_a_reset_does_not_wait_behind_data_that_nobody_reads(monkeypatch):
+    monkeypatch.setattr(draining, "PATIENCE", 0.2)
     async with linked() as ends:
         near, far = await ends.pair()
         with trio.move_on_after(0.5):

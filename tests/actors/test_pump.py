@@ -7,6 +7,7 @@ import struct
 import pytest
 import trio
 
+from actors import draining
 from actors.pump import Outcome, Pump, PumpResult
 from protocol.stream_descriptor import ResetCode, reset_message
 from tests.actors.dataplane import (
@@ -184,6 +185,40 @@ async def test_reset_by_the_peer_overtakes_what_the_client_does_not_read():
         assert (await b.result()).outcome in (Outcome.LOCAL_RESET, Outcome.STREAM_LOST)
 
 
+@pytest.mark.parametrize("pair", [tcp_pair, unix_pair])
+@pytest.mark.parametrize("last", [reset_message(ResetCode.LOCAL_RESET), None])
+async def test_what_came_before_a_reset_by_the_peer_reaches_the_client(pair, last):
+    answer = random.Random(5).randbytes(150_000)
+    async with bench(pair=pair) as b:
+        for start in range(0, len(answer), 60_000):  # all of it, and the reset, before the pump looks
+            b.peer.send(b"D" + answer[start : start + 60_000])
+        if last is not None:
+            b.peer.send(last)
+        b.peer.close()
+        got = bytearray()
+        with contextlib.suppress(ConnectionResetError):
+            while len(got) < len(answer):
+                await trio.lowlevel.wait_readable(b.client)
+                got += b.client.recv(1 << 16)
+        assert bytes(got) == answer
+        outcome = Outcome.STREAM_LOST if last is None else Outcome.STREAM_RESET
+        assert (await b.result()).outcome is outcome
+
+
+@pytest.mark.parametrize("pair", [tcp_pair, unix_pair])
+async def test_what_the_client_said_before_it_broke_off_reaches_the_peer(pair):
+    async with bench(pair=pair) as b:
+        # the client takes no more, and what it said meets the pump together with the failure of a write
+        await send_data(b.peer, b"never read")
+        await until(lambda: b.pump.received == 10)
+        b.client.send(b"413 too large")
+        await send_data(b.peer, b"more")
+        b.client.close()  # with input unread: a reset
+        data, last = await receive_data(b.peer)
+        assert (data, last) == (b"413 too large", reset_message(ResetCode.LOCAL_RESET))
+        assert (await b.result()).outcome is Outcome.LOCAL_RESET
+
+
 async def test_reset_by_the_client_reaches_the_peer():
     async with bench() as b:
         b.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -193,7 +228,8 @@ async def test_reset_by_the_client_reaches_the_peer():
         assert (await b.result()).outcome is Outcome.LOCAL_RESET
 
 
-async def test_reset_by_the_client_while_the_peer_does_not_read():
+async def test_reset_by_the_client_while_the_peer_does_not_read(monkeypatch):
+    monkeypatch.setattr(draining, "PATIENCE", 0.2)
     async with bench() as b:
         with trio.move_on_after(0.3):
             while True:

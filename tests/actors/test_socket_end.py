@@ -9,6 +9,8 @@ import struct
 import pytest
 import trio
 
+from actors import draining
+from actors.draining import unacknowledged
 from actors.pump import Outcome
 from actors.switchboard.link import LinkClosedError
 from actors.switchboard.socket_end import SocketEnd
@@ -184,7 +186,8 @@ async def test_an_idle_or_stopped_tunnel_does_not_keep_the_reactor_busy():
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-async def test_a_reset_crosses_even_when_nothing_moves(stopped):
+async def test_a_reset_crosses_even_when_nothing_moves(stopped, monkeypatch):
+    monkeypatch.setattr(draining, "PATIENCE", 0.2)
     async with tunnelled() as tunnel:
         if stopped:
             with trio.move_on_after(0.5):
@@ -195,6 +198,111 @@ async def test_a_reset_crosses_even_when_nothing_moves(stopped):
         assert far == (Outcome.STREAM_RESET, ResetCode.LOCAL_RESET)
         while (heard := await hears(tunnel.server)) != "reset":
             assert heard, "a broken tunnel looked like a clean end"
+
+
+async def read_to_the_end(sock):
+    """All that comes, and whether a reset ended it."""
+    data = bytearray()
+    while (heard := await hears(sock)) not in (b"", "reset"):
+        data += heard
+    return bytes(data), heard
+
+
+async def upload(sock):
+    """Send until the other end does not want it."""
+    with contextlib.suppress(ConnectionError):
+        while True:
+            await send_tcp(sock, bytes(30_000))
+
+
+async def say_and_break_off(sock, answer):
+    """Close with input unread, when the kernel at the other end has all of the answer."""
+    await send_tcp(sock, answer)
+    await until(lambda: not unacknowledged(sock))
+    sock.close()
+
+
+@pytest.mark.parametrize("size", [30, 1_000_000])
+async def test_an_answer_before_a_reset_arrives(size):
+    # as a service does that answers 413 and closes, with the rest of an upload unread
+    answer = random.Random(6).randbytes(size)
+    async with linked() as ends:
+        for _ in range(20):
+            tunnel = await Tunnel(ends).open()
+            got = []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(upload, tunnel.client)
+                await hears(tunnel.server)
+
+                @nursery.start_soon
+                async def read(tunnel=tunnel, got=got):
+                    got.append(await read_to_the_end(tunnel.client))
+
+                await say_and_break_off(tunnel.server, answer)
+            assert got[0][0] == answer
+            assert [outcome for outcome, _ in await tunnel.over()] == [Outcome.STREAM_RESET, Outcome.LOCAL_RESET]
+            tunnel.close()
+
+
+async def test_an_answer_that_ended_before_the_reset_ends():
+    async with tunnelled() as tunnel:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(upload, tunnel.client)
+            await hears(tunnel.server)
+            await send_tcp(tunnel.server, b"HTTP/1.0 401 Who are you?")
+            tunnel.server.shutdown(socket.SHUT_WR)
+            tunnel.server.close()
+        assert await read_to_the_end(tunnel.client) == (b"HTTP/1.0 401 Who are you?", b"")
+
+
+async def test_what_a_client_said_before_it_broke_off_reaches_the_service():
+    async with tunnelled() as tunnel:
+        await send_tcp(tunnel.server, b"a greeting that nobody reads")
+        await trio.lowlevel.wait_readable(tunnel.client)
+        await send_tcp(tunnel.client, b"a line for the log")
+        tunnel.client.close()
+        assert await read_to_the_end(tunnel.server) == (b"a line for the log", "reset")
+
+
+async def test_what_came_before_a_reset_waits_for_a_slow_reader():
+    content = random.Random(7).randbytes(400_000)  # more than a window
+    async with linked() as ends:
+        tunnel = Tunnel(ends)
+        tunnel.near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+        tunnel.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        await tunnel.open()
+        await send_tcp(tunnel.client, b"unread")
+        await trio.lowlevel.wait_readable(tunnel.server)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(say_and_break_off, tunnel.server, content)
+            await until(lambda: tunnel.far_end.sent == yamux.INITIAL_WINDOW)
+            assert await read_to_the_end(tunnel.client) == (content, "reset")
+        await tunnel.over()
+        tunnel.close()
+
+
+async def test_what_this_side_ends_waits_for_nobody():
+    async with linked() as ends:
+        tunnel = await Tunnel(ends).open()
+        with trio.move_on_after(0.5):
+            await send_tcp(tunnel.client, bytes(1 << 30))
+        began = ends.server.reactor.clock()
+        ends.opened[0].reset(ResetCode.GATED)
+        assert tunnel.done[1] == [(Outcome.STREAM_RESET, ResetCode.GATED)]
+        assert ends.server.reactor.clock() - began < draining.PATIENCE
+        await until(lambda: tunnel.done[0])
+        tunnel.close()
+
+
+async def test_what_a_broken_connection_had_brought_reaches_the_client():
+    async with linked() as ends:
+        tunnel = await Tunnel(ends).open()
+        await send_tcp(tunnel.server, bytes(1_000_000))
+        await until(lambda: tunnel.near_end.received == 1_000_000)
+        ends.server.abort()
+        assert await read_to_the_end(tunnel.client) == (bytes(1_000_000), "reset")
+        await tunnel.over()
+        tunnel.close()
 
 
 async def test_a_reset_after_a_half_close_is_a_reset():

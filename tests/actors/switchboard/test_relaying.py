@@ -10,6 +10,7 @@ import trio
 
 import actors.switchboard.hop_streams
 import actors.switchboard.relaying
+from actors import draining
 from actors.reactor import READ
 from protocol.circuit.addresses import circuit_address
 from protocol.circuit.messages import HopMessage, HopType, Status, encode_message
@@ -170,6 +171,42 @@ async def test_a_reset_passes_through_with_its_code():
         assert near.code == ResetCode.LOCAL_RESET
         await until(lambda: world.room.status().circuits == 0, "no circuit")
         assert world.room.status().requests["circuit reset"] == 2
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_a_reset_stays_behind_what_came_before_it(lost):
+    async with relaying(rules(bytes_per_second=scoped(total=100_000))) as world:
+        home, laptop = await pair(world)
+        near, far = await laptop.circuit(home)
+        sent = content(250_000)  # within a window, and much more than goes on at once
+        before = near.channel.sent
+        near.channel.send(sent)
+        await until(lambda: near.channel.sent == before + len(sent), "all of it on its way to the relay")
+        await until(lambda: world.room.describe()["waiting_for_rate"] > 0, "bytes that wait at the relay")
+        if lost:
+            await until(lambda: laptop.connections[0].link.received > len(sent), "all of it at the relay")
+            laptop.links[0].abort()
+        else:
+            near.channel.reset(ResetCode.LOCAL_RESET)
+        await until(lambda: far.code is not None, "the reset")
+        assert bytes(far.data) == sent
+        assert far.code == (ResetCode.CONNECTION_LOST if lost else ResetCode.LOCAL_RESET)
+        await until(lambda: world.room.status().circuits == 0, "no circuit")
+
+
+async def test_a_reset_waits_for_nobody_who_does_not_read(monkeypatch):
+    monkeypatch.setattr(draining, "PATIENCE", 0.2)
+    async with relaying() as world:
+        home, laptop = await pair(world)
+        near, far = await laptop.circuit(home)
+        home.links[0].reactor.modify(home.sockets[0].fileno(), 0)  # it reads nothing any more
+        sends(near, content(30_000_000))
+        (session,) = (connection.link.session for connection in laptop.connections)
+        await until(lambda: any(stream.receive_window < 65_507 for stream in session), "a window that is used up")
+        near.channel.reset(ResetCode.LOCAL_RESET)
+        await until(lambda: world.room.status().circuits == 0, "the end of the circuit")
+        home.links[0].reactor.modify(home.sockets[0].fileno(), READ)
+        await until(lambda: far.code is not None, "the reset, once it reads again")
 
 
 async def test_a_lost_connection_ends_its_circuits_and_its_reservation():
