@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 import shlex
@@ -110,6 +111,11 @@ def read_limited(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
     if len(content) > limit:
         raise FileError(f"{path} is longer than {limit} bytes, which no such file should be")
     return content, status
+
+
+def digest_of(content: bytes) -> str:
+    """What tells one content of a file from another: the SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def check_not_writable_by_others(path: Path, status: os.stat_result) -> None:

@@ -13,10 +13,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final, TypeVar
 
+from protocol.messages.config import ConfigSnapshot, RelayService, ServiceEntry
+from protocol.messages.relay import CircuitLimit, RelayRules, ScopedLimit
 from protocol.peer_id import PeerId
 from protocol.policy import PeerRule
+
+T = TypeVar("T", int, float)
+L = TypeVar("L", ScopedLimit, CircuitLimit)
 
 WITHDRAWN: Final = -math.inf
 """The `expires` of a rule whose line can be read no longer: it passed before any clock began."""
@@ -34,7 +39,7 @@ def narrowed_peers(before: Iterable[PeerRule], readable: Iterable[PeerRule]) -> 
     for peer in (*known, *(peer for peer in said if peer not in known)):
         old, new = known.get(peer), said.get(peer)
         if old is not None and new is not None:
-            rules.append(dataclasses.replace(new, expires=_earlier(old.expires, new.expires)))
+            rules.append(dataclasses.replace(new, expires=_lower(old.expires, new.expires)))
         elif (one := old or new) is not None and one.expires is not None:
             rules.append(dataclasses.replace(one, expires=WITHDRAWN))
     return tuple(rules)
@@ -46,7 +51,7 @@ def held_back(in_force: Iterable[PeerRule], readable: Iterable[PeerRule]) -> tup
     return tuple(
         rule
         for peer, rule in _by_peer(readable).items()
-        if (old := known.get(peer)) is None or _earlier(old.expires, rule.expires) != rule.expires
+        if (old := known.get(peer)) is None or _lower(old.expires, rule.expires) != rule.expires
     )
 
 
@@ -58,12 +63,61 @@ def _by_peer(rules: Iterable[PeerRule]) -> dict[PeerId, PeerRule]:
         unclear = each.expires is not None and math.isnan(each.expires)
         rule = dataclasses.replace(each, expires=WITHDRAWN) if unclear else each
         present = found.setdefault(rule.peer, rule)
-        if _earlier(present.expires, rule.expires) != present.expires:
+        if _lower(present.expires, rule.expires) != present.expires:
             found[rule.peer] = rule
     return found
 
 
-def _earlier(one: float | None, other: float | None) -> float | None:
+def _lower(one: T | None, other: T | None) -> T | None:
+    """The lower of two numbers; None is above all of them."""
     if one is None or other is None:
         return other if one is None else one
     return min(one, other)
+
+
+def narrowed_config(before: ConfigSnapshot, readable: ConfigSnapshot) -> ConfigSnapshot:
+    """What both configurations allow: gating if either wants it, and of services, relays and limits what both grant.
+
+    A service is offered as long as both offer it at the same address, to the peers that both let in. A relay is one as
+    long as both name it. Each limit is the lower one. Names and addresses of peers grant nothing and stay as before; so
+    does whether this node serves as a relay, which counts from its next start in any case.
+    """
+    services = {service.name: service for service in readable.services}
+    served, other = before.relay_service, readable.relay_service
+    if served is not None and other is not None:
+        served = RelayService(served.announce, narrowed_rules(served.rules, other.rules))
+    return dataclasses.replace(
+        before,
+        gating=before.gating or readable.gating,
+        services=tuple(_narrowed_service(service, services.get(service.name)) for service in before.services),
+        relays=tuple(address for address in before.relays if address in readable.relays),
+        relay_service=served,
+    )
+
+
+def _narrowed_service(before: ServiceEntry, readable: ServiceEntry | None) -> ServiceEntry:
+    if readable is None or not readable.enabled or readable.address != before.address:
+        return dataclasses.replace(before, enabled=False)
+    if before.allowed_peers is None or readable.allowed_peers is None:
+        allowed = before.allowed_peers if readable.allowed_peers is None else readable.allowed_peers
+    else:
+        both = frozenset(readable.allowed_peers)
+        allowed = tuple(peer for peer in before.allowed_peers if peer in both)
+    return dataclasses.replace(before, allowed_peers=allowed)
+
+
+def narrowed_rules(before: RelayRules, readable: RelayRules) -> RelayRules:
+    """The lower of each two limits of a relay."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(RelayRules):
+        old, new = getattr(before, field.name), getattr(readable, field.name)
+        values[field.name] = _lower_each(old, new) if isinstance(old, ScopedLimit | CircuitLimit) else min(old, new)
+    return RelayRules(**values)
+
+
+def _lower_each(before: L, readable: L) -> L:
+    limits: dict[str, Any] = {
+        field.name: _lower(getattr(before, field.name), getattr(readable, field.name))
+        for field in dataclasses.fields(before)
+    }
+    return dataclasses.replace(before, **limits)

@@ -1,8 +1,9 @@
 """The actor `config`: publishes the configuration, resolves names, and keeps the desired proxies and services running.
 
-Theory of operation. `config.yaml` is read at the start, when the watch sees it change, and on `ReloadConfig`. What
-cannot be used changes nothing: the last good configuration stays in force and the problems are reported. A good one
-is kept in a second file, so that a successor of this actor can go on with it even while the file is broken.
+Theory of operation. `config.yaml` is read at the start, when the watch sees it change, and on `ReloadConfig`. Of one
+that cannot be used, only that counts which narrows what was in force and can be read by itself (`protocol.narrowing`,
+decision 16); otherwise the last good configuration stays in force, and the problems are reported. A good one is kept in
+a second file, so that a successor of this actor can go on with it even while the file is broken.
 
 What runs follows from two lists: the enabled services of the configuration, and the desired proxies in
 `state/proxies.yaml`; and, while relays are configured, the keeper of reservations runs.
@@ -17,12 +18,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from actors.config.changes import describe_changes, not_live
-from actors.config.file import parse_config, read_config_text
+import trio
+
+from actors.config.changes import describe_changes, describe_narrowing, not_live
+from actors.config.file import load_readable, parse_config, read_config_text
 from actors.config.proxies_file import DesiredProxy, ProxiesFileError, load_proxies, save_proxies
 from actors.config.reconciler import KEEPER, Reconciler, proxy_child, service_child
 from actors.config.schema import ConfigError, NodeConfig, parse_listen_address
-from actors.files import FileError, read_limited, write_atomic
+from actors.files import BusyError, FileError, digest_of, read_limited, write_atomic
 from actors.watch import watch_file
 from protocol.errors import InvalidValueError
 from protocol.messages import Data
@@ -39,15 +42,24 @@ from protocol.messages.config import (
     RemoveProxy,
     Resolve,
     Resolved,
+    ServiceEntry,
     SubscribeConfig,
 )
 from protocol.messages.system import ActorDown, ActorUp, ChildSpec
+from protocol.multiaddr import Multiaddr
+from protocol.narrowing import narrowed_config
 from protocol.peer_id import PeerId
 from protocol.service import ServiceName
 from supervisor.actor import Actor, Checkpoint, handles
 from supervisor.errors import RefusedError
 
 PROXIES = "proxies"
+LOOK_AGAIN = 1.0
+"""Seconds until the file is looked at again for which this machine had no descriptor or memory."""
+
+CHECKPOINT_BYTES_BROKEN = 256 * 1024
+"""Of more, a successor knows only what the last good file and the broken one say together."""
+
 MAX_PROXIES = 256
 """Each is a process; more are a mistake rather than a wish."""
 
@@ -62,12 +74,13 @@ class Config(Actor):
     """
 
     def __init__(self, path: str, proxies: str, *, watch: bool = True) -> None:
-        self._path = Path(path)
+        self._path = Path(path).absolute()
         self._proxies_path = Path(proxies)
         self._last_good_path = self._proxies_path.with_name("config.last-good.yaml")
         self._watch = watch
         self._text = ""  # of the file when it was last looked at, also when it was broken
         self._problems: tuple[str, ...] = ()
+        self._withdrawn: tuple[str, ...] = ()  # what a broken file has taken away, in words
         self._subscribers: set[str] = set()
         self._desired: dict[str, DesiredProxy] = {}
         self._passing: dict[str, DesiredProxy] = {}  # without a listener; gone when the node ends
@@ -83,6 +96,8 @@ class Config(Actor):
         self._config = self._first_config(restarted=checkpoint is not None)
         self._at_start = dict(state.get("at_start") or not_live(self._config))
         self._snapshot = _snapshot(self._config, state.get("version", 0) + 1)
+        if self._problems:
+            self._snapshot = self._narrowed(_unpack_narrowed(state.get("narrowed"), self._snapshot))
         self._load_desired()
         self._passing = {actor: _passing(actor, packed) for actor, packed in state.get("passing", {}).items()}
         self._reconciler = Reconciler(
@@ -105,7 +120,11 @@ class Config(Actor):
             "services": {service.name: service.address for service in self._snapshot.services if service.enabled},
             "names": {entry.name: str(entry.peer) for entry in self._snapshot.names},
             "proxies": {actor: proxy.listen for actor, proxy in self._desired.items()},
-            "problems": [*self._problems, *([self._proxies_problem] if self._proxies_problem else [])],
+            "problems": [
+                *self._not_whole(),
+                *self._problems,
+                *([self._proxies_problem] if self._proxies_problem else []),
+            ],
             "warnings": [str(warning) for warning in self._config.warnings],
             "after_restart": [key for key, value in not_live(self._config).items() if self._at_start.get(key) != value],
             "subscribers": sorted(self._subscribers),
@@ -124,7 +143,14 @@ class Config(Actor):
     async def reload(self, request: ReloadConfig) -> ConfigReloaded:
         """Read the file now."""
         changes = self._read(force=True)
-        return ConfigReloaded(self._snapshot.version, changes, self._problems)
+        return ConfigReloaded(
+            self._snapshot.version,
+            changes,
+            self._problems,
+            str(self._path),
+            digest_of(self._text.encode()) if self._text else "",
+            self._reconciler.failures(),
+        )
 
     @handles(Resolve)
     async def resolve(self, request: Resolve) -> Resolved:
@@ -213,18 +239,28 @@ class Config(Actor):
         self._read(force=False)
 
     def _read(self, *, force: bool) -> tuple[str, ...]:
-        """Look at the file, and take it over if it is good; what changed."""
+        """Look at the file, and take it over if it is good, else what of it narrows what is in force; what changed."""
         try:
+            text = ""
             text = read_config_text(self._path)
-            if text == self._text and not force:
+            if text == self._text and not self._problems and not force:
                 return ()
-            self._text = text
             config = parse_config(text, self._path)
-        except (ConfigError, FileError) as error:
-            if _texts(error) != self._problems or force:
-                self._note_problems(error)
+        except BusyError as error:
+            self.context.log.warning("{}; what is in force stays so until it can be read", error)
+            self.context.nursery.start_soon(self._look_again)
+            self._text = ""
             return ()
-        self._problems = ()
+        except (ConfigError, FileError) as error:
+            again = _texts(error) == self._problems and text == self._text
+            self._text = text
+            if force or not again:
+                self._note_problems(error)
+                self._publish(self._narrowed(self._snapshot))
+                self._tell_narrowing()
+            return ()
+        self._text = text
+        self._problems = self._withdrawn = ()
         self.context.metrics.gauge("peerup_config_problems").set(0)
         changes = describe_changes(self._config, config)
         self._config = config
@@ -232,18 +268,47 @@ class Config(Actor):
         if changes:
             self._warn()
             self.context.log.info("configuration changed: {}", "; ".join(changes))
-        self._publish()
+        self._publish(_snapshot(config, self._snapshot.version))
+        self._follow_names()
         return changes
 
-    def _publish(self) -> None:
-        snapshot = _snapshot(self._config, self._snapshot.version)
-        if snapshot == self._snapshot:
+    async def _look_again(self) -> None:
+        await trio.sleep(LOOK_AGAIN)
+        self._read(force=False)
+
+    def _narrowed(self, snapshot: ConfigSnapshot) -> ConfigSnapshot:
+        """What of this snapshot the broken file still allows."""
+        try:
+            readable = load_readable(self._path)
+        except BusyError as error:
+            self.context.log.warning("{}; what is in force stays so until it can be read", error)
+            self.context.nursery.start_soon(self._look_again)
+            return snapshot
+        narrowed = narrowed_config(snapshot, _snapshot(readable, snapshot.version))
+        self._withdrawn = describe_narrowing(_snapshot(self._config, 0), narrowed)
+        return narrowed
+
+    def _tell_narrowing(self) -> None:
+        for line in self._not_whole():
+            self.context.log.error("{}", line)
+
+    def _not_whole(self) -> list[str]:
+        """What it means for what is in force that the file cannot be used; nothing if it can."""
+        if not self._problems:
+            return []
+        taken = "; ".join(self._withdrawn) or "so far nothing"
+        return [
+            f"{self._path} cannot be used: what it takes away counts ({taken}), all else waits until it is repaired"
+        ]
+
+    def _publish(self, snapshot: ConfigSnapshot) -> None:
+        if dataclasses.replace(snapshot, version=self._snapshot.version) == self._snapshot:
+            self._save_checkpoint()
             return
-        self._snapshot = dataclasses.replace(snapshot, version=snapshot.version + 1)
+        self._snapshot = dataclasses.replace(snapshot, version=self._snapshot.version + 1)
         self._save_checkpoint()
         for subscriber in sorted(self._subscribers):
             self.context.tell(subscriber, self._snapshot)
-        self._follow_names()
         self._reconciler.wake()
 
     def _follow_names(self) -> None:
@@ -262,7 +327,7 @@ class Config(Actor):
         self._problems = _texts(error)
         self.context.metrics.gauge("peerup_config_problems").set(len(self._problems))
         for problem in self._problems:
-            self.context.log.error("{}; the last good configuration stays in force", problem)
+            self.context.log.error("{}", problem)
 
     def _warn(self) -> None:
         for warning in self._config.warnings:
@@ -360,6 +425,7 @@ class Config(Actor):
                 "started": self._reconciler.started,
                 "passing": passing,
                 "at_start": self._at_start,
+                "narrowed": _pack_narrowed(self._snapshot) if self._problems else None,
             }
         )
 
@@ -390,6 +456,37 @@ def _snapshot(config: NodeConfig, version: int) -> ConfigSnapshot:
         config.addresses,
         config.relay.addresses,
         RelayService(served.announce_addresses, served.rules) if served.enabled else None,
+    )
+
+
+def _pack_narrowed(snapshot: ConfigSnapshot) -> Data:
+    """What is in force and no file says, as plain data for a checkpoint; None if it is too much."""
+    peers = sum(len(service.allowed_peers or ()) for service in snapshot.services)
+    if 64 * (peers + len(snapshot.services) + 2 * len(snapshot.relays)) > CHECKPOINT_BYTES_BROKEN:
+        return None
+    services = [
+        [
+            service.name,
+            service.address,
+            service.enabled,
+            None if service.allowed_peers is None else [peer.to_wire() for peer in service.allowed_peers],
+        ]
+        for service in snapshot.services
+    ]
+    return {"gating": snapshot.gating, "services": services, "relays": [str(address) for address in snapshot.relays]}
+
+
+def _unpack_narrowed(packed: Data, snapshot: ConfigSnapshot) -> ConfigSnapshot:
+    """What of this snapshot was in force before a restart of this actor."""
+    if packed is None:
+        return snapshot
+    services = tuple(
+        ServiceEntry(name, address, enabled, None if allowed is None else tuple(map(PeerId.from_wire, allowed)))
+        for name, address, enabled, allowed in packed["services"]
+    )
+    relays = tuple(map(Multiaddr, packed["relays"]))
+    return narrowed_config(
+        snapshot, dataclasses.replace(snapshot, gating=packed["gating"], services=services, relays=relays)
     )
 
 

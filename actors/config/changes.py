@@ -8,6 +8,7 @@ from typing import Any
 
 from actors.config.relay_service import RelayServiceConfig
 from actors.config.schema import NodeConfig
+from protocol.messages.config import ConfigSnapshot
 
 _NOT_LIVE_AT_RELAYS = {"enabled", "drain_time"}
 
@@ -43,6 +44,24 @@ def describe_changes(old: NodeConfig, new: NodeConfig) -> tuple[str, ...]:
     for key, before, after in _scalars(old, new):
         if before != after:
             lines.append(f"{key} changed{'' if key in LIVE else _LATER}")
+    return tuple(lines)
+
+
+def describe_narrowing(before: ConfigSnapshot, after: ConfigSnapshot) -> tuple[str, ...]:
+    """One line for each thing that one configuration grants and the other, narrower one does not."""
+    lines = []
+    services = {service.name: service for service in after.services}
+    for old in before.services:
+        new = services.get(old.name)
+        if old.enabled and (new is None or not new.enabled):
+            lines.append(f"services.{old.name} is not offered")
+        elif new is not None and new.allowed_peers != old.allowed_peers:
+            lines.append(f"services.{old.name} is for fewer peers")
+    lines.extend(f"relay {address} is not used" for address in before.relays if address not in after.relays)
+    if after.gating and not before.gating:
+        lines.append("connection gating is on")
+    if before.relay_service != after.relay_service:
+        lines.append("limits of relay_service are lower")
     return tuple(lines)
 
 

@@ -18,10 +18,13 @@ from actors.config.schema import (
     NodeConfig,
     check_peer_name,
     read_config,
+    read_readable,
 )
-from actors.config.yaml_text import YamlSyntaxError, delete_value, parse_yaml, set_value
+from actors.config.yaml_text import YamlSyntaxError, delete_value, parse_parts, parse_yaml, set_value
 from actors.files import (
     LOCK_SECONDS,
+    BusyError,
+    FileError,
     FileMissingError,
     check_not_writable_by_others,
     locked,
@@ -259,6 +262,28 @@ def read_config_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(path, (Problem("", "not UTF-8 text", line),)) from error
+
+
+def load_readable(path: Path) -> NodeConfig:
+    """Of a file that cannot be used, what grants something and can be read by itself (`read_readable`).
+
+    A file that others may write to is read as well: it can only take away.
+
+    Raises:
+        BusyError: this machine is short of something; nothing is known of the file.
+    """
+    try:
+        content, _ = read_limited(path, MAX_CONFIG_BYTES)
+    except BusyError:
+        raise
+    except FileError:
+        content = b""
+    text = content.decode("utf-8-sig", "replace")
+    try:
+        values = parse_yaml(text)
+    except YamlSyntaxError:
+        values = parse_parts(text)
+    return read_readable(values, path)
 
 
 @functools.lru_cache(maxsize=1)

@@ -221,13 +221,15 @@ class SectionReader:
     def items(
         self, key: str, parse: Callable[[str], T], *, if_empty: str = "write [] for none, or remove it for its default"
     ) -> tuple[T, ...] | None:
-        """A list of strings that `parse` turns into values; None if it is absent. Wrong items are left out.
+        """A list of strings that `parse` turns into values; None if it is absent.
+
+        Wrong items are left out, and of a key without a list there are none.
 
         `if_empty` says what to do about a key without a value.
         """
         value = self._filled(key, if_empty)
         if value is _MISSING:
-            return None
+            return None if key not in self._values else ()
         if isinstance(value, str) or not isinstance(value, Sequence):
             self.problem(key, f"must be a list, not {describe(value)}; write it as [a, b] or one `- item` a line")
             return ()

@@ -182,6 +182,10 @@ class Reconciler:
         failed = {name: f"failed: {reason}" for name, reason in self._failures.items()}
         return failed | {child.name: child.state for child in tree.children}
 
+    def failures(self) -> tuple[str, ...]:
+        """The children that could not be started, each with the reason."""
+        return tuple(f"{name}: {reason}" for name, reason in sorted(self._failures.items()))
+
     def describe(self) -> dict[str, Data]:
         """For people: what was started, and what could not be."""
         return {"started": sorted(self.started), "failed": dict(self._failures)}

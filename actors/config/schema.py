@@ -262,6 +262,34 @@ def read_config(values: Any, file: Path, asked: set[str] | None = None) -> NodeC
     )
 
 
+def read_readable(values: Any, file: Path) -> NodeConfig:
+    """Of a configuration that cannot be used, what grants something and can be read by itself.
+
+    Services, relays and limits that are not there are left out or at their defaults; a service with a mistake has no
+    address, is not enabled, or lacks the peers that cannot be read; everything else is at its default. Good for
+    nothing but :func:`protocol.narrowing.narrowed_config`.
+    """
+    root = SectionReader(values, "", [], [])
+    return NodeConfig(
+        file=file,
+        version=LATEST_VERSION,
+        key_file="identity.key",
+        network=NetworkConfig(),
+        relay=_relay(root.section("relay")),
+        relay_service=read_relay_service(root.section("relay_service")),
+        discovery=DiscoveryConfig(),
+        security=_security(root.section("security")),
+        ping=PingConfig(),
+        services=_services(root.section("services", may_be_empty=True)),
+        names=(),
+        addresses=(),
+        telemetry=TelemetryConfig(),
+        log=LogConfig(),
+        limits=LimitsConfig(),
+        warnings=(),
+    )
+
+
 def parse_listen_address(text: str) -> tuple[str, int]:
     """Host and port of an address to listen at: `127.0.0.1:8080`, `[::1]:8080`; port 0 is any free one.
 

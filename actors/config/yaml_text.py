@@ -12,6 +12,7 @@ keeps comments but may move some and change indentation.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -60,6 +61,56 @@ def parse_yaml(text: str) -> Any:
     if not isinstance(values, Mapping):
         raise YamlSyntaxError(Problem("", "the file is not a mapping of keys to values", 1))
     return values
+
+
+def parse_parts(text: str) -> dict[str, Any]:
+    """Of a text that is not YAML as a whole: the entries at its left margin that are YAML each by itself.
+
+    Of an entry that is not, the entries one level below it that are. What stands twice is left out. Where lines are
+    taken apart that belong together, something else may be read than was written, or nothing; so this is only good for
+    what can do no harm whatever it says.
+    """
+    found: dict[str, Any] = {}
+    twice: set[str] = set()
+    for block in _blocks(_whole_lines(text), 0):
+        for key, value in _parse_block(block).items():
+            if key in found:
+                twice.add(key)
+            found[key] = value
+    return {key: value for key, value in found.items() if key not in twice}
+
+
+def _parse_block(block: list[str]) -> dict[str, Any]:
+    with contextlib.suppress(YamlSyntaxError):
+        return dict(parse_yaml("".join(block)))
+    head, below = block[0], block[1:]
+    inner = next((line for line in below if line.strip() and not line.lstrip().startswith("#")), "")
+    indent = len(inner) - len(inner.lstrip(" "))
+    if not indent:
+        return {}
+    entries: dict[str, Any] = {}
+    name, twice = "", set()
+    for part in _blocks("".join(below), indent):
+        with contextlib.suppress(YamlSyntaxError):
+            ((name, values),) = parse_yaml("".join([head, *part])).items()
+            if not isinstance(values, Mapping):
+                continue
+            twice |= entries.keys() & values.keys()
+            entries.update(values)
+    return {name: {key: value for key, value in entries.items() if key not in twice}} if name else {}
+
+
+def _blocks(text: str, indent: int) -> list[list[str]]:
+    """The lines, cut before each that begins an entry at this indentation. What stands before the first is left out."""
+    blocks: list[list[str]] = []
+    for line in text.splitlines(keepends=True):
+        content = line.lstrip(" ")
+        begins = len(line) - len(content) == indent and content.strip() and content[0] not in "#-\t.%"
+        if begins:
+            blocks.append([])
+        if blocks:
+            blocks[-1].append(line)
+    return blocks
 
 
 def set_value(text: str, path: Sequence[str], value: Any) -> str:

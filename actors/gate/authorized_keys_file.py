@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from actors.files import (
     FileError,
     FileMissingError,
     check_not_writable_by_others,
+    digest_of,
     locked,
     read_limited,
     write_atomic,
@@ -101,11 +101,6 @@ def inspect_authorized_keys(path: Path) -> Reading:
     except FileError as error:
         problem = str(error)
     return Reading(AuthorizedKeys.parse(content), problem, digest_of(content))
-
-
-def digest_of(content: bytes) -> str:
-    """What tells one content of a file from another: the SHA-256 in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def add_peer(

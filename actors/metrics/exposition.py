@@ -39,7 +39,7 @@ HELP = {
     "peerup_authorized_keys_problems": "Problems in authorized_keys.",
     "peerup_authorized_peers": "Peers in the policy.",
     "peerup_policy_version": "Version of the policy in force.",
-    "peerup_config_problems": "Problems in the configuration file; above 0 the last good one is in force.",
+    "peerup_config_problems": "Problems in the configuration file; above 0 only what it takes away counts.",
     "peerup_network_changes": "Changes of this machine's networks that were told to others.",
     "peerup_relays_configured": "Relays where this node keeps reservations.",
     "peerup_relay_reservations_held": "Reservations in force.",

@@ -123,7 +123,7 @@ def validate(session: Session, path: Path | None) -> None:
     if fatal:
         raise Failure(
             f"{file} has {fatal} broken line{'s' if fatal > 1 else ''}",
-            "repair or remove them; until then a running node keeps the last good policy",
+            "repair or remove them; until then a running node takes over only what the file takes away",
             code="bad-authorized-keys",
             as_json=session.as_json,
         )

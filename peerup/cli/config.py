@@ -90,7 +90,7 @@ def reload(session: Session) -> None:
     session.show(data, human)
     if data["problems"]:
         reason = "\n".join(f"  {problem}" for problem in data["problems"])
-        action = "repair it and reload; until then the last good configuration stays in force"
+        action = "repair it and reload; until then what it takes away counts, and all else stays as it was"
         raise Failure(f"the configuration cannot be used:\n{reason}", action, as_json=session.as_json)
 
 

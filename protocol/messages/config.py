@@ -70,11 +70,24 @@ class SubscribeConfig(Request[ConfigSnapshot]):
 
 @message("config.reloaded")
 class ConfigReloaded(Message):
-    """What a reload found; with `problems` the last good configuration stays in force."""
+    """What a reload found.
+
+    Attributes:
+        version: of the snapshot in force. It has been told to its subscribers, which does not say that it has arrived.
+        changes: what has changed, in words.
+        problems: what is wrong with the file; then of what it says only that has been taken over which narrows what was
+            in force before.
+        file: which file that is, with an absolute path.
+        digest: the SHA-256 of the text that was read, in hexadecimal; empty if none could be.
+        failed: which proxies and services of the configuration could not be started, and why.
+    """
 
     version: int
     changes: tuple[str, ...]
     problems: tuple[str, ...]
+    file: str = ""
+    digest: str = ""
+    failed: tuple[str, ...] = ()
 
 
 @message("config.reload")

@@ -285,6 +285,26 @@ def test_a_file_that_others_may_write_to_is_not_believed(world: World) -> None:
     assert trio.run(answer_of, world, guest, ECHO) == encode_message(ECHO)
 
 
+def test_a_service_that_a_broken_configuration_takes_away_is_cut_off(world: World) -> None:
+    config = world.home.home / "config.yaml"
+    plain = config.read_text()
+    try:
+        held = Held(world.tunnel)
+        other = plain.replace("services:\n", "services:\n  more: {enabled: true, local_address: 'localhost:9'}\n")
+        replace(config, other + "log: [\n")
+        wait_until(lambda: world.describe("config")["description"]["problems"], within=20, what="the broken file")
+        assert held.works(), "a service of which the broken file says the same has been cut"
+        gone = plain.replace("  echo:\n    enabled: true\n", "  echo:\n    enabled: false\n") + "log: [\n"
+        assert "enabled: false\n    local_address" in gone
+        assert held.seconds_until_cut(lambda: replace(config, gone)) < CUT_WITHIN
+        assert not echo_works(world.tunnel)
+        told = json.loads(fails(world.home, "status", "--json", status=0))["warnings"]
+        assert any("services.echo is not offered" in warning for warning in told)
+    finally:
+        replace(config, plain)
+    wait_until(lambda: echo_works(world.tunnel), within=20, what="the service back")
+
+
 def test_allowed_peers_bound_a_service_and_changing_them_cuts(world: World) -> None:
     port = world.server.port
     laptop, insider = world.laptop.peer_id, str(world.insider.peer_id)

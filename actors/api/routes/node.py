@@ -89,13 +89,13 @@ async def _connections(node: Node, result: dict[str, Data], problems: list[str])
 
 @routes.on("POST", "/v1/config/reload")
 async def reload_config(node: Node, call: Call) -> Answer:
-    """Read the configuration again; problems are told and leave the last good one in force."""
+    """Read the configuration again; with problems, which are told, only what it takes away counts."""
     return data_response(plain(await node.ask("config", ReloadConfig(), timeout=RELOAD_DEADLINE)))
 
 
 @routes.on("POST", "/v1/auth/reload")
 async def reload_authorized_keys(node: Node, call: Call) -> Answer:
-    """Read authorized_keys again; problems are told and leave the last good policy in force."""
+    """Read authorized_keys again; with problems, which are told, only what it takes away counts."""
     return data_response(plain(await node.ask("gate", Reload(), timeout=RELOAD_DEADLINE)))
 
 

@@ -384,15 +384,15 @@ async def test_what_waits_for_the_next_start_of_the_node_is_told_until_it_is_und
         assert stage.describe("config")["after_restart"] == []
 
 
-async def test_a_broken_file_keeps_the_last_good_configuration_even_across_a_kill(machine):
+async def test_a_broken_file_keeps_what_it_does_not_take_away_even_across_a_kill(machine):
     async with Stage() as stage:
         await stage.start("config", config(machine, watch=False))
         good = await stage.ask("config", SubscribeConfig())
-        machine.put("services: {ssh: nonsense}\nnames: [\n")
+        machine.put(CONFIG + "  nas: [\n")
         reloaded = await stage.ask("config", ReloadConfig())
         assert reloaded.version == good.version
         assert len(reloaded.problems) == 1
-        assert f"{machine.path}: line 3: column 1: not YAML" in reloaded.problems[0]
+        assert f"{machine.path}: line 7: column 1: not YAML" in reloaded.problems[0]
         await stage.kill("config")
         await stage.start("config", config(machine, watch=False))
         after = await stage.ask("config", SubscribeConfig())
@@ -401,9 +401,106 @@ async def test_a_broken_file_keeps_the_last_good_configuration_even_across_a_kil
         assert stage.describe("config")["problems"]
         machine.put(CONFIG)
         assert (await stage.ask("config", ReloadConfig())).problems == ()
+        machine.path.chmod(0o666)  # others may take away, and they have not
+        assert "chmod 600" in (await stage.ask("config", ReloadConfig())).problems[0]
+        assert (await stage.ask("config", SubscribeConfig())).services == good.services
         machine.path.unlink()
         assert "peerup init" in (await stage.ask("config", ReloadConfig())).problems[0]
+        assert not any(service.enabled for service in (await stage.ask("config", SubscribeConfig())).services)
+        machine.put(CONFIG)
+        assert (await stage.ask("config", ReloadConfig())).problems == ()
         assert (await stage.ask("config", SubscribeConfig())).services == good.services
+
+
+RELAYS = [f"/ip4/192.0.2.{number}/tcp/4001/p2p/{NAS}" for number in (1, 2)]
+GRANTS = f"""\
+services:
+  ssh: {{enabled: true, local_address: "localhost:22"}}
+  web:
+    enabled: true
+    local_address: "localhost:80"
+    allowed_peers:
+      - {HOME}
+      - {NAS}
+relay:
+  addresses: ["{RELAYS[0]}", "{RELAYS[1]}"]
+security:
+  enable_connection_gating: false
+relay_service:
+  enabled: true
+  circuits: {{total: 100}}
+"""
+
+
+def in_force(snapshot):
+    return {
+        "services": {service.name: service.allowed_peers for service in snapshot.services if service.enabled},
+        "relays": [str(relay) for relay in snapshot.relays],
+        "gating": snapshot.gating,
+        "circuits": snapshot.relay_service.rules.circuits.total,
+    }
+
+
+@pytest.mark.parametrize(
+    ("edits", "change"),
+    [
+        ([("    - x\n", "")], {}),
+        ([("  ssh: {enabled: true,", "  ssh: {enabled: false,")], {"services": {"web": (HOME_ID, NAS_ID)}}),
+        ([('  ssh: {enabled: true, local_address: "localhost:22"}\n', "")], {"services": {"web": (HOME_ID, NAS_ID)}}),
+        ([("localhost:22", "localhost:2222")], {"services": {"web": (HOME_ID, NAS_ID)}}),
+        ([("localhost:22", "nonsense")], {"services": {"web": (HOME_ID, NAS_ID)}}),
+        ([(f"      - {NAS}\n", "")], {"services": {"ssh": None, "web": (HOME_ID,)}}),
+        ([(f"      - {NAS}\n", "      - 12D3KooWslip\n")], {"services": {"ssh": None, "web": (HOME_ID,)}}),
+        ([(f"      - {HOME}\n      - {NAS}\n", "")], {"services": {"ssh": None, "web": ()}}),
+        ([("    allowed_peers:\n", ""), (f"      - {HOME}\n      - {NAS}\n", "")], {}),
+        ([('"localhost:22"}', f'"localhost:22", allowed_peers: ["{NAS}"]}}')],
+         {"services": {"ssh": (NAS_ID,), "web": (HOME_ID, NAS_ID)}}),
+        ([(f'"{RELAYS[0]}", ', "")], {"relays": RELAYS[1:]}),
+        ([("gating: false", "gating: true")], {"gating": True}),
+        ([("gating: false", "gating: flase")], {"gating": True}),
+        ([("  enable_connection_gating: false\n", "  {}\n")], {"gating": True}),
+        ([("total: 100", "total: 10")], {"circuits": 10}),
+        ([("total: 100", "total: 1000")], {}),
+        ([("  web:\n", "  new: {enabled: true, local_address: 'localhost:1'}\n  web:\n")], {}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "broken", ["names:\n  home: nonsense\n", "names: [\n", "log: 'unended\n", "names:\n\thome: x\n"]
+)
+async def test_what_a_broken_file_takes_away_counts_and_what_it_adds_waits(machine, edits, change, broken):
+    text = GRANTS
+    machine.put(text)
+    async with Stage() as stage:
+        await stage.start("config", config(machine, watch=False))
+        before = in_force(await stage.ask("config", SubscribeConfig()))
+        for old, new in edits:
+            text = text.replace(old, new)
+        machine.put(text + broken)
+        assert (await stage.ask("config", ReloadConfig())).problems
+        after = in_force(await stage.ask("config", SubscribeConfig()))
+        assert after == before | change
+        machine.put(GRANTS + broken)  # what was taken away comes back with a whole file alone, not by a restart either
+        await stage.ask("config", ReloadConfig())
+        await stage.kill("config")
+        await stage.start("config", config(machine, watch=False))
+        again = in_force(await stage.ask("config", SubscribeConfig()))
+        assert {**again, "circuits": 0} == {**after, "circuits": 0}
+        machine.put(GRANTS)
+        assert (await stage.ask("config", ReloadConfig())).problems == ()
+        assert in_force(await stage.ask("config", SubscribeConfig())) == before
+
+
+async def test_a_file_made_whole_again_by_its_mode_alone_is_taken_over(machine):
+    async with Stage() as stage:
+        await stage.start("config", config(machine, watch=True))
+        subscriber = stage.visitor("switchboard")
+        await subscriber.ask("config", SubscribeConfig())
+        machine.put(CONFIG.replace("enabled: true", "enabled: false"))
+        machine.path.chmod(0o666)
+        await subscriber.wait_until(lambda inbox: any(not m.services[0].enabled for m in inbox))
+        machine.put(CONFIG)
+        await subscriber.wait_until(lambda inbox: inbox[-1].services[0].enabled)
+        assert stage.describe("config")["problems"] == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from actors.config.file import ConfigEditError, edit_config, load_config
 from actors.config.schema import ConfigError
 from actors.config.template import render_config
-from actors.config.yaml_text import YamlSyntaxError, _plain, _without_empty, delete_value, parse_yaml, set_value
+from actors.config.yaml_text import (
+    YamlSyntaxError,
+    _plain,
+    _without_empty,
+    delete_value,
+    parse_parts,
+    parse_yaml,
+    set_value,
+)
 from actors.files import DiskFullError, FileLockedError, PermissionsError, locked
 from protocol.errors import InvalidValueError
 from protocol.multiaddr import Multiaddr
@@ -385,3 +393,13 @@ def _pruned(values):
     while values != previous:
         previous, values = values, _without_empty(values)
     return values
+
+
+@given(st.text(alphabet=st.sampled_from("ab: \n#-'\"[]{}&*\t|>~"), max_size=80))
+def test_parts_of_whatever_text_are_read_or_not_but_never_fail(text):
+    assert isinstance(parse_parts(text), dict)
+
+
+def test_parts_of_a_broken_text_are_what_stands_by_itself():
+    text = "a: 1\nb: [\nc:\n  x: {y: 1}\n  z: 'open\n  w: 2\nd: 1\nd: 2\n# end\ne: |\n  kept\n"
+    assert parse_parts(text) == {"a": 1, "c": {"x": {"y": 1}, "w": 2}, "e": "kept\n"}
