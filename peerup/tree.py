@@ -42,6 +42,9 @@ BACKOFF_INITIAL = 0.1
 BACKOFF_LIMIT = 5.0
 """The longest wait in seconds: a person who has repaired the cause does not want to wait longer."""
 
+TUNNELS_BACKOFF_LIMIT = 1.0
+"""The same for those whose absence people feel at once: the switchboard, the proxies and the services."""
+
 START_DEADLINE = 10.0
 """Seconds for an actor to get ready. Each needs well below one; some wait for another that may just be restarting."""
 
@@ -116,6 +119,7 @@ def build_tree(options: Options) -> SupervisorSpec:
                 tls=_tls_files(config),
             ),
             start_deadline=SWITCHBOARD_START_DEADLINE,
+            backoff_limit=TUNNELS_BACKOFF_LIMIT,
         ),
         _actor("nat/monitor", "actors.nat.monitor:NetworkMonitor"),
         *_relay_server(config),
@@ -164,7 +168,8 @@ def _relay_server(config: NodeConfig) -> list[ChildSpec]:
 
 
 def _proxies() -> ChildSpec:
-    arguments = supervisor_arguments(_supervision(PROXIES_INTENSITY, (), STARTERS))
+    supervision = _supervision(PROXIES_INTENSITY, (), STARTERS)
+    arguments = supervisor_arguments(dataclasses.replace(supervision, backoff_limit=TUNNELS_BACKOFF_LIMIT))
     made = _actor("proxies", "supervisor.supervisor:Supervisor", **arguments)
     return dataclasses.replace(made, stop_deadline=PROXIES_STOP_DEADLINE)
 

@@ -33,10 +33,14 @@ A = TypeVar("A", bound="Actor")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What the predecessor of this actor left behind. Descriptors are open and belong to the receiver."""
+    """What the predecessor of this actor left behind. Descriptors are open and belong to the receiver.
+
+    `version` is the `checkpoint_version` of the actor that left it.
+    """
 
     state: dict[str, Data]
     descriptors: tuple[Descriptor, ...]
+    version: int = 1
 
 
 class Counter(Protocol):
@@ -198,10 +202,12 @@ class Actor:
     Class attributes:
         mailbox_limit: messages that may wait; system messages do not count.
         overflow: what happens to one more.
+        checkpoint_version: of the form of its checkpoints. One of another version is not given to `start`.
     """
 
     mailbox_limit: ClassVar[int] = 1024
     overflow: ClassVar[Overflow] = Overflow.REFUSE
+    checkpoint_version: ClassVar[int] = 1
     handlers: ClassVar[dict[str, HandlerEntry]] = {}
 
     context: Context

@@ -188,11 +188,23 @@ class Cell:
     # The three tasks
 
     async def _live(self, checkpoint: Checkpoint | None) -> None:
-        ready = await self.actor.start(checkpoint)
+        ready = await self.actor.start(self._usable(checkpoint))
         self._started = True
         self._on_ready(ready)
         self.log.debug("ready")
         await self._dispatch()
+
+    def _usable(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        if checkpoint is None or checkpoint.version == self.actor.checkpoint_version:
+            return checkpoint
+        self.log.warning(
+            "starting without the checkpoint: it is of version {}, this program reads version {}",
+            checkpoint.version,
+            self.actor.checkpoint_version,
+        )
+        for descriptor in checkpoint.descriptors:
+            descriptor.close()
+        return None
 
     async def _dispatch(self) -> None:
         exchange = self.exchange
@@ -364,7 +376,9 @@ class CellContext:
     def checkpoint(self, state: dict[str, Data], descriptors: Sequence[int] = ()) -> None:
         """Leave this with the supervisor for a successor."""
         copies = tuple(Descriptor(os.dup(fd)) for fd in descriptors)
-        self._exchange.tell(self._exchange.supervisor, SaveCheckpoint(state, copies))
+        self._exchange.tell(
+            self._exchange.supervisor, SaveCheckpoint(state, copies, self._cell.actor.checkpoint_version)
+        )
 
     @property
     def current_message(self) -> MessageId | None:

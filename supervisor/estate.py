@@ -162,4 +162,4 @@ def _close(checkpoint: Checkpoint) -> None:
 def keep_message(name: str, path: tuple[str, ...], checkpoint: Checkpoint) -> KeepCheckpoint:
     """The checkpoint as a message, with copies of its descriptors."""
     copies: list[Descriptor] = [descriptor.duplicate() for descriptor in checkpoint.descriptors]
-    return KeepCheckpoint(name, path, checkpoint.state, tuple(copies))
+    return KeepCheckpoint(name, path, checkpoint.state, tuple(copies), checkpoint.version)

@@ -54,6 +54,7 @@ from supervisor.exchange import Exchange
 from supervisor.log_library import logger
 from supervisor.port import NameState
 from supervisor.strategy import (
+    POISONED,
     AskToStop,
     Command,
     Finished,
@@ -177,6 +178,7 @@ class Overseer:
         self._pids: dict[str, int | None] = {}
         self._ready: dict[str, dict[str, Data]] = {}
         self._estate = Estate()
+        self._doubted: dict[str, Checkpoint] = {}
         self._last_words: dict[tuple[str, int], LastWords] = {}
         self._timer: Timer | None = None
         exchange.authority = Authority(
@@ -224,6 +226,7 @@ class Overseer:
         if said is not None and failed:
             code, reason = said.code, said.reason
         self._pids.pop(name, None)
+        self._doubted.pop(name, None)
         if failed:
             self._log.warning("{} ended: {}", name, reason)
         else:
@@ -244,6 +247,9 @@ class Overseer:
     def _on_ready(self, message: Ready, envelope: Envelope) -> None:
         name = envelope.sender
         self._ready[name] = message.state
+        doubted = self._doubted.pop(name, None)
+        if doubted is not None and self._estate.get(name) is doubted:
+            self._drop_checkpoints([name])  # without it all is well
         self._do(self.logic.child_ready(name, message.incarnation, self._exchange.now()))
         if self._published.get(name) == (NameState.READY, message.incarnation):
             if self._exchange.taps:
@@ -256,10 +262,10 @@ class Overseer:
             self._last_words[envelope.sender, message.incarnation] = message
 
     def _on_save_checkpoint(self, message: SaveCheckpoint, envelope: Envelope) -> None:
-        self._keep(envelope.sender, (), Checkpoint(message.state, message.descriptors), envelope)
+        self._keep(envelope.sender, (), Checkpoint(message.state, message.descriptors, message.version), envelope)
 
     def _on_keep_checkpoint(self, message: KeepCheckpoint, envelope: Envelope) -> None:
-        checkpoint = Checkpoint(message.state, message.descriptors)
+        checkpoint = Checkpoint(message.state, message.descriptors, message.version)
         if envelope.sender == self._exchange.supervisor and message.path[:1] == (self.name,):
             self._estate.keep(message.name, message.path[1:], checkpoint, len(envelope.body))
         elif message.path[:1] == (envelope.sender,):
@@ -324,6 +330,7 @@ class Overseer:
             self._exchange.refuse(envelope, RefusedError("not-running", f"{name} has no process now"))
             return
         incarnation = self._published[name][1]
+        self.logic.end_wished(name)
         self._log.warning("{} is hit by the fault {}", name, message.fault.value)
         match message.fault:
             case ProcessFault.KILL:
@@ -365,8 +372,8 @@ class Overseer:
     def _carry_out(self, command: Command) -> None:
         exchange = self._exchange
         match command:
-            case Start(spec, incarnation):
-                self._start(spec, incarnation)
+            case Start(spec, incarnation, fresh):
+                self._start(spec, incarnation, fresh=fresh)
             case AskToStop(name, _, reason):
                 exchange.tell(name, Stop(reason))
             case Kill(name, incarnation, reason):
@@ -393,11 +400,17 @@ class Overseer:
             case _:
                 raise AssertionError(f"{command} carries a token that is not a request")
 
-    def _start(self, spec: ChildSpec, incarnation: int) -> None:
+    def _start(self, spec: ChildSpec, incarnation: int, *, fresh: bool) -> None:
         if spec.name in self._specs:
             self._exchange.metrics.counter("peerup_restarts_total", actor=spec.name).inc()
         self._specs[spec.name] = spec
-        self._pids[spec.name] = self._host.spawn(spec, incarnation, self._estate.get(spec.name))
+        checkpoint = self._estate.get(spec.name)
+        if fresh and checkpoint is not None:
+            self._log.error("{} is started without its checkpoint, with which it failed {} times", spec.name, POISONED)
+            self._exchange.metrics.counter("peerup_checkpoints_doubted_total", actor=spec.name).inc()
+            self._doubted[spec.name] = checkpoint
+            checkpoint = None
+        self._pids[spec.name] = self._host.spawn(spec, incarnation, checkpoint)
 
     def _ping(self, name: str, incarnation: int) -> None:
         def answered(outcome: Message | AskError) -> None:

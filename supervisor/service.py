@@ -405,7 +405,7 @@ class Service:
 
     def _keep_checkpoint(self, message: KeepCheckpoint, envelope: Envelope) -> None:
         if envelope.sender == ROOT and message.path[:1] == (ROOT,):
-            checkpoint = Checkpoint(message.state, message.descriptors)
+            checkpoint = Checkpoint(message.state, message.descriptors, message.version)
             try:
                 self._estate.keep(message.name, message.path, checkpoint, len(envelope.body))
             except RefusedError as refusal:

@@ -362,7 +362,8 @@ class World:
         self.note(f"spawn {spec.name} {incarnation}")
         copy = None
         if checkpoint is not None:
-            copy = Checkpoint(checkpoint.state, tuple(one.duplicate() for one in checkpoint.descriptors))
+            copies = tuple(one.duplicate() for one in checkpoint.descriptors)
+            copy = Checkpoint(checkpoint.state, copies, checkpoint.version)
         self._nursery.start_soon(self._run_process, process, spec, copy, exited)
         return process.pid
 

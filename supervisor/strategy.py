@@ -12,10 +12,15 @@ under `one_for_one` that holds only until the whole tree was up once, because af
 independent of each other. Children added while running come after the static ones. Under `one_for_one` they
 have no order among themselves and are stopped all at once, before the static ones.
 
-The first restart of a child within the window is immediate; the n-th waits `backoff_initial * 2**(n-2)` seconds, at
-most `backoff_limit`, less up to a half by jitter. One restart more than `intensity` within the window, of all children
-together, and the supervisor gives up: it stops its children and finishes as failed, and its own supervisor decides.
-It gives up sooner when a child explains why it cannot start before the tree was ever up (FIRST_START_ATTEMPTS).
+The first restart of a child within the window is immediate; the n-th in a row waits `backoff_initial * 2**(n-2)`
+seconds, at most `backoff_limit` (the child's own, if it has one), less up to a half by jitter. A child that ran for
+`STEADY` seconds begins a new row, and an end that a person wished for counts for nothing. One restart more than
+`intensity` within the window, of all children together, and the supervisor gives up: it stops its children and finishes
+as failed, and its own supervisor decides. It gives up sooner when a child explains why it cannot start before the tree
+was ever up (FIRST_START_ATTEMPTS).
+
+A child that failed `POISONED` times in a row at or just after its start is started once without its checkpoint: what
+its predecessor left may be what it fails by. If that does not help, it was not to blame and is given again.
 
 A supervisor that was itself not running for a while (stopped, or starved) gives its children that time back
 before it takes them for hung.
@@ -48,11 +53,13 @@ before it takes them for hung.
 | stopping    | ended, restart later                 | backing-off |                    |
 | stopping    | ended, stop requested                | gone        | Forget             |
 | stopping    | ended, the supervisor ends           | stopped     |                    |
+| stopping    | ended, temporary, with its group     | stopped     |                    |
 | killing     | ended, restart at once               | waiting     |                    |
 | killing     | ended, restart later                 | backing-off |                    |
 | killing     | ended, no restart                    | failed      |                    |
 | killing     | ended, stop requested or dynamic     | gone        | Forget             |
 | killing     | ended, the supervisor ends           | stopped     |                    |
+| killing     | ended, temporary, with its group     | stopped     |                    |
 | stopped     | stop requested, or started anew      | gone        | Forget             |
 | failed      | stop requested, or started anew      | gone        | Forget             |
 
@@ -115,16 +122,32 @@ FIRST_START_ATTEMPTS = 3
 key) ends the supervisor at once: whoever started the tree waits for the explanation, and time does not help. Twice
 it is tried again all the same, because what was in the way may have been the end of a predecessor."""
 
-UNFORESEEN = frozenset({"crash", "start-failed"})
+STEADY = 5.0
+"""Seconds after which a child counts as running well: its next failure is the first of a new row."""
+
+POISONED = 3
+"""Failed starts in a row after which the next one goes without the checkpoint."""
+
+QUICK = 1.0
+"""Seconds after its start in which a failure that a child explains, or that is a defect, still counts as one of it."""
+
+NO_WORDS = "start-failed"
+"""The code of an end of which the child itself said nothing, as after a SIGKILL."""
+
+UNFORESEEN = frozenset({"crash", NO_WORDS})
 """The codes of ends that the child did not explain: a kill, a defect. They count as any restart does."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Start a process for this child. Report `child_ready`, or `child_exited` when it ends or cannot be made."""
+    """Start a process for this child. Report `child_ready`, or `child_exited` when it ends or cannot be made.
+
+    `fresh`: do not give it its checkpoint, by which it may have failed so far.
+    """
 
     spec: ChildSpec
     incarnation: int
+    fresh: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +291,9 @@ class _Child:
     ready_at: float = 0.0
     restarts: collections.deque[float] = dataclasses.field(default_factory=collections.deque)
     restarts_total: int = 0
+    row: int = 0
+    failed_starts: int = 0
+    wished: bool = False
     mailbox: int = 0
     handled: int = 0
     last_failure: str = ""
@@ -344,7 +370,7 @@ class SupervisorLogic:
         return self._advance(now)
 
     def child_exited(
-        self, name: str, incarnation: int, now: float, *, failed: bool, reason: str, code: str = "start-failed"
+        self, name: str, incarnation: int, now: float, *, failed: bool, reason: str, code: str = NO_WORDS
     ) -> list[Command]:
         """The child's process has ended. `code` is for the answer of a start request that fails by it."""
         child = self._find(name, incarnation)
@@ -360,7 +386,12 @@ class SupervisorLogic:
             self._ended_by_itself(child, now, failed=failed, reason=reason, code=code)
         elif child.goal is _Goal.RESTART:
             child.goal = _Goal.UP
-            self._wait(child, now)
+            if child.spec.restart is not Restart.TEMPORARY:
+                self._wait(child, now)
+            elif child.dynamic:
+                self._forget(child)
+            else:
+                child.enter(_S.STOPPED if child.state is not _S.STARTING else _S.FAILED)
         elif child.stop_tokens:
             self._forget(child)
         else:
@@ -378,6 +409,12 @@ class SupervisorLogic:
             child.pinged = False
             child.due = self._next_ping(child, now)
         return []
+
+    def end_wished(self, name: str) -> None:
+        """Somebody makes this child fail on purpose, once: its next end is not held against it."""
+        child = self._children.get(name)
+        if child is not None and child.alive:
+            child.wished = True
 
     def start_requested(self, spec: ChildSpec, token: object, now: float) -> list[Command]:
         """Somebody wants a dynamic child. Answered when it is ready; refused when its first start fails."""
@@ -518,8 +555,14 @@ class SupervisorLogic:
             else:
                 child.enter(_S.FAILED if failed else _S.STOPPED)
             return
-        self._trim(self._restarts, now)
-        self._restarts.append(now)
+        wished, child.wished = child.wished, False
+        ran = now - child.ready_at if child.ready else 0.0
+        if not wished:
+            child.row = 1 if ran >= STEADY else child.row + 1
+            at_start = not child.ready or (ran < QUICK and code != NO_WORDS)
+            child.failed_starts = child.failed_starts + 1 if at_start else 0
+            self._trim(self._restarts, now)
+            self._restarts.append(now)
         if len(self._restarts) > self.spec.intensity:
             child.enter(_S.FAILED)
             times = f"{len(self._restarts)} failures within {self.spec.window:g} s"
@@ -532,12 +575,12 @@ class SupervisorLogic:
             child.enter(_S.FAILED)
             self._end(Finished(True, f"{name} does not start: {reason}"))
             return
-        again = now + self._backoff(len(child.restarts))
+        again = now if wished else now + self._backoff(child)
         child.not_before = again
         self._wait(child, now)
         for sibling in self._group(child):
             if sibling.alive and sibling.goal is not _Goal.DOWN:
-                sibling.goal = _Goal.RESTART
+                sibling.goal = _Goal.RESTART  # a temporary one is only stopped, in its turn
                 sibling.stop_reason = f"{name} is restarted"
                 sibling.not_before = again
             # siblings that are not alive are behind this one and wait for their turn anyway
@@ -551,10 +594,13 @@ class SupervisorLogic:
             children = children[children.index(child) :]
         return [sibling for sibling in children if sibling is not child]
 
-    def _backoff(self, nth: int) -> float:
+    def _backoff(self, child: _Child) -> float:
+        nth = min(child.row, len(child.restarts))
         if nth < 2:
             return 0.0
-        full = min(self.spec.backoff_limit, self.spec.backoff_initial * 2.0 ** min(nth - 2, 60))
+        own = child.spec.backoff_limit
+        limit = self.spec.backoff_limit if own is None else min(own, self.spec.backoff_limit)
+        full = min(limit, self.spec.backoff_initial * 2.0 ** min(nth - 2, 60))
         return full * (1.0 - self._random.random() / 2)
 
     def _wait(self, child: _Child, now: float) -> None:
@@ -633,7 +679,8 @@ class SupervisorLogic:
                 child.incarnation += 1
                 child.ready = False
                 child.enter(_S.STARTING, now + child.spec.start_deadline)
-                self._commands.append(Start(child.spec, child.incarnation))
+                fresh = child.failed_starts > 0 and child.failed_starts % POISONED == 0
+                self._commands.append(Start(child.spec, child.incarnation, fresh))
             if ordered and child.state not in _SETTLED and child.goal is not _Goal.DOWN:
                 return
 

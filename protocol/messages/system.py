@@ -44,6 +44,7 @@ class ChildSpec:
         stop_deadline: seconds it gets between being asked to stop and SIGKILL.
         heartbeat: seconds between pings; one ping is outstanding at a time. 0 turns it off.
         heartbeat_deadline: seconds without an answer after which it is taken for hung and killed.
+        backoff_limit: the longest wait in seconds before a restart, where the supervisor's is too long for this child.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ChildSpec:
     stop_deadline: float = 5.0
     heartbeat: float = 1.0
     heartbeat_deadline: float = 2.0
+    backoff_limit: float | None = None
 
 
 @record
@@ -404,10 +406,14 @@ class InjectProcessFault(Request[Ok]):
 
 @message("system.checkpoint")
 class SaveCheckpoint(Message):
-    """From a child to its supervisor: what its successor will be given. Replaces the one before."""
+    """From a child to its supervisor: what its successor will be given. Replaces the one before.
+
+    `version` is that of the form of `state`.
+    """
 
     state: dict[str, Data]
     descriptors: tuple[Descriptor, ...]
+    version: int = 1
 
 
 @message("system.keep-checkpoint")
@@ -421,6 +427,7 @@ class KeepCheckpoint(Message):
     path: tuple[str, ...]
     state: dict[str, Data]
     descriptors: tuple[Descriptor, ...]
+    version: int = 1
 
 
 @message("system.drop-checkpoint")

@@ -169,7 +169,22 @@ class Listener(Actor):
         return Number(len(os.read(self.read, 100)))
 
 
+class Poisoned(Actor):
+    """Cannot read what it once left."""
+
+    async def start(self, checkpoint):
+        if checkpoint is not None:
+            raise ValueError("a checkpoint that nobody can read")
+        return {}
+
+    @handles(Add)
+    async def add(self, request):
+        self.context.checkpoint({"total": request.value})
+        return Number(request.value)
+
+
 CLASSES = {
+    "poisoned": Poisoned,
     "summer": Summer,
     "relayer": Relayer,
     "unlucky": Unlucky,
@@ -223,6 +238,35 @@ async def test_a_killed_actor_is_back_with_its_checkpoint(autojump_clock):
         assert (await world.ask("a", Total())).value == 7
         [_, status] = world.tree()
         assert (status.state, status.restarts, status.last_failure) == ("running", 1, "killed by SIGKILL")
+
+
+async def test_a_checkpoint_that_an_actor_fails_by_is_left_out_and_then_dropped(autojump_clock):
+    lines = []
+    loguru.logger.add(lines.append, level="ERROR", format="{message}")
+    async with simulation().run(tree(child("a", "poisoned"), intensity=20)) as world:
+        await world.ask("a", Add(7))
+        await trio.sleep(0.1)
+        for _ in range(2):
+            world.kill("a")
+            await world.wait_for("a", timeout=10)
+            await world.ask("a", Add(7))
+            await trio.sleep(0.1)
+    assert sum("without its checkpoint" in line for line in lines) == 2
+
+
+async def test_a_checkpoint_of_another_version_is_not_given(autojump_clock, monkeypatch):
+    async with simulation().run(tree(child("a"))) as world:
+        await world.ask("a", Add(7))
+        await trio.sleep(0.1)
+        monkeypatch.setattr(Summer, "checkpoint_version", 2)
+        world.kill("a")
+        await world.wait_for("a", timeout=1)
+        assert (await world.ask("a", Total())).value == 0
+        await world.ask("a", Add(2))
+        await trio.sleep(0.1)
+        world.kill("a")
+        await world.wait_for("a", timeout=1)
+        assert (await world.ask("a", Total())).value == 2
 
 
 async def test_a_request_pending_when_the_actor_dies_fails_as_restarting(autojump_clock):

@@ -51,7 +51,7 @@ class Tree:
     def do(self, commands):
         for command in commands:
             match command:
-                case Start(spec, incarnation):
+                case Start(spec, incarnation, _):
                     assert spec.name not in self.alive, "two incarnations at once"
                     self.alive[spec.name] = incarnation
                     self.log.append(f"start {spec.name}")
@@ -262,6 +262,120 @@ def test_backoff_grows_is_limited_and_forgets_after_the_window():
     tree.take()
     tree.exit("a")
     assert tree.take() == ["start a"]
+
+
+def end_and_wait(tree, name, **how):
+    """Seconds between an end of this child and its next start."""
+    before = tree.now
+    tree.exit(name, **how)
+    while name not in tree.alive:
+        tree.now = tree.logic.next_wakeup()
+        tree.do(tree.logic.tick(tree.now))
+    return tree.now - before
+
+
+def test_a_child_that_ran_well_for_a_while_comes_back_at_once():
+    tree = started("a", intensity=100, window=600.0, initial=1.0, limit=64.0)
+    for _ in range(5):
+        end_and_wait(tree, "a")
+        tree.ready("a")
+    assert end_and_wait(tree, "a") > 1.0
+    tree.ready("a")
+    tree.pass_time(module.STEADY)
+    assert end_and_wait(tree, "a") == 0.0
+    tree.ready("a")
+    assert end_and_wait(tree, "a") > 0.0
+
+
+def test_the_wait_of_a_child_is_bounded_by_its_own_limit():
+    tree = Tree(spec(quiet("a", backoff_limit=1.0), quiet("b"), intensity=100, window=600.0, initial=1.0, limit=64.0))
+    tree.ready("a")
+    tree.ready("b")
+    waits = {}
+    for name in "ab":
+        for _ in range(8):
+            waits[name] = end_and_wait(tree, name)
+            tree.ready(name)
+    assert waits["a"] <= 1.0
+    assert waits["b"] > 20.0
+
+
+def test_an_end_that_was_wished_for_is_not_held_against_the_child():
+    tree = started("a", intensity=2, window=600.0, initial=1.0)
+    for _ in range(20):
+        tree.logic.end_wished("a")
+        assert end_and_wait(tree, "a") == 0.0
+        tree.ready("a")
+    assert not tree.logic.ending
+    assert tree.logic.status(tree.now)[0].restarts == 20
+    end_and_wait(tree, "a")  # only the next end was wished for
+    tree.ready("a")
+    end_and_wait(tree, "a")
+    tree.ready("a")
+    tree.exit("a")
+    assert tree.logic.ending
+
+
+def starts_until_ready(tree, fails):
+    """Whether each start of `a` went without its checkpoint, for as long as `fails(fresh)`."""
+    fresh = []
+    original = tree.do
+
+    def watched(commands):
+        fresh.extend(command.fresh for command in commands if isinstance(command, Start))
+        return original(commands)
+
+    tree.do = watched
+    tree.exit("a")
+    while len(fresh) < 20:
+        while "a" not in tree.alive:
+            tree.now = tree.logic.next_wakeup()
+            tree.do(tree.logic.tick(tree.now))
+        if not fails(fresh[-1]):
+            break
+        tree.exit("a")
+    tree.do = original
+    return fresh
+
+
+def test_a_start_that_fails_again_and_again_is_tried_once_without_the_checkpoint():
+    tree = started("a", intensity=1000)
+    assert starts_until_ready(tree, lambda fresh: not fresh) == [False, False, False, True]
+    tree = started("a", intensity=1000)
+    tries = starts_until_ready(tree, lambda _: True)
+    assert tries == [False, False, False, True] + [False, False, True] * 5 + [False]
+
+
+def test_kills_of_a_running_child_do_not_cast_doubt_on_its_checkpoint():
+    tree = started("a", intensity=1000)
+    for _ in range(10):
+        assert starts_until_ready(tree, lambda _: False) == [False]
+        tree.ready("a")
+    # but failures of its own, just after its start, do
+    fresh = []
+    for _ in range(3):
+        exited = tree.logic.child_exited("a", tree.alive.pop("a"), tree.now, failed=True, reason="bad", code="crash")
+        tree.do(exited)
+        while "a" not in tree.alive:
+            tree.now = tree.logic.next_wakeup()
+            exited = tree.do(tree.logic.tick(tree.now))
+        fresh += [command.fresh for command in exited if isinstance(command, Start)]
+        tree.ready("a")
+    assert fresh == [False, False, True]
+
+
+def test_a_temporary_sibling_is_stopped_with_its_group_and_not_started_again():
+    tree = Tree(spec(quiet("a"), quiet("b", Restart.TEMPORARY), quiet("c"), strategy=Strategy.ONE_FOR_ALL))
+    for name in "abc":
+        tree.ready(name)
+    tree.take()
+    tree.exit("a")
+    tree.exit("c", failed=False)
+    tree.exit("b", failed=False)
+    assert tree.take() == ["stop c", "stop b", "start a"]
+    tree.ready("a")
+    assert tree.take() == ["start c"]
+    assert tree.state("b") == "stopped"
 
 
 def test_more_failures_than_the_intensity_end_the_supervisor_as_failed():
