@@ -7,7 +7,7 @@ Theory of operation. Three messages, each behind two bytes of length:
     -> s, se          payload  the initiator's (encrypted) static key, then its payload
 
 A payload holds the peer's libp2p public key, that key's signature over the static key just proved, and extensions.
-Two of those mean something to us, both names in order of preference:
+Three of those mean something to us, the first two names in order of preference:
 
 `stream_muxers`      When both sides send it, the muxer is the first of the initiator's that the responder has too, and
                      without one the handshake fails (libp2p specs, connections/inlined-muxer-negotiation.md). When one
@@ -16,6 +16,8 @@ Two of those mean something to us, both names in order of preference:
                      of those that the spec leaves free; docs/decisions/0014). The first of the initiator's that the
                      responder names too is used, with keys that are derived for it alone. Without one, or with a peer
                      that knows nothing of this, it stays ChaChaPoly.
+`inbound_streams`    How many streams of the peer's are accepted at a time, a number (code point 1281), for whoever
+                     would rather not open more than that.
 
     initiator:  AWAIT_E_S -> DONE          responder:  AWAIT_E -> AWAIT_S -> DONE
 
@@ -239,6 +241,7 @@ class NoiseResult(NamedTuple):
         muxer: agreed early; None means negotiate it with multistream-select on the secured connection.
         send, receive: the transport ciphers.
         unread: ciphertext that came after the last handshake message.
+        streams: how many streams of ours the peer accepts at a time; None if it does not say.
     """
 
     peer_id: PeerId
@@ -247,6 +250,7 @@ class NoiseResult(NamedTuple):
     send: CipherState
     receive: CipherState
     unread: bytes
+    streams: int | None = None
 
 
 class _Extensions(NamedTuple):
@@ -254,6 +258,7 @@ class _Extensions(NamedTuple):
 
     muxers: tuple[str, ...]
     ciphers: tuple[str, ...]
+    streams: int | None
 
 
 class _State(enum.Enum):
@@ -271,7 +276,8 @@ class NoiseHandshake:
     (and send once more then: the initiator's last message is made together with its result).
 
     `muxers` are ours in order of preference; empty leaves early negotiation out. `ciphers` are those that we
-    would rather use than ChaChaPoly. `expected_peer` is who was dialled.
+    would rather use than ChaChaPoly. `streams` is how many of the peer's we accept at a time. `expected_peer` is who
+    was dialled.
     """
 
     result: NoiseResult | None
@@ -284,6 +290,7 @@ class NoiseHandshake:
         identity: Identity,
         muxers: tuple[str, ...] = (),
         ciphers: tuple[Cipher, ...] = (),
+        streams: int | None = None,
         expected_peer: PeerId | None = None,
     ) -> None:
         self.result = None
@@ -292,6 +299,7 @@ class NoiseHandshake:
         self._identity = identity
         self._muxers = muxers
         self._ciphers = tuple(cipher.value for cipher in ciphers)
+        self._streams = streams
         self._expected_peer = expected_peer
         self._received = b""
         self._outgoing = b""
@@ -357,18 +365,20 @@ class NoiseHandshake:
                 muxer = self._choose(self._muxers, extensions.muxers)
                 cipher = _common(self._ciphers, extensions.ciphers)
                 self._send(self._own_payload())
-                self._finish(peer_id, public_key, muxer, cipher)
+                self._finish(peer_id, public_key, muxer, cipher, extensions.streams)
             case _:
                 peer_id, public_key, extensions = self._verify(payload)
                 muxer = self._choose(extensions.muxers, self._muxers)
                 cipher = _common(extensions.ciphers, self._ciphers)
-                self._finish(peer_id, public_key, muxer, cipher)
+                self._finish(peer_id, public_key, muxer, cipher, extensions.streams)
 
-    def _finish(self, peer_id: PeerId, public_key: bytes, muxer: str | None, cipher: str | None) -> None:
+    def _finish(
+        self, peer_id: PeerId, public_key: bytes, muxer: str | None, cipher: str | None, streams: int | None
+    ) -> None:
         agreed = Cipher.CHACHA_POLY if cipher is None else Cipher(cipher)
         to_responder, to_initiator = self._handshake.symmetric.split(agreed)
         send, receive = (to_responder, to_initiator) if self._initiator else (to_initiator, to_responder)
-        self.result = NoiseResult(peer_id, public_key, muxer, send, receive, self._received)
+        self.result = NoiseResult(peer_id, public_key, muxer, send, receive, self._received, streams)
         self._received = b""
         self._state = _State.DONE
 
@@ -382,6 +392,8 @@ class NoiseHandshake:
             payload.extensions.stream_muxers.extend(name.encode() for name in self._muxers)
         if self._ciphers:
             payload.extensions.transport_ciphers.extend(name.encode() for name in self._ciphers)
+        if self._streams is not None:
+            payload.extensions.inbound_streams = self._streams
         return payload.SerializeToString()
 
     def _verify(self, data: bytes) -> tuple[PeerId, bytes, _Extensions]:
@@ -405,7 +417,8 @@ class NoiseHandshake:
         extensions = payload.extensions
         muxers = _names("muxers", extensions.stream_muxers)
         ciphers = _names("ciphers", extensions.transport_ciphers)
-        return peer_id, payload.identity_key, _Extensions(muxers, ciphers)
+        streams = extensions.inbound_streams if extensions.HasField("inbound_streams") else None
+        return peer_id, payload.identity_key, _Extensions(muxers, ciphers, streams)
 
     @staticmethod
     def _choose(initiators: tuple[str, ...], responders: tuple[str, ...]) -> str | None:

@@ -38,11 +38,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 import struct
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final, Protocol
 
+from protocol import allowance as costs
+from protocol.allowance import Allowance
 from protocol.errors import LimitExceededError, ProtocolError
 from protocol.stream_descriptor import ResetCode
+from protocol.token_bucket import TokenBucket
 
 PROTOCOL_ID: Final = "/yamux/1.0.0"
 HEADER_LENGTH: Final = 12
@@ -61,7 +65,15 @@ RST: Final = 8
 
 _FLAGS: Final = SYN | ACK | FIN | RST
 
+_LEAST_ROOM: Final = 16  # streams that a peer is always believed to take
+_ROOM_GROWTH: Final = 0.25  # by how much of itself the room is believed to have grown after a second
+_UNANSWERED: Final = (150.0, 1000.0)  # streams of ours that may come to nothing, in a second and at once
+_NO_GREETING: Final = 1 << 62  # bytes; until it is known how many there were
+_PARKED: Final = 512  # streams of the peer's that are refused later
+_CHARGED_AT: Final = 10_000.0  # units that small frames may cost before the allowance is charged
+_UPDATES_AT_FIRST: Final = 16  # window updates that need no data: peers announce their windows, which grow
 _SMALL_UPDATE: Final = 512  # bytes; a window that moves by less makes more work than it is worth
+_NO_ROOM: Final = frozenset({ResetCode.NONE, ResetCode.LIMIT_EXCEEDED})  # why a stream that got no word is reset
 _UPDATES_DUE: Final = 4096  # small updates that may be waited for: more than frames are under way
 
 _HEADER: Final = struct.Struct(">BBHII")
@@ -100,6 +112,12 @@ class GoneAwayError(YamuxError):
     code = "yamux-gone-away"
 
 
+class StreamIdsUsedUpError(GoneAwayError):
+    """No stream can be opened: the session has used all ids that there are for its streams."""
+
+    code = "yamux-ids-used-up"
+
+
 class TooManyStreamsError(LimitExceededError):
     """No stream can be opened now: too many are open, or too many not yet acknowledged."""
 
@@ -122,23 +140,27 @@ class Limits:
     """What one session may cost.
 
     Attributes:
-        inbound_streams, outbound_streams: open at a time, by who opened them.
+        inbound_streams, outbound_streams: open at a time, by who opened them. A peer of our kind accepts 1024.
+        own_streams: besides the outbound ones, for what the node itself opens, such as pings.
+        total_streams: both kinds together beyond which none is opened.
         unacknowledged: streams opened and not yet acknowledged, each way (the spec's ACK backlog).
         stream_window: bytes; the most that a stream's window may grow to.
         session_window: bytes; the most by which all windows together may have grown beyond their start.
         fast: seconds; a reader that takes half a window within this, or within four round trips, gets a larger one.
-        idle_frames: allowance of frames that move nothing, at once.
-        idle_frames_rate: by how many the allowance refills in a second.
-        control_bytes: control frames that may wait; a peer that sends more frames meanwhile has the session closed.
+        idle_frames: frames that move nothing for which a session without an allowance of its peer's has one.
+        idle_frames_rate: by how many that refills in a second.
+        control_bytes: answers that the peer asks for and that may wait; if it asks for more, the session is closed.
     """
 
     inbound_streams: int = 1024
-    outbound_streams: int = 4096
+    outbound_streams: int = 992
+    own_streams: int = 16
+    total_streams: int = 4096
     unacknowledged: int = 256
     stream_window: int = 16 * 1024 * 1024
     session_window: int = 64 * 1024 * 1024
     fast: float = 0.02
-    idle_frames: int = 1000
+    idle_frames: int = 2000
     idle_frames_rate: float = 200.0
     control_bytes: int = 64 * 1024
 
@@ -156,6 +178,11 @@ class Stream:
         receive_window: bytes that the peer may still send.
         window: the size that `receive_window` is refilled to.
         undelivered: bytes received that :meth:`Session.consumed` was not told of.
+        received: bytes that the peer has sent.
+        greeting: of them, those that came before anybody answered: until more come, a stream of ours is unanswered.
+        deposit: what the peer was charged for the stream and gets back when the stream is answered.
+        silence: bytes that are sent to the peer before that.
+        exempt: its data frames are charged to somebody else.
         local_finished, remote_finished: FIN was sent, received.
         closed: gone from the session.
         owner: whatever the consumer keeps with it.
@@ -164,15 +191,20 @@ class Stream:
     __slots__ = (
         "acknowledged",
         "closed",
+        "deposit",
+        "exempt",
         "flags",
+        "greeting",
         "id",
         "inbound",
         "local_finished",
         "owner",
         "receive_window",
+        "received",
         "refilled_at",
         "remote_finished",
         "send_window",
+        "silence",
         "stalled",
         "undelivered",
         "window",
@@ -185,6 +217,11 @@ class Stream:
         self.receive_window = INITIAL_WINDOW
         self.window = INITIAL_WINDOW
         self.undelivered = 0
+        self.received = 0
+        self.greeting = _NO_GREETING
+        self.deposit = 0.0
+        self.silence = 0
+        self.exempt = False
         self.local_finished = False
         self.remote_finished = False
         self.closed = False
@@ -236,7 +273,19 @@ class Session:
         frames_received: counts headers.
     """
 
-    def __init__(self, role: Role, consumer: Consumer, *, now: float, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        role: Role,
+        consumer: Consumer,
+        *,
+        now: float,
+        limits: Limits = DEFAULT_LIMITS,
+        allowance: Allowance | None = None,
+        next_id: int | None = None,
+    ) -> None:
+        """A session that begins. `allowance` is the peer's, shared by all its sessions; `next_id` that of our first
+        stream, if not the usual one.
+        """
         self.rtt = 0.0
         self.remote_gone = False
         self.local_gone = False
@@ -244,22 +293,32 @@ class Session:
         self._consumer = consumer
         self._limits = limits
         self._streams: dict[int, Stream] = {}
-        self._next_id = 1 if role is Role.CLIENT else 2
+        self._next_id = next_id or (1 if role is Role.CLIENT else 2)
         self._last_remote_id = 0
         self._own_parity = self._next_id & 1
         self._inbound = 0
         self._inbound_unacknowledged = 0
         self._outbound_unacknowledged = 0
         self._updates_due = 0  # small window updates that data frames of ours are worth
+        self._large_updates_due = _UPDATES_AT_FIRST  # and others
         self._grown = 0  # bytes by which windows have grown, all streams
-        self._control = bytearray()
+        self._answers = bytearray()  # pings, their answers, and refusals: ready frames
+        self._frames: dict[int, tuple[int, int]] = {}  # one frame of each stream: flags and length
+        self._resets = 0  # of them, those of the peer's streams that we have reset
         self._announce: list[Stream] = []
+        self._parked: deque[int] = deque()  # streams that will be refused, but not at once
+        self._room = float(limits.outbound_streams)  # that we believe the peer to have
+        self._room_at = now
+        self._unanswered = TokenBucket(*_UNANSWERED, now)
+        self._now = now
         self._header = bytearray()  # the beginning of a header that came in pieces
         self._body_left = 0
         self._body_stream: Stream | None = None
         self._body_flags = 0
-        self._allowance = float(limits.idle_frames)
-        self._allowance_at = now
+        self._allowance = allowance or Allowance(
+            now, burst=limits.idle_frames * costs.IDLE, rate=limits.idle_frames_rate * costs.IDLE
+        )
+        self._small = 0.0  # what small frames have cost since the allowance was last charged
 
     # ---- streams, from our side
 
@@ -272,27 +331,59 @@ class Session:
         """The open streams, as they are now."""
         return iter(list(self._streams.values()))
 
-    def open(self, now: float) -> Stream:
+    @property
+    def ids_left(self) -> int:
+        """How many more streams can be opened in all."""
+        return max(0, (_MAX_STREAM_ID - self._next_id) // 2 + 1)
+
+    def open(self, now: float, *, own: bool = False) -> Stream:
         """Open a stream. Its SYN goes out with the next `take_control`; drain that before any data is laid out.
+
+        There are never more than the peer takes, as far as that is known: it would reset the surplus, and some peers
+        end the session. `own` streams, which the node itself needs, find room when others do not any more.
 
         Raises:
             GoneAwayError: never again on this session.
             TooManyStreamsError: not now; a `BacklogError` if it is worth a try in a moment.
         """
+        limits = self._limits
+        self._now = now
         if self.remote_gone or self.local_gone:
             raise GoneAwayError("the session takes no more streams")
         if self._next_id > _MAX_STREAM_ID:
-            raise GoneAwayError("all stream ids of the session are used up")
-        if len(self._streams) - self._inbound >= self._limits.outbound_streams:
-            raise TooManyStreamsError(f"{self._limits.outbound_streams} streams are open already")
+            raise StreamIdsUsedUpError("all stream ids of the session are used up")
+        outbound = len(self._streams) - self._inbound
+        more = limits.own_streams if own else 0
+        if outbound >= limits.outbound_streams + more or len(self._streams) >= limits.total_streams + more:
+            raise TooManyStreamsError(f"{outbound} streams to the peer are open, as many as it takes")
+        if outbound >= self._known_room(now) and not own:
+            raise BacklogError(f"the peer refuses more than {outbound} streams at present")
+        if not own and self._unanswered.level(now) < 1:
+            raise BacklogError("the peer has just left many streams unanswered")
         if self._outbound_unacknowledged >= self._limits.unacknowledged:
             raise BacklogError(f"{self._limits.unacknowledged} streams wait for the peer to accept them")
         stream = Stream(self._next_id, inbound=False, now=now)
+        if own:
+            stream.greeting = -1
         self._next_id += 2
         self._streams[stream.id] = stream
         self._outbound_unacknowledged += 1
         self._announce.append(stream)
         return stream
+
+    @property
+    def has_room(self) -> bool:
+        """Whether fewer streams are open than the peer takes."""
+        outbound = len(self._streams) - self._inbound
+        return outbound < self._limits.outbound_streams and len(self._streams) < self._limits.total_streams
+
+    def _known_room(self, now: float) -> float:
+        """How many streams the peer is believed to take: fewer since it refused one, and more again with time."""
+        most = self._limits.outbound_streams
+        if self._room < most:
+            self._room = min(most, self._room + (1 + self._room * _ROOM_GROWTH) * (now - self._room_at))
+        self._room_at = now
+        return self._room
 
     def acknowledge(self, stream: Stream) -> None:
         """Accept an inbound stream without waiting for a first frame to send on it."""
@@ -311,6 +402,14 @@ class Session:
         stream.send_window -= length
         if self._updates_due < _UPDATES_DUE:
             self._updates_due += 1
+        if self._large_updates_due < _UPDATES_DUE:
+            self._large_updates_due += 1 + (length >> 16)
+        self._small -= costs.ANSWER
+        if stream.deposit:
+            stream.silence -= length
+            if stream.silence < 0:
+                self._small -= stream.deposit
+                stream.deposit = 0.0
         _HEADER.pack_into(buffer, offset, 0, DATA, flags, stream.id, length)
 
     def finish(self, stream: Stream) -> None:
@@ -326,12 +425,12 @@ class Session:
         """End both directions at once. Nothing is called back. A closed stream stays closed."""
         if stream.closed:
             return
-        if stream.flags & SYN and not stream.inbound:
-            # the peer never heard of it
-            stream.flags = 0
-        else:
-            stream.flags = 0
-            self._queue(WINDOW_UPDATE, RST, stream.id, code)
+        waiting, _ = self._frames.pop(stream.id, (0, 0))
+        announced = stream.inbound or not (stream.flags | waiting) & SYN  # else the peer has never heard of it
+        stream.flags = 0
+        if announced:
+            self._frames[stream.id] = (RST, code)
+            self._resets += stream.inbound
         self._remove(stream)
 
     def consumed(self, stream: Stream, length: int, now: float, *, behind: bool = False) -> bool:
@@ -365,14 +464,23 @@ class Session:
         self._stream_control(stream, 0, grant)
         return True
 
+    def charge(self, cost: float) -> None:
+        """Charge the peer's allowance, with the next frames that come from it, for work that is not to be seen here."""
+        self._small += cost
+
+    def charge_until_answered(self, stream: Stream, cost: float, *, waiting: int) -> None:
+        """Charge the peer for this stream until more is sent to it than the `waiting` bytes that are not sent yet."""
+        self._small += cost
+        stream.deposit, stream.silence = cost, waiting
+
     def ping(self, value: int) -> None:
         """Ask for an answer that carries this 32-bit value back."""
-        self._queue(PING, SYN, 0, value & 0xFFFF_FFFF)
+        self._answer(PING, SYN, 0, value & 0xFFFF_FFFF)
 
     def go_away(self, code: int = GoAwayCode.NORMAL) -> None:
         """Take and open no more streams from now on."""
         self.local_gone = True
-        self._queue(GO_AWAY, 0, 0, code)
+        self._answer(GO_AWAY, 0, 0, code)
 
     def take_control(self, buffer: memoryview, offset: int, room: int) -> int:
         """Move waiting control frames, whole ones, at most `room` bytes, to `buffer[offset:]`. Returns the bytes."""
@@ -381,20 +489,40 @@ class Session:
                 if stream.flags and not stream.closed:
                     self._stream_control(stream, 0, 0)
             self._announce.clear()
-        control = self._control
-        length = len(control)
-        if not length:
-            return 0
-        if length > room:
-            length = room - room % HEADER_LENGTH
-        buffer[offset : offset + length] = control[:length]
-        del control[:length]
-        return length
+        position, end = offset, offset + room - HEADER_LENGTH
+        frames = self._frames
+        while frames and position <= end:
+            stream_id = next(iter(frames))
+            flags, length = frames.pop(stream_id)
+            if flags & RST and stream_id & 1 != self._own_parity:
+                self._resets -= 1
+            _HEADER.pack_into(buffer, position, 0, WINDOW_UPDATE, flags, stream_id, length)
+            position += HEADER_LENGTH
+        if (answers := self._answers) and position <= end:
+            left = offset + room - position
+            length = min(len(answers), left - left % HEADER_LENGTH)
+            buffer[position : position + length] = answers[:length]
+            del answers[:length]
+            position += length
+        return position - offset
 
     @property
     def has_control(self) -> bool:
         """Something waits for `take_control`."""
-        return bool(self._control or self._announce)
+        return bool(self._answers or self._frames or self._announce)
+
+    @property
+    def parked(self) -> int:
+        """Streams beyond the limit that wait for their refusal; call `refuse_parked` now and then while there are."""
+        return len(self._parked)
+
+    def refuse_parked(self, now: float) -> None:
+        """Refuse those surplus streams for which the peer's allowance has recovered.
+
+        A program that opens another stream as soon as one is refused is slowed down so, and not taken for a flood.
+        """
+        while self._parked and self._allowance.level(now) >= 2 * costs.SURPLUS:
+            self._refuse_surplus(self._parked.popleft(), now)
 
     # ---- bytes, from the peer
 
@@ -406,13 +534,20 @@ class Session:
         """
         try:
             self._receive(buffer, start, end, now)
-        except ProtocolError:
+            self._settle_small(now)
+        except ProtocolError as error:
             if not self.local_gone:
-                self._control.clear()
-                self.go_away(GoAwayCode.PROTOCOL_ERROR)
+                self._answers.clear()
+                self._frames.clear()
+                self._resets = 0
+                flood = isinstance(error, FloodError)
+                self.go_away(ResetCode.RATE_LIMITED if flood else GoAwayCode.PROTOCOL_ERROR)
             raise
 
     def _receive(self, buffer: memoryview, start: int, end: int, now: float) -> None:
+        allowance = self._allowance
+        allowance.recover(now)
+        self._now = now
         position = start
         while position < end:
             left = self._body_left
@@ -440,20 +575,27 @@ class Session:
                 version, kind, flags, stream_id, length = _HEADER.unpack_from(buffer, position)
                 position += HEADER_LENGTH
             self.frames_received += 1
-            if len(self._control) > self._limits.control_bytes and not self.local_gone:
-                raise FloodError("the peer asks for more answers than it reads")
-            if version:
-                raise YamuxError(f"a frame of version {version}")
+            if allowance.exhausted or self._resets or self._answers:
+                self._check_bounds()
             if flags > _FLAGS:
                 self._spend(now)
                 flags &= _FLAGS
-            if kind <= WINDOW_UPDATE:
+            if kind <= WINDOW_UPDATE and not version:
                 self._stream_frame(kind, flags, stream_id, length, now)
             else:
-                self._session_frame(kind, flags, length, now)
+                self._session_frame(version, kind, flags, length, now)
 
-    def _session_frame(self, kind: int, flags: int, length: int, now: float) -> None:
+    def _check_bounds(self) -> None:
+        if self._allowance.exhausted:
+            raise FloodError(self._allowance.reason)
+        waiting = len(self._answers) + HEADER_LENGTH * self._resets
+        if waiting > self._limits.control_bytes and not self.local_gone:
+            raise FloodError("the peer asks for more answers than it reads")
+
+    def _session_frame(self, version: int, kind: int, flags: int, length: int, now: float) -> None:
         # Some implementations put a stream id into these frames. It says nothing.
+        if version:
+            raise YamuxError(f"a frame of version {version}")
         if kind == PING:
             self._ping(flags, length, now)
         elif kind == GO_AWAY:
@@ -474,15 +616,10 @@ class Session:
                 self._reset_by_peer(stream, kind, length, now)
                 return
         if kind == DATA:
-            if stream is not None:
-                if length > stream.receive_window:
-                    raise WindowExceededError(
-                        f"{length} bytes on stream {stream_id}, where {stream.receive_window} are allowed"
-                    )
-                stream.receive_window -= length
-                if length and stream.remote_finished:
-                    self._spend(now)
-                    stream = None  # it is not granted anew, so there can be no more than one window of it
+            if stream is None:
+                self._small += costs.FRAME
+            else:
+                stream = self._charge_data(stream, length, now)
             self._body_left = length
             self._body_stream = stream
             self._body_flags = flags & FIN
@@ -495,12 +632,33 @@ class Session:
             self._body_stream = stream
             self._end_of_frame()
 
+    def _charge_data(self, stream: Stream, length: int, now: float) -> Stream | None:
+        """Charge a data frame to its stream's window and to the peer. The stream, if it gets the data."""
+        if length > stream.receive_window:
+            raise WindowExceededError(
+                f"{length} bytes on stream {stream.id}, where {stream.receive_window} are allowed"
+            )
+        stream.receive_window -= length
+        stream.received += length
+        if not stream.exempt:
+            self._small += costs.FRAME - length * costs.BYTE
+            if self._small > _CHARGED_AT:
+                self._settle_small(now)
+        if length and stream.remote_finished:
+            self._spend(now)
+            return None  # it is not granted anew, so there can be no more than one window of it
+        return stream
+
     def _window_update(self, stream: Stream | None, length: int, now: float) -> None:
         if length < _SMALL_UPDATE:
             if self._updates_due:
                 self._updates_due -= 1
             else:
                 self._spend(now)
+        elif self._large_updates_due > 0:
+            self._large_updates_due -= 1
+        else:
+            self._spend(now, costs.UPDATE, "window updates that nothing was sent for")
         if stream is not None and not stream.local_finished:
             stream.send_window += length
             if stream.send_window > MAX_WINDOW:
@@ -543,15 +701,26 @@ class Session:
             or self._inbound >= limits.inbound_streams
             or self._inbound_unacknowledged >= limits.unacknowledged
         ):
-            self._spend(now)
-            self._queue(WINDOW_UPDATE, RST, stream_id, 0 if self.local_gone else ResetCode.LIMIT_EXCEEDED)
+            if self.local_gone:
+                self._spend(now)
+                self._answer(WINDOW_UPDATE, RST, stream_id, ResetCode.NONE)
+            elif self._allowance.level(now) < 2 * costs.SURPLUS and len(self._parked) < _PARKED:
+                self._parked.append(stream_id)
+            else:
+                self._refuse_surplus(stream_id, now)
             return None
         stream = Stream(stream_id, inbound=True, now=now)
         self._streams[stream_id] = stream
         self._inbound += 1
         self._inbound_unacknowledged += 1
+        self._small += costs.OPENED
+        self._large_updates_due += 2
         self._consumer.stream_opened(stream)
         return None if stream.closed else stream  # it may have been refused already
+
+    def _refuse_surplus(self, stream_id: int, now: float) -> None:
+        self._spend(now, costs.SURPLUS, "opening more streams than are accepted")
+        self._answer(WINDOW_UPDATE, RST, stream_id, ResetCode.LIMIT_EXCEEDED)
 
     def _was_opened(self, stream_id: int) -> bool:
         """Whether this may be a stream of the past; of the peer's ids we know no more than the highest."""
@@ -563,17 +732,25 @@ class Session:
         code = length
         if kind == DATA:
             self._body_left, self._body_stream, self._body_flags, code = length, None, 0, 0
-        if stream is None or stream.inbound:
-            # to open streams and take them back costs a peer nothing and us something
+        if stream is None:
             self._spend(now)
-        if stream is not None:
-            self._remove(stream)
-            self._consumer.stream_reset(stream, code)
+            return
+        # to open streams and take them back costs a peer nothing and us something
+        if stream.inbound and not stream.acknowledged:
+            self._spend(now, costs.RESET, "resets of streams just opened")
+        elif stream.inbound:
+            self._small += costs.RESET_USED
+        elif not stream.received and code in _NO_ROOM:
+            outbound = len(self._streams) - self._inbound - 1
+            self._room, self._room_at = max(_LEAST_ROOM, min(self._room, outbound)), now
+        self._frames.pop(stream.id, None)
+        self._remove(stream)
+        self._consumer.stream_reset(stream, code)
 
     def _ping(self, flags: int, value: int, now: float) -> None:
         if flags & SYN:
             self._spend(now)
-            self._queue(PING, ACK, 0, value)
+            self._answer(PING, ACK, 0, value)
         elif flags & ACK:
             self._spend(now)
             self._consumer.pong(value)
@@ -590,15 +767,19 @@ class Session:
             if not stream.acknowledged:
                 stream.acknowledged = True
                 self._inbound_unacknowledged -= 1
-        elif not stream.acknowledged:
-            stream.acknowledged = True
-            self._outbound_unacknowledged -= 1
+        else:
+            if not stream.acknowledged:
+                stream.acknowledged = True
+                self._outbound_unacknowledged -= 1
+            if stream.received <= stream.greeting:
+                self._unanswered.take(1, self._now)
         self._grown -= stream.window - INITIAL_WINDOW
 
     def _flags_sent(self, stream: Stream, flags: int) -> None:
         if flags & ACK and not stream.acknowledged:
             stream.acknowledged = True
             self._inbound_unacknowledged -= 1
+            self._small -= costs.OPENED
 
     def _stream_control(self, stream: Stream, flags: int, length: int) -> None:
         pending = stream.flags
@@ -606,16 +787,25 @@ class Session:
             stream.flags = 0
             flags |= pending
             self._flags_sent(stream, pending)
-        self._queue(WINDOW_UPDATE, flags, stream.id, length)
+        # One frame of each stream waits, into which what comes later is merged. So while the wire takes nothing there
+        # are never more than streams: what we say of ourselves needs no other bound, and is not held against the peer.
+        waiting, more = self._frames.get(stream.id, (0, 0))
+        self._frames[stream.id] = (waiting | flags, min(MAX_WINDOW, more + length))
 
-    def _queue(self, kind: int, flags: int, stream_id: int, length: int) -> None:
-        # Not bounded here: what we say of ourselves (resets, pings) must never fail. `_receive` looks at the sum.
-        self._control += _HEADER.pack(0, kind, flags, stream_id, length)
+    def _answer(self, kind: int, flags: int, stream_id: int, length: int) -> None:
+        # Not bounded here: what we say must never fail. `_receive` looks at the sum.
+        self._answers += _HEADER.pack(0, kind, flags, stream_id, length)
 
-    def _spend(self, now: float) -> None:
-        limits = self._limits
-        refill = (now - self._allowance_at) * limits.idle_frames_rate
-        self._allowance_at = now
-        self._allowance = min(limits.idle_frames, self._allowance + refill) - 1
-        if self._allowance < 0:
-            raise FloodError("too many frames that move nothing")
+    def _spend(self, now: float, cost: float = costs.IDLE, what: str = "frames that move nothing") -> None:
+        allowance = self._allowance
+        allowance.spend(cost, what, now)
+        if allowance.exhausted:
+            raise FloodError(allowance.reason)
+
+    def _settle_small(self, now: float) -> None:
+        """Charge the allowance for what small frames have cost, or earn for large ones."""
+        small, self._small = self._small, 0.0
+        if small > 0:
+            self._spend(now, small, "small frames and streams that come to nothing")
+        elif small < 0:
+            self._allowance.earn(-small, now)

@@ -215,6 +215,8 @@ class Tunnels:
                 self._count_one(tunnel, traffic.sent, traffic.received)
         for _ in range(report.turned_away):
             self.refused(f"{self._limit} connections are open, the limit", "limit-exceeded")
+        for _ in range(report.peer_full):
+            self.refused("as many connections to the peer are open as it takes at a time", "limit-exceeded")
         self._note_ends(report.ended)
 
     def switchboard_lost(self) -> None:

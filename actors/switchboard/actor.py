@@ -136,7 +136,7 @@ class Switchboard(Actor):
         self._numbers = Numbers(context.metrics)
         identity = await context.ask(KEYRING, ReadIdentity(), timeout=KEYRING_DEADLINE)
         self._own = identity.peer_id
-        upgrader = Upgrader(*await noise_key(context))
+        upgrader = Upgrader(*await noise_key(context), streams=self._session_limits.inbound_streams)
         self._reactor = Reactor(context.now)
         self._table = ConnectionTable(self._own, limit=self._max_connections)
         self._publishers = Publishers(context, self._policy_changed, self._apply_config)

@@ -6,10 +6,12 @@ changes or somebody's time is up, what the policy allowed before and does not al
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
 from collections.abc import Callable
 
 from actors.reactor import Reactor
+from actors.switchboard.allowances import Allowances
 from actors.switchboard.budget import Budgets
 from actors.switchboard.connections import Connection, ConnectionTable
 from actors.switchboard.decisions import DecisionLog
@@ -20,6 +22,7 @@ from actors.switchboard.publishers import Publishers
 from actors.switchboard.refusals import Rare, Refusals
 from actors.switchboard.upgrade import RefusedPeerError, Upgraded
 from actors.switchboard.wire import Pipe
+from protocol import allowance as costs
 from protocol import yamux
 from protocol.peer_id import PeerId
 from protocol.policy import BASIC_PROTOCOLS, Decision
@@ -39,6 +42,10 @@ LINES_AT_ONCE = 256.0
 """Callers whose coming and going is written to the log at once;"""
 LINES_PER_SECOND = 0.2
 """and so many in each second later: 17,000 a day. The audit log and the counters know of all."""
+
+UNKNOWN_PEER = (400, 448)
+"""Streams of ours, and of both sides together, on a connection to a peer that does not say how many it takes:
+rust-libp2p ends a connection on which there are more than 512, and others reset what is beyond 1000."""
 
 CONFIGURED_RELAY = Decision(allowed=True, rule="configured-relay")
 
@@ -89,6 +96,7 @@ class Admittance:
         self._is_relay = is_relay
         self._limits = limits
         self._budgets = Budgets()
+        self._allowances = Allowances()
         self._count = 0
         self._closed = False
         self.refusals = Refusals(context.now)
@@ -214,9 +222,13 @@ class Admittance:
             on_stream=lambda channel: self._on_stream(connection, channel),
             on_end=lambda end: self._ended(connection, end),
             on_gone_away=lambda: self._on_gone_away(connection),
-            limits=self._limits,
+            on_used_up=lambda: self._used_up(connection),
+            limits=self._limits_for(upgraded),
             budget=self._budgets.of(upgraded.peer),
+            allowance=self._allowances.of(upgraded.peer, now, relay=outbound and self._is_relay(upgraded.peer)),
         )
+        if not outbound:
+            connection.link.charge(costs.CONNECTION, "connecting again and again")
         self._table.add(connection, now)
         self._numbers.connection_opened(connection)
         if not outbound:
@@ -230,7 +242,27 @@ class Admittance:
         self._on_opened(connection)
         return connection
 
+    def _limits_for(self, upgraded: Upgraded) -> yamux.Limits:
+        """The limits of the streams of a connection: no more of ours than the peer takes."""
+        limits = self._limits
+        if upgraded.streams is None:
+            outbound, total = UNKNOWN_PEER
+        else:
+            outbound, total = max(1, upgraded.streams - 2 * limits.own_streams), limits.total_streams
+        return dataclasses.replace(
+            limits,
+            outbound_streams=min(limits.outbound_streams, outbound),
+            total_streams=min(limits.total_streams, total),
+        )
+
+    def _used_up(self, connection: Connection) -> None:
+        self._context.log.info(
+            "the connection to {} has used up its stream ids; another one will take its place", connection.peer
+        )
+        self._table.gone_away(connection, self._context.now())
+
     def _ended(self, connection: Connection, end: LinkEnd) -> None:
+        self._allowances.remember(connection.peer, self._context.now())
         self._table.remove(connection, end)
         self._numbers.connection_closed(connection, end.code)
         if end.defect is not None:

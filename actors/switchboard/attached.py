@@ -97,6 +97,7 @@ class _Owner:
     ended: list[tuple[_Stream, EndedStream]] = dataclasses.field(default_factory=list)
     unknown: dict[_Stream, None] = dataclasses.field(default_factory=dict)  # running, and not told of yet
     turned_away: int = 0
+    peer_full: int = 0
     away_since: float | None = None
     deaf_since: float | None = None  # since when no report was answered
     reporting: bool = False
@@ -171,10 +172,13 @@ class AttachedStreams:
         known = self._owners.get(owner)
         return known is None or len(known.streams) < limit
 
-    def turn_away(self, owner: str) -> None:
-        """A caller of this owner's was reset because it had no room."""
+    def turn_away(self, owner: str, *, peer_full: bool = False) -> None:
+        """A caller of this owner's was reset because it had no room, or because its peer takes no more streams."""
         known = self._owner(owner)
-        known.turned_away += 1
+        if peer_full:
+            known.peer_full += 1
+        else:
+            known.turned_away += 1
         self._plan(known)
 
     def offer(self, owner: str, connection: Connection, protocol: str, channel: Channel, unread: bytes) -> str:
@@ -270,7 +274,8 @@ class AttachedStreams:
                 self.close(owner.name)
             elif owner.away_since is None and now - owner.told_at >= TRAFFIC_INTERVAL:
                 self._report(owner)
-            if not owner.streams and not owner.ended and not owner.turned_away and not owner.reporting:
+            turned_away = owner.turned_away or owner.peer_full
+            if not owner.streams and not owner.ended and not turned_away and not owner.reporting:
                 self._owners.pop(owner.name, None)
 
     # ---- streams go
@@ -375,7 +380,7 @@ class AttachedStreams:
                 moved.append((stream, StreamTraffic(stream.id, sent, received)))
         ended = owner.ended[:MAX_REPORTED]
         opened = list(owner.unknown)
-        if not moved and not ended and not opened and not owner.turned_away:
+        if not moved and not ended and not opened and not owner.turned_away and not owner.peer_full:
             return
 
         owner.reporting = True
@@ -393,6 +398,7 @@ class AttachedStreams:
             tuple(each for _, each in ended),
             tuple(stream.info(stream.told_sent, stream.told_received) for stream in opened),
             owner.turned_away,
+            owner.peer_full,
         )
         answered = await self._was_told(owner, report)
         owner.reporting = False
@@ -401,13 +407,14 @@ class AttachedStreams:
             return
         owner.deaf_since = None
         owner.turned_away -= report.turned_away
+        owner.peer_full -= report.peer_full
         for stream in opened:
             owner.unknown.pop(stream, None)
         for stream, traffic in moved:
             stream.told_sent, stream.told_received = traffic.sent, traffic.received
         gone = {stream for stream, _ in ended}
         owner.ended = [each for each in owner.ended if each[0] not in gone]
-        if owner.ended or owner.unknown or owner.turned_away:
+        if owner.ended or owner.unknown or owner.turned_away or owner.peer_full:
             self._plan(owner)
 
     async def _was_told(self, owner: _Owner, report: StreamReport) -> bool:

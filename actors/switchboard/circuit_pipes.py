@@ -110,6 +110,7 @@ class DialledCircuit(CircuitPipe):
 
     def __init__(self, connection: Connection, peer: PeerId, *, ahead: bool) -> None:
         channel = connection.link.open_stream()
+        channel.stream.exempt = True  # the link through the circuit charges the peer that sends them
         super().__init__(connection, CircuitEnd(channel, self._words))
         self.opened = False
         self.answered = False

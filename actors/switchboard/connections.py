@@ -63,13 +63,16 @@ class Muxed(Protocol):
         """Open streams, both directions."""
         ...
 
-    def open_stream(self) -> Channel:
+    def open_stream(self, *, own: bool = True) -> Channel:
         """Open a stream."""
         ...
 
     def acknowledgement(self) -> Acknowledgement | None:
         """How the peer's machine acknowledges what is sent; None where nobody knows."""
         ...
+
+    def charge(self, cost: float, what: str) -> None:
+        """Charge the peer for work that it has made this node do."""
 
     def plan_flush(self) -> None:
         """Send what the muxer has to say."""

@@ -12,7 +12,8 @@ is not connected, the service does not accept at once), the actor gets the socke
 owns what was joined, and is told of it in the next report (`actors.switchboard.attached`).
 
 While the peer has yet to accept as many streams as may be opened in advance, the next client waits a moment, and those
-behind it wait in the listener's backlog, where they cost nothing.
+behind it wait in the listener's backlog, where they cost nothing. So it is when as many streams are open as the peer
+takes: for `FULL` seconds somebody waits for one to end, and from then on whoever comes is turned away, until one does.
 
 A door is open while its *lease* is: a pipe whose other end its lender holds. So it closes in the moment in which the
 lender ends, however it ends, and never because of old news of a predecessor.
@@ -40,7 +41,7 @@ from protocol.messages import Descriptor, Message
 from protocol.messages.doors import CallerAccepted, LendListener
 from protocol.peer_id import PeerId
 from protocol.service import ServiceAddress
-from protocol.yamux import BacklogError
+from protocol.yamux import BacklogError, TooManyStreamsError
 
 BATCH = 16
 """Clients accepted in a row before others get a turn: where much goes on, a round is long, and one in each too few."""
@@ -50,6 +51,8 @@ MOMENT = 0.005
 """Seconds until the next try when the peer has yet to accept other streams."""
 PATIENCE = 10.0
 """Seconds of such tries; then the client's proxy finds words for it."""
+FULL = 2.0
+"""Seconds to wait for an end when as many streams are open as the peer takes."""
 MAX_ADDRESSES = 4
 """Addresses of one service: a host of this machine has two, one of each family."""
 
@@ -81,6 +84,7 @@ class _Door:
     protocol: str
     limit: int
     waiting: socket.socket | None = None  # accepted, for the next stream that can be opened
+    full_since: float | None = None  # since when there have been as many streams as the peer takes
 
 
 class Doors:
@@ -164,6 +168,7 @@ class Doors:
         return lent | known
 
     def _accept(self, door: _Door) -> None:
+        turned_away = 0
         for _ in range(BATCH):
             try:
                 sock, _address = door.listener.accept()
@@ -172,6 +177,10 @@ class Doors:
             except ConnectionAbortedError:
                 continue
             sock.setblocking(False)
+            if door.full_since is not None and self._is_full(door):
+                turned_away += 1
+                self._turn_away(door, sock)
+                continue
             if not self._attached.has_room(door.owner, door.limit):
                 sock.close()  # with a reset
                 self._attached.turn_away(door.owner)
@@ -180,6 +189,20 @@ class Doors:
                 self._reactor.modify(door.listener.fileno(), 0)
                 self._try_later(door, self._reactor.clock() + PATIENCE)
                 return
+        if turned_away:
+            # They come again at once, most likely. Until others have had their turn they wait in the backlog.
+            self._pause(door)
+
+    def _is_full(self, door: _Door) -> bool:
+        """Whether there is still no room for one more stream to the peer after the time that is waited for it."""
+        connection = self._speaking(door.peer, door.protocol)
+        if connection is None or connection.link.session.has_room:
+            door.full_since = None
+        return door.full_since is not None and self._reactor.clock() - door.full_since >= FULL
+
+    def _turn_away(self, door: _Door, sock: socket.socket) -> None:
+        sock.close()  # with a reset
+        self._attached.turn_away(door.owner, peer_full=True)
 
     def _serve(self, door: _Door, sock: socket.socket, *, patient: bool = True) -> bool:
         """Open a stream for a client, or pass it to its proxy. False: it is worth another try."""
@@ -190,9 +213,17 @@ class Doors:
             except BacklogError:
                 if patient:
                     return False
+            except TooManyStreamsError:
+                if door.full_since is None:
+                    door.full_since = self._reactor.clock()
+                if not self._is_full(door):
+                    return False
+                self._turn_away(door, sock)
+                return True
             except PeerupError:
                 pass  # the slow way finds the words for it
             else:
+                door.full_since = None
                 self._opened()
                 return True
         self._tell(door.owner, CallerAccepted(Descriptor(sock.detach())))
@@ -228,6 +259,9 @@ class Doors:
     def _cannot_accept(self, door: _Door, error: Exception) -> None:
         # Out of descriptors. Level-triggered: pause, or this loop spins.
         self._warn(f"cannot accept connections for {door.owner}: {error}")
+        self._pause(door)
+
+    def _pause(self, door: _Door) -> None:
         self._reactor.modify(door.listener.fileno(), 0)
         self._reactor.call_later(PAUSE, lambda: self._accept_again(door))
 

@@ -40,7 +40,9 @@ from actors.reactor import WRITE, Reactor, Timer
 from actors.switchboard.budget import Budget
 from actors.switchboard.channel import Channel, LinkClosedError, SettlingEnd
 from actors.switchboard.wire import MAX_FRAME, Acknowledgement, Wire
+from protocol import allowance as costs
 from protocol import yamux
+from protocol.allowance import Allowance
 from protocol.errors import PeerupError, ProtocolError
 from protocol.noise import MAX_PLAINTEXT
 from protocol.noise_cipher import TAG_LENGTH, CipherState, NoiseError
@@ -78,6 +80,10 @@ _OPENED: Final = 16  # where opened bytes begin: yamux and those who pass them o
 _LAST_WORDS: Final = 32 * 1024  # of all that is said when a link ends
 _LEAST_RECEIVE: Final = 8 * 1024  # of one recv from a peer that sends nothing but tiny frames
 _MANY: Final = 512  # frames of one recv, if they are
+_EMPTY: Final = _PREFIX + TAG_LENGTH  # a message that carries nothing
+_EMPTY_COST: Final = 20.0  # of its units for one: nobody honest sends them
+_IDS_KEPT: Final = 1024  # stream ids that are left when the connection should not be used for more
+_REFUSED_EVERY: Final = 0.05  # seconds between refusals of surplus streams that wait for them
 _TINY: Final = 256  # bytes on average, with their headers
 
 
@@ -109,11 +115,13 @@ class Link:
     `received` is ciphertext that came in with the last handshake message, `plaintext` what a Noise message held behind
     the end of the muxer's negotiation. `on_stream` is called for each stream that the peer opens; `on_end` once, from
     the loop, when the link is gone and its wire closed; `on_gone_away` when the peer takes no more streams on it.
-    `budget` is shared by all links to the peer.
+    `on_used_up` when there are few stream ids left on our side, so that no more streams should be opened.
+    `budget` and `allowance` are shared by all links to the peer; `next_id` is for tests.
 
     Attributes:
         reactor, session: what its channels work with.
         budget: what the peer may make us keep.
+        allowance: what it may make us do for nothing.
         sent, received: bytes on the wire since the link was made.
         rtt: seconds, smoothed; None until measured.
         end: why the link ended; None while it lives.
@@ -132,13 +140,17 @@ class Link:
         on_stream: Callable[[Channel], None],
         on_end: Callable[[LinkEnd], None],
         on_gone_away: Callable[[], None] = lambda: None,
+        on_used_up: Callable[[], None] = lambda: None,
         limits: yamux.Limits = yamux.DEFAULT_LIMITS,
         budget: Budget | None = None,
+        allowance: Allowance | None = None,
+        next_id: int | None = None,
     ) -> None:
         now = reactor.clock()
         self.reactor = reactor
         self.budget = Budget() if budget is None else budget
-        self.session = yamux.Session(role, self, now=now, limits=limits)
+        self.allowance = Allowance(now) if allowance is None else allowance
+        self.session = yamux.Session(role, self, now=now, limits=limits, allowance=self.allowance, next_id=next_id)
         self.sent = 0
         self.received = len(received) + len(plaintext)
         self.rtt: float | None = None
@@ -155,6 +167,8 @@ class Link:
         self._on_stream = on_stream
         self._on_end = on_end
         self._on_gone_away = on_gone_away
+        self._on_used_up: Callable[[], None] | None = on_used_up
+        self._refusing = False  # a timer for surplus streams runs
         self._queue: deque[Channel] = deque()
         self._unsettled: list[SettlingEnd] = []
         self._flush_planned = False
@@ -184,8 +198,8 @@ class Link:
         """Open streams, both directions."""
         return self.session.streams
 
-    def open_stream(self) -> Channel:
-        """Open a stream; usable at once.
+    def open_stream(self, *, own: bool = True) -> Channel:
+        """Open a stream; usable at once. It is `own` if the node itself needs it, rather than a tunnel.
 
         Raises:
             LinkClosedError: closed, or one side said go away.
@@ -193,13 +207,20 @@ class Link:
         """
         if self.end is not None:
             raise LinkClosedError(f"the connection is closed: {self.end.reason}")
+        if self._on_used_up is not None and self.session.ids_left <= _IDS_KEPT:
+            on_used_up, self._on_used_up = self._on_used_up, None
+            on_used_up()
         try:
-            stream = self.session.open(self._clock())
+            stream = self.session.open(self._clock(), own=own)
         except yamux.GoneAwayError as error:
             raise LinkClosedError(str(error)) from error
         stream.owner = channel = Channel(self, stream)
         self.plan_flush()
         return channel
+
+    def charge(self, cost: float, what: str) -> None:
+        """Charge the peer for work that it has made this node do; if its allowance is used up the link will end."""
+        self.allowance.spend(cost, what, self._clock())
 
     def acknowledgement(self) -> Acknowledgement | None:
         """How the peer's machine acknowledges what is sent; None where nobody knows."""
@@ -292,6 +313,7 @@ class Link:
                 self._finish(LinkEnd("remote-close", "the peer closed the connection"), ResetCode.CONNECTION_LOST, None)
                 return
             self.received += length
+            self.session.charge(costs.READING)
             if start:
                 received[:start] = self._tail
             self._open_messages(received[: start + length])
@@ -311,6 +333,7 @@ class Link:
         if self.end is not None:
             return
         self.received += len(data)
+        self.session.charge(costs.READING)
         tail = self._tail
         if not tail:
             self._open_messages(data)
@@ -358,11 +381,32 @@ class Link:
                 except NoiseError:
                     self._hear(end, now)  # what came before it is good
                     raise
+                self.session.charge(costs.MESSAGE if stop - position > _EMPTY else _EMPTY_COST)
                 position = stop
             self._tail = bytes(sealed[position:])
         self._hear(end, now)
         if self.session.has_control:
             self.plan_flush()
+        if self.session.parked and not self._refusing:
+            self._refuse_later()
+
+    def _refuse_later(self) -> None:
+        self._refusing = True
+        self.reactor.call_later(_REFUSED_EVERY, self._refuse_parked)
+
+    def _refuse_parked(self) -> None:
+        self._refusing = False
+        if self.end is not None:
+            return
+        try:
+            self.session.refuse_parked(self._clock())
+        except PeerupError as error:
+            self._failed(error)
+            return
+        if self.session.has_control:
+            self.plan_flush()
+        if self.session.parked:
+            self._refuse_later()
 
     def _hear(self, end: int, now: float) -> None:
         """Give what was opened to yamux."""
@@ -561,7 +605,10 @@ class Link:
 
     def gone_away(self, code: int) -> None:
         """The peer takes no more streams, or ends all of them."""
-        if code != GoAwayCode.NORMAL:
+        if code == ResetCode.RATE_LIMITED:
+            reason = "the peer ended the connection: this node made it work for nothing; its log says with what"
+            self._finish(LinkEnd("remote-go-away", reason), ResetCode.CONNECTION_LOST, None)
+        elif code != GoAwayCode.NORMAL:
             reason = f"the peer ended the connection with code {code}"
             self._finish(LinkEnd("remote-go-away", reason), ResetCode.CONNECTION_LOST, None)
         else:

@@ -222,6 +222,7 @@ class _Negotiation:
     def _on_finish(self) -> None:
         if self._responder.refused:
             self._end()
+            self._channel.on_reset = _ignore  # it is over only when the answer has gone
             self._channel.finish()
         else:
             self._give_up(ResetCode.NEGOTIATION_FAILED)
@@ -253,4 +254,8 @@ class _Negotiation:
 
 
 def _drop(_: bytes) -> None:
+    pass
+
+
+def _ignore(_: int) -> None:
     pass

@@ -158,6 +158,7 @@ class Stops:
         responder.accept()
         channel.send(responder.data_to_send())
         limit = responder.limit
+        channel.stream.exempt = True  # the link through the circuit charges the peer that sends them
         end = CircuitEnd(channel, lambda code: cut_words(connection, code, limit), unread=responder.leftover)
         self._nursery.start_soon(self._upgrade, CircuitPipe(connection, end, limit), source, scope)
 

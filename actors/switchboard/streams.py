@@ -19,6 +19,7 @@ from actors.switchboard.link import Channel
 from actors.switchboard.protocols import CancellableTimer
 from protocol import multistream
 from protocol.errors import ProtocolError
+from protocol.service import service_of_protocol
 from protocol.stream_descriptor import ResetCode
 
 T = TypeVar("T")
@@ -126,7 +127,7 @@ def open_ahead(
     Raises:
         LinkClosedError, LimitExceededError, OSError: no stream.
     """
-    channel = connection.link.open_stream()
+    channel = connection.link.open_stream(own=False)
     initiator = multistream.Initiator((protocol,))
 
     def answered(data: bytes) -> bytes | None:
@@ -134,6 +135,7 @@ def open_ahead(
         if initiator.result is None:
             return None
         timer.cancel()
+        channel.stream.greeting = channel.stream.received - len(initiator.leftover)
         return initiator.leftover
 
     def expired() -> None:
@@ -225,7 +227,8 @@ async def open_negotiated(
         ProtocolNotSupportedError: it speaks none of them, or none that it lets us use.
         StreamRefusedError, ConnectionLostError, LinkClosedError, LimitExceededError: no stream, or not for long.
     """
-    stream = ChannelStream(connection.link.open_stream())
+    own = not any(map(service_of_protocol, protocols))
+    stream = ChannelStream(connection.link.open_stream(own=own))
     with abandoning(stream.channel):
         initiator = multistream.Initiator(protocols)
         stream.channel.send(initiator.data_to_send())
@@ -244,5 +247,7 @@ async def open_negotiated(
                 raise StreamRefusedError(str(error)) from error
         if scope.cancelled_caught or initiator.result is None:
             raise StreamRefusedError(f"the peer did not answer the proposal within {deadline:g} s")
+        if not own:
+            stream.channel.stream.greeting = stream.channel.received - len(initiator.leftover)
         stream.put_back(initiator.leftover)
     return initiator.result, stream

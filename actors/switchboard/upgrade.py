@@ -55,6 +55,7 @@ class Upgraded:
     Attributes:
         received: ciphertext that came behind the upgrade.
         plaintext: muxer bytes that came in the same Noise message as the end of the negotiation.
+        streams: how many streams of ours the peer accepts at a time; None if it does not say.
     """
 
     peer: PeerId
@@ -63,6 +64,7 @@ class Upgraded:
     receive: CipherState
     received: bytes
     plaintext: bytes
+    streams: int | None = None
 
 
 class RefusedPeerError(HandshakeError):
@@ -82,14 +84,20 @@ class Upgrader:
         static_key: this process's Noise key.
         identity: the node's public key and its signature over the static key.
         ciphers: what it would rather use than ChaChaPoly with peers that would too, the best first.
+        streams: how many streams of a peer it accepts at a time, which it tells.
     """
 
     def __init__(
-        self, static_key: X25519PrivateKey, identity: noise.Identity, ciphers: tuple[Cipher, ...] | None = None
+        self,
+        static_key: X25519PrivateKey,
+        identity: noise.Identity,
+        ciphers: tuple[Cipher, ...] | None = None,
+        streams: int | None = None,
     ) -> None:
         self._static_key = static_key
         self._identity = identity
         self._ciphers = better_ciphers() if ciphers is None else ciphers
+        self._streams = streams
         self._turn = trio.Lock()
 
     async def outbound(self, pipe: Pipe, expected: PeerId) -> Upgraded:
@@ -109,6 +117,7 @@ class Upgrader:
                 identity=self._identity,
                 muxers=MUXERS,
                 ciphers=self._ciphers,
+                streams=self._streams,
                 expected_peer=expected,
             )
             with exchange.stage("security"):
@@ -126,7 +135,9 @@ class Upgrader:
             if result.muxer is not None:
                 with exchange.stage("muxer"):
                     await exchange.send(last)
-                return Upgraded(result.peer_id, Role.CLIENT, result.send, result.receive, result.unread, b"")
+                return Upgraded(
+                    result.peer_id, Role.CLIENT, result.send, result.receive, result.unread, b"", result.streams
+                )
             with exchange.stage("muxer"):
                 muxer = Initiator(MUXERS)
                 secured = _Secured(exchange, result)
@@ -138,7 +149,9 @@ class Upgrader:
                     if secured.silent:
                         raise not_authorised() from None
                     raise
-            return Upgraded(result.peer_id, Role.CLIENT, result.send, result.receive, secured.unread, muxer.leftover)
+            return Upgraded(
+                result.peer_id, Role.CLIENT, result.send, result.receive, secured.unread, muxer.leftover, result.streams
+            )
 
     async def inbound(self, pipe: Pipe, judge: Callable[[PeerId], bool]) -> Upgraded:
         """Upgrade a pipe that we accepted; on failure it is left to the caller to close.
@@ -164,6 +177,7 @@ class Upgrader:
                         identity=self._identity,
                         muxers=MUXERS,
                         ciphers=self._ciphers,
+                        streams=self._streams,
                     )
                     if security.leftover:
                         handshake.receive_data(security.leftover)
@@ -177,7 +191,9 @@ class Upgrader:
             if not judge(result.peer_id):
                 raise RefusedPeerError(result.peer_id)
             if result.muxer is not None:
-                return Upgraded(result.peer_id, Role.SERVER, result.send, result.receive, result.unread, b"")
+                return Upgraded(
+                    result.peer_id, Role.SERVER, result.send, result.receive, result.unread, b"", result.streams
+                )
             with exchange.stage("muxer"):
                 muxer = Responder(MUXERS, listed=MUXERS)
                 secured = _Secured(exchange, result)
@@ -185,7 +201,9 @@ class Upgrader:
                     muxer.receive_data(await secured.receive())
                     if reply := muxer.data_to_send():
                         await exchange.send(secured.seal(reply))
-            return Upgraded(result.peer_id, Role.SERVER, result.send, result.receive, secured.unread, muxer.leftover)
+            return Upgraded(
+                result.peer_id, Role.SERVER, result.send, result.receive, secured.unread, muxer.leftover, result.streams
+            )
 
 
 def not_authorised() -> NotAuthorisedError:

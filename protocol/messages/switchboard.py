@@ -217,13 +217,15 @@ class StreamReport(Request[Ok]):
     that an owner that is being replaced misses nothing; one that has seen the end of a stream ignores a second one.
 
     Streams that the switchboard has opened for the owner by itself (`protocol.messages.doors`) appear in `opened`, or,
-    if they were over before they were told of, only in `ended`. `turned_away` counts callers beyond the limit.
+    if they were over before they were told of, only in `ended`. `turned_away` counts callers beyond the limit,
+    `peer_full` those beyond what the peer takes at a time.
     """
 
     moved: tuple[StreamTraffic, ...]
     ended: tuple[EndedStream, ...]
     opened: tuple[AttachedStream, ...] = ()
     turned_away: int = 0
+    peer_full: int = 0
 
 
 @message("switchboard.adopted-streams")

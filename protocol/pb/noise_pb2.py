@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protocol/pb/noise.proto\x12\x0cpeerup.noise\"e\n\x0fNoiseExtensions\x12\x1f\n\x17webtransport_certhashes\x18\x01 \x03(\x0c\x12\x15\n\rstream_muxers\x18\x02 \x03(\x0c\x12\x1a\n\x11transport_ciphers\x18\x80\n \x03(\x0c\"v\n\x15NoiseHandshakePayload\x12\x14\n\x0cidentity_key\x18\x01 \x01(\x0c\x12\x14\n\x0cidentity_sig\x18\x02 \x01(\x0c\x12\x31\n\nextensions\x18\x04 \x01(\x0b\x32\x1d.peerup.noise.NoiseExtensions')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protocol/pb/noise.proto\x12\x0cpeerup.noise\"\x7f\n\x0fNoiseExtensions\x12\x1f\n\x17webtransport_certhashes\x18\x01 \x03(\x0c\x12\x15\n\rstream_muxers\x18\x02 \x03(\x0c\x12\x1a\n\x11transport_ciphers\x18\x80\n \x03(\x0c\x12\x18\n\x0finbound_streams\x18\x81\n \x01(\r\"v\n\x15NoiseHandshakePayload\x12\x14\n\x0cidentity_key\x18\x01 \x01(\x0c\x12\x14\n\x0cidentity_sig\x18\x02 \x01(\x0c\x12\x31\n\nextensions\x18\x04 \x01(\x0b\x32\x1d.peerup.noise.NoiseExtensions')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protocol.pb.noise_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NOISEEXTENSIONS']._serialized_start=41
-  _globals['_NOISEEXTENSIONS']._serialized_end=142
-  _globals['_NOISEHANDSHAKEPAYLOAD']._serialized_start=144
-  _globals['_NOISEHANDSHAKEPAYLOAD']._serialized_end=262
+  _globals['_NOISEEXTENSIONS']._serialized_end=168
+  _globals['_NOISEHANDSHAKEPAYLOAD']._serialized_start=170
+  _globals['_NOISEHANDSHAKEPAYLOAD']._serialized_end=288
 # @@protoc_insertion_point(module_scope)

@@ -7,14 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class NoiseExtensions(_message.Message):
-    __slots__ = ("webtransport_certhashes", "stream_muxers", "transport_ciphers")
+    __slots__ = ("webtransport_certhashes", "stream_muxers", "transport_ciphers", "inbound_streams")
     WEBTRANSPORT_CERTHASHES_FIELD_NUMBER: _ClassVar[int]
     STREAM_MUXERS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_CIPHERS_FIELD_NUMBER: _ClassVar[int]
+    INBOUND_STREAMS_FIELD_NUMBER: _ClassVar[int]
     webtransport_certhashes: _containers.RepeatedScalarFieldContainer[bytes]
     stream_muxers: _containers.RepeatedScalarFieldContainer[bytes]
     transport_ciphers: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, webtransport_certhashes: _Optional[_Iterable[bytes]] = ..., stream_muxers: _Optional[_Iterable[bytes]] = ..., transport_ciphers: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    inbound_streams: int
+    def __init__(self, webtransport_certhashes: _Optional[_Iterable[bytes]] = ..., stream_muxers: _Optional[_Iterable[bytes]] = ..., transport_ciphers: _Optional[_Iterable[bytes]] = ..., inbound_streams: _Optional[int] = ...) -> None: ...
 
 class NoiseHandshakePayload(_message.Message):
     __slots__ = ("identity_key", "identity_sig", "extensions")

@@ -523,3 +523,37 @@ async def test_a_defect_that_a_peer_meets_costs_that_peer_its_connection_and_nob
         await unlucky.close()
         await other.close()
         close(near, far)
+
+
+async def test_a_link_that_runs_out_of_stream_ids_says_so_before_anything_fails():
+    told = []
+    async with no_leaks(), running() as reactor:
+        near, far = tcp_pair()
+        options = {"on_stream": lambda _: None, "on_end": told.append, "received": b""}
+        client = link_module.Link(
+            reactor,
+            SocketWire(reactor, near),
+            role=Role.CLIENT,
+            send_cipher=CipherState(b"1" * 32),
+            receive_cipher=CipherState(b"2" * 32),
+            next_id=0xFFFF_FFFF - 2 * 1024,
+            on_used_up=lambda: told.append("used up"),
+            **options,
+        )
+        server = link_module.Link(
+            reactor,
+            SocketWire(reactor, far),
+            role=Role.SERVER,
+            send_cipher=CipherState(b"2" * 32),
+            receive_cipher=CipherState(b"1" * 32),
+            **options,
+        )
+        client.open_stream()
+        assert told == []
+        client.open_stream()
+        assert told == ["used up"]
+        client.open_stream()
+        assert told == ["used up"]
+        client.close()
+        server.close()
+        await until(lambda: len(told) == 3, "the end of both links")

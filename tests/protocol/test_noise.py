@@ -259,6 +259,15 @@ def test_bytes_after_the_handshake_are_kept():
         bob.receive_data(b"x")
 
 
+@pytest.mark.parametrize("ours", [None, 1, 1024, 0xFFFF_FFFF])
+def test_how_many_streams_each_side_accepts(ours):
+    alice, bob = make(ALICE, initiator=True, streams=ours), make(BOB, initiator=False, streams=7)
+    converse(alice, bob)
+    assert alice.result is not None
+    assert bob.result is not None
+    assert (alice.result.streams, bob.result.streams) == (7, ours)
+
+
 def test_no_common_muxer_fails():
     alice, bob = make(ALICE, initiator=True, muxers=("/a",)), make(BOB, initiator=False, muxers=("/b",))
     with pytest.raises(NoMuxerError):

@@ -1,5 +1,6 @@
 """yamux: single frames against the spec, harm done by a peer, and two sessions back to back under any interleaving."""
 
+import contextlib
 import random
 import struct
 from collections import defaultdict
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from protocol.allowance import Allowance
 from protocol.stream_descriptor import ResetCode
 from protocol.yamux import (
     ACK,
@@ -20,11 +22,13 @@ from protocol.yamux import (
     RST,
     SYN,
     WINDOW_UPDATE,
+    BacklogError,
     FloodError,
     GoneAwayError,
     Limits,
     Role,
     Session,
+    StreamIdsUsedUpError,
     TooManyStreamsError,
     WindowExceededError,
     YamuxError,
@@ -344,6 +348,169 @@ def test_own_limits():
     client.session.open(0.0)
 
 
+def accepted(count, **limits):
+    """A client and as many streams of its own that the peer has accepted and answered."""
+    client = End(Role.CLIENT, **limits)
+    opened = []
+    for _ in range(count):
+        stream = client.session.open(client.now)
+        client.said()
+        client.feed(data(stream.id, b"welcome", ACK))
+        stream.greeting = 0
+        opened.append(stream)
+    return client, opened
+
+
+def test_no_more_streams_are_opened_than_the_peer_takes_but_the_nodes_own():
+    client, opened = accepted(5, outbound_streams=5, own_streams=2)
+    for _ in range(3):
+        with pytest.raises(TooManyStreamsError):
+            client.session.open(0.0)
+        assert not client.session.has_room
+    for _ in range(2):
+        client.session.open(0.0, own=True)
+    with pytest.raises(TooManyStreamsError):
+        client.session.open(0.0, own=True)
+    assert {frame[2] for frame in client.said()} == {11, 13}
+    client.feed(frame(WINDOW_UPDATE, RST, opened[0].id, 0) + frame(WINDOW_UPDATE, RST, opened[1].id, 0))
+    client.feed(frame(WINDOW_UPDATE, RST, opened[2].id, 0))
+    client.session.open(0.0)
+
+
+def test_the_peers_streams_count_where_it_takes_so_many_in_all():
+    client, _ = accepted(2, total_streams=4)
+    client.feed(data(2, b"", SYN) + data(4, b"", SYN))
+    with pytest.raises(TooManyStreamsError):
+        client.session.open(0.0)
+
+
+def test_what_the_peer_takes_is_learned_from_its_refusals_and_tried_again_later():
+    client, _ = accepted(50)
+    surplus = client.session.open(0.0)
+    client.said()
+    client.feed(frame(WINDOW_UPDATE, RST, surplus.id, 0))
+    with pytest.raises(BacklogError):
+        client.session.open(0.0)
+    client.session.open(0.0, own=True)
+    client.session.open(1.0)
+    opened = 0
+    with contextlib.suppress(BacklogError):
+        while opened < 100:
+            client.session.open(1.0)
+            opened += 1
+    assert 5 < opened < 20
+
+
+def test_a_refusal_for_another_reason_says_nothing_about_room():
+    client, _ = accepted(50)
+    for code in (ResetCode.GATED, ResetCode.SERVICE_UNAVAILABLE, ResetCode.SERVICE_UNREACHABLE):
+        refused = client.session.open(0.0)
+        client.said()
+        client.feed(frame(WINDOW_UPDATE, RST, refused.id, code))
+    client.session.open(0.0)
+
+
+def test_streams_that_come_to_nothing_are_opened_ever_more_slowly():
+    """The peer charges each of them, and would end the session with all that is good in it."""
+    client = End(Role.CLIENT)
+    opened = 0
+    with contextlib.suppress(BacklogError):
+        while opened < 5000:
+            stream = client.session.open(client.now)
+            opened += 1
+            client.said()
+            client.feed(frame(WINDOW_UPDATE, RST, stream.id, ResetCode.SERVICE_UNREACHABLE))
+    assert opened == 1000
+    client.session.open(1.0)
+
+
+def test_a_peer_that_opens_as_many_again_as_are_refused_is_slowed_down_and_not_ended():
+    server = End(Role.SERVER, inbound_streams=8)
+    ids = iter(range(1, 1 << 31, 2))
+
+    def opens(count):
+        return b"".join(frame(WINDOW_UPDATE, SYN, next(ids), 0) for _ in range(count))
+
+    server.feed(opens(8))
+    for stream in server.opened:
+        server.session.acknowledge(stream)
+    waiting, refused = 80, 0
+    server.feed(opens(waiting))
+    for tick in range(2000):  # a hundred seconds
+        server.now = tick * 0.05
+        server.session.refuse_parked(server.now)
+        over = sum(flags & RST > 0 for _, flags, *_ in server.said())
+        refused += over
+        server.feed(opens(over))
+    assert refused > 5000
+    assert server.session.streams == 8
+    with pytest.raises(FloodError):
+        server.feed(opens(2000))
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_thousand_streams_that_are_reset_together_are_no_flood(answered):
+    server = End(Role.SERVER)
+    for stream in range(1, 2031, 2):
+        server.feed(data(stream, b"proposal", SYN))
+        if answered:
+            server.send(server.opened[-1], b"agreed")
+        else:
+            server.session.acknowledge(server.opened[-1])
+            server.said()
+    server.feed(b"".join(frame(WINDOW_UPDATE, RST, stream, 0) for stream in range(1, 2031, 2)))
+    assert server.session.streams == 0
+    assert len(server.resets) == 1015
+
+
+def test_what_waits_of_our_own_is_one_frame_of_each_stream_and_nobody_elses_fault():
+    """The wire takes nothing for a while, and streams go on here: grants, ends and resets."""
+    server = End(Role.SERVER)
+    streams = range(1, 1601, 2)
+    for stream in streams:
+        server.feed(data(stream, bytes(10_000), SYN))
+        server.session.acknowledge(server.opened[-1])
+        server.said()
+    for _ in range(20):
+        for stream in server.opened:
+            server.feed(data(stream.id, bytes(5_000)))
+            server.session.consumed(stream, stream.undelivered, 100.0)
+    for stream in server.opened[::2]:
+        server.session.finish(stream)
+    for stream in server.opened[::4]:
+        server.session.reset(stream, ResetCode.SHUTDOWN)
+    server.feed(frame(PING, SYN, 0, 1))
+    said = server.said()
+    assert len(said) <= len(streams) + 1
+    by_stream = {stream: (flags, length) for kind, flags, stream, length, _ in said if kind == WINDOW_UPDATE}
+    assert len(by_stream) == len(said) - 1
+    for number, stream in enumerate(server.opened):
+        flags, length = by_stream.get(stream.id, (0, 0))
+        if number % 4 == 0:
+            assert (flags, length) == (RST, ResetCode.SHUTDOWN)
+        else:
+            assert flags == (FIN if number % 2 == 0 else 0)
+            assert length == stream.receive_window - (INITIAL_WINDOW - 110_000)
+
+
+def test_a_stream_that_is_opened_and_reset_while_nothing_is_sent_leaves_no_trace():
+    client = End(Role.CLIENT)
+    for _ in range(10_000):
+        stream = client.session.open(client.now, own=True)
+        client.session.finish(stream)
+        client.session.reset(stream)
+    assert client.said() == []
+
+
+def test_stream_ids_that_are_used_up():
+    client = End(Role.CLIENT)
+    assert client.session.ids_left == 1 << 31
+    last = Session(Role.SERVER, client, now=0.0, next_id=0xFFFF_FFFC)
+    assert [last.open(0.0).id, last.open(0.0).id, last.ids_left] == [0xFFFF_FFFC, 0xFFFF_FFFE, 0]
+    with pytest.raises(StreamIdsUsedUpError):
+        last.open(0.0)
+
+
 def test_unacknowledged_streams_of_the_peer_are_limited():
     server = End(Role.SERVER, unacknowledged=2)
     server.feed(b"".join(frame(WINDOW_UPDATE, SYN, stream, 0) for stream in (1, 3, 5)))
@@ -397,11 +564,70 @@ def test_floods_end_the_session(raws):
     assert server.session.streams <= 1024
 
 
-def test_large_window_updates_are_not_counted():
+def test_window_updates_that_nothing_was_sent_for_are_a_flood_in_the_end():
     server = End(Role.SERVER)
     server.feed(frame(WINDOW_UPDATE, SYN, 1, 0))
     server.feed(frame(WINDOW_UPDATE, 0, 1, 512) * 10_000)
     assert server.opened[0].send_window == INITIAL_WINDOW + 512 * 10_000
+    with pytest.raises(FloodError):
+        server.feed(frame(WINDOW_UPDATE, 0, 1, 512) * 5_000)
+
+
+def test_window_updates_for_what_was_sent_are_not_charged():
+    """js-libp2p grants anew after each frame; others less often."""
+    server = End(Role.SERVER)
+    server.feed(frame(WINDOW_UPDATE, SYN, 1, 0))
+    for _ in range(30_000):
+        server.send(server.opened[0], bytes(1000))
+        server.feed(frame(WINDOW_UPDATE, 0, 1, 1000))
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_frames_of_one_byte_are_charged_unless_the_service_answers(answered):
+    server = End(Role.SERVER)
+    server.feed(data(1, b"", SYN))
+    (stream,) = server.opened
+    ended = None
+    for second in range(60):
+        server.now = float(second)
+        try:
+            for _ in range(40):  # 40,000 a second
+                server.feed(data(1, b"x") * 1000)
+                server.session.consumed(stream, 1000, server.now)
+                if answered:
+                    for _ in range(1000):
+                        server.send(stream, b"y")
+                        stream.send_window += 1
+        except FloodError:
+            ended = second
+            break
+        server.said()
+    assert (ended is None) == answered
+
+
+def test_bulk_is_never_charged():
+    server = End(Role.SERVER)
+    server.feed(data(1, b"", SYN))
+    (stream,) = server.opened
+    for _ in range(20_000):
+        server.feed(data(1, bytes(16_000)))
+        server.session.consumed(stream, 16_000, server.now)
+        server.said()
+
+
+def test_a_debt_outlives_the_session():
+    allowance = Allowance(0.0)
+    one = Session(Role.SERVER, End(Role.SERVER), now=0.0, allowance=allowance)
+    pings = memoryview(bytearray(1) + frame(PING, SYN, 0, 0) * 3000)
+    with pytest.raises(FloodError, match="frames that move nothing"):
+        one.receive(pings, 1, len(pings), 0.0)
+    room = memoryview(bytearray(100))
+    assert frames(bytes(room[: one.take_control(room, 0, 100)])) == [(GO_AWAY, 0, 0, ResetCode.RATE_LIMITED, b"")]
+    another = Session(Role.SERVER, End(Role.SERVER), now=1.0, allowance=allowance)
+    with pytest.raises(FloodError):
+        another.receive(pings, 1, 13, 1.0)
+    later = Session(Role.SERVER, End(Role.SERVER), now=8.0, allowance=allowance)
+    later.receive(pings, 1, 13, 8.0)
 
 
 def test_a_reader_that_grants_each_little_frame_anew_is_well_behaved():

@@ -171,6 +171,7 @@ def test_a_refusal_is_told_to_a_peer_that_has_finished():
     channel.on_data(Initiator((ECHO,)).data_to_send())
     channel.on_finish()
     assert (channel.sent, channel.finished, channel.code) == (HEADER + NOT_AVAILABLE, True, None)
+    channel.on_reset(ResetCode.CONNECTION_LOST)  # before the answer has gone
     assert room.streams.negotiating == 0
 
 
