@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import select
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -68,12 +69,17 @@ class PumpResult:
 class Pump:
     """Takes ownership of both sockets; both are closed before `on_done` is called (exactly once, from the reactor).
 
+    With `confirm` it is done when the stream, opened with `OpenStream.confirm`, has told what came of it at the far
+    end; and a local socket that is closed, rather than shut down, before the far side has finished was lost.
+
     Attributes:
         sent: bytes taken from the local socket for the stream so far.
         received: bytes taken from the stream for the local socket so far.
     """
 
     __slots__ = (
+        "_confirm",
+        "_confirmed",
         "_done",
         "_local",
         "_local_attached",
@@ -101,6 +107,8 @@ class Pump:
         local: socket.socket,
         stream: socket.socket,
         on_done: Callable[[PumpResult], None],
+        *,
+        confirm: bool = False,
     ) -> None:
         self.sent = 0
         self.received = 0
@@ -117,6 +125,8 @@ class Pump:
             None  # how, when it did not finish; what came before goes first
         )
         self._done = False
+        self._confirm = confirm
+        self._confirmed = not confirm
         local.setblocking(False)
         stream.setblocking(False)
         send_at_once(local)
@@ -165,6 +175,9 @@ class Pump:
                 self._local_failed(error)
                 return
             if not length:
+                if self._confirm and not self._stream_finished and _is_closed(local):
+                    self._local_failed(ConnectionResetError("the local program has ended"))
+                    return
                 self._local_finished = True
                 self._want_local(self._local_events & ~READ)
                 self._send_stream(FINISH_MESSAGE)
@@ -238,7 +251,9 @@ class Pump:
             if ready & (HANG_UP | ERROR):  # nobody is left to take what the local socket held
                 self._reset(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET, tell_stream=False)
         elif self._stream_finished:
-            if self._local_finished and not self._to_stream:
+            if self._local_finished and not self._to_stream and not self._confirmed:
+                self._hear_outcome()
+            elif self._local_finished and not self._to_stream:
                 self._detach_stream()  # all was said both ways; the local socket has yet to take the last of it
             else:
                 self._reset(Outcome.STREAM_LOST, ResetCode.LOST, tell_stream=False)
@@ -340,7 +355,27 @@ class Pump:
 
     def _check_done(self) -> None:
         if self._local_finished and self._stream_finished and not self._to_local and not self._to_stream:
-            self._finish(Outcome.FINISHED, ResetCode.NONE)
+            if self._confirmed:
+                self._finish(Outcome.FINISHED, ResetCode.NONE)
+            else:
+                self._want_stream(READ)
+
+    def _hear_outcome(self) -> None:
+        """Both directions have finished: what came of it at the far end?"""
+        try:
+            message = self._stream.recv(MAX_MESSAGE)
+        except BlockingIOError:
+            return
+        except OSError:
+            message = b""
+        if not message:
+            self._reset(Outcome.STREAM_LOST, ResetCode.LOST, tell_stream=False)
+        elif code := parse_reset(message):
+            self._reset(Outcome.STREAM_RESET, code, tell_stream=False)
+        else:
+            self._confirmed = True
+            self._detach_stream()
+            self._check_done()
 
     def _write_last(self) -> None:
         """The stream is over: when the local socket's other end has what came before, reset it."""
@@ -455,3 +490,10 @@ class Pump:
     def _detach_stream(self) -> None:
         self._reactor.unregister(self._stream_fd)
         self._stream_attached = False
+
+
+def _is_closed(sock: socket.socket) -> bool:
+    """Whether the other end of a Unix socket is closed, and not just shut down for writing."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))

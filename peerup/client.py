@@ -115,15 +115,21 @@ class Client:
 
     def open_stdio(self, peer: str, service: str) -> socket.socket:
         """A connected socket to this service of this peer: what is written to it comes out there, and back."""
-        sock, outcome = self.open_tunnel(peer, service)
+        sock, outcome = self.open_tunnel(peer, service, confirm=False)
         os.close(outcome)
         return sock
 
-    def open_tunnel(self, peer: str, service: str) -> tuple[socket.socket, int]:
-        """As :meth:`open_stdio`, and the read end of a pipe that tells the outcome, see :mod:`peerup.stdio`."""
+    def open_tunnel(self, peer: str, service: str, *, confirm: bool = True) -> tuple[socket.socket, int]:
+        """As :meth:`open_stdio`, and the read end of a pipe that tells the outcome, see :mod:`peerup.stdio`.
+
+        With `confirm` the outcome says whether every byte arrived at the far service, and the socket has to be shut
+        down for writing at the end of what is sent: that it is closed altogether counts as a break.
+        """
         headers = {"Upgrade": UPGRADE, "Connection": "Upgrade"}
         with self._connection() as connection:
-            target = _target("/v1/stdio", {"peer": peer, "service": service})
+            target = _target(
+                "/v1/stdio", {"peer": peer, "service": service, **({"confirm": "true"} if confirm else {})}
+            )
             response = connection.exchange("GET", target, None, headers)
             if response.status != http.client.SWITCHING_PROTOCOLS:
                 raise self._lost(f"unexpected status {response.status}")

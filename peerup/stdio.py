@@ -1,13 +1,19 @@
 """Standard input and output ⇄ a socket, with half-close: `peerup proxy PEER SERVICE --stdio`.
 
-Theory of operation. Two directions, each a plain blocking loop with a buffer of 256 KiB; the one that reads standard
-input has a thread of its own. The end of standard input shuts down the socket's sending side and nothing else, so a
-client that sends its question and closes still gets the answer. When the far side has finished, standard output is
-closed, and what is left is to send on until standard input ends, too, or the far side is entirely gone, which the
-socket tells by a hang-up: then nobody is left to read, and we are done without waiting for input that may never come.
+Theory of operation. Two directions, each a plain loop with a buffer of 256 KiB; the one that reads standard input has a
+thread of its own. The end of standard input shuts down the socket's sending side and nothing else, so a client that
+sends its question and closes still gets the answer. When the far side has finished, standard output is closed, and what
+is left is to send on until standard input ends, too, or the far side is entirely gone, which the socket tells by a
+hang-up: then nobody is left to read, and we are done without waiting for input that may never come.
 
-A Unix socket cannot tell an end from a break, so the proxy says in a pipe of its own what came of the tunnel. A tunnel
-that broke, or whose proxy died without a word, is a failure and is told as one.
+Standard input and output may be anything, and may have been set not to block by whoever else has them: where they say
+that they would block, we wait until they do not.
+
+The status tells what the far service got. A Unix socket cannot tell an end from a break, nor that bytes have arrived
+somewhere else, so the proxy says in a pipe of its own what came of the tunnel: `finished` when the kernel at the far
+service's end has confirmed everything. However long that takes, it is waited for. A tunnel that broke, or whose proxy
+died without a word, is a failure and is told as one; and so are input that cannot be read, and output that nobody takes
+any more. Whatever ends this program before the end of input is a break for the far service, never an end.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -36,18 +43,21 @@ CHUNK = 256 * 1024
 FINISHED = "finished"
 """What the pipe says of a tunnel whose both directions came to their end."""
 
-OUTCOME_DEADLINE = 5.0
-"""Seconds after the end of both directions within which the outcome must be known; it takes milliseconds."""
+OUTPUT_GONE = 128 + signal.SIGPIPE
+"""The status of a program that has lost the reader of its output, as a shell tells it."""
 
 
 def pump(sock: socket.socket, outcome: int, source: int = 0, sink: int = 1) -> int:
-    """Move bytes until both directions have ended; 0, or 1 if the tunnel broke.
+    """Move bytes until both directions have ended, and all that was sent has arrived; 0, or why not.
+
+    1: the tunnel broke, or the input could not be read; `OUTPUT_GONE`: nobody takes the output any more.
 
     Closes the socket, `outcome` and `sink`.
     """
     ended, telling = os.pipe()
     sock.setblocking(True)
-    sender = threading.Thread(target=_send, args=(sock, source, telling), daemon=True)
+    problems: list[OSError] = []
+    sender = threading.Thread(target=_send, args=(sock, source, telling, problems), daemon=True)
     sender.start()
     try:
         try:
@@ -55,21 +65,21 @@ def pump(sock: socket.socket, outcome: int, source: int = 0, sink: int = 1) -> i
         except ConnectionResetError:
             return _tell_failure(_read_outcome(outcome))
         except BrokenPipeError:
-            return 0  # whoever read our output has left; that ends it for both
+            return OUTPUT_GONE
         with contextlib.suppress(OSError):
             os.close(sink)
         poll = select.poll()
         poll.register(ended, select.POLLIN)
         poll.register(sock.fileno(), 0)  # POLLHUP and POLLERR alone
         poll.poll()
+        if problems:
+            return _tell_unreadable(problems[0])
         said = _read_outcome(outcome)
         return 0 if said == FINISHED else _tell_failure(said)
     finally:
         os.close(outcome)
         os.close(ended)
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-        sock.close()
+        sock.close()  # not shut down: before the end of input this is a break
 
 
 def pass_on(sock: socket.socket, sink: int = 1) -> None:
@@ -91,11 +101,12 @@ def pass_on(sock: socket.socket, sink: int = 1) -> None:
 
 def _read_outcome(outcome: int) -> str:
     os.set_blocking(outcome, True)
-    poll = select.poll()
-    poll.register(outcome, select.POLLIN)
-    if not poll.poll(OUTCOME_DEADLINE * 1000):
-        return "the node does not say what came of the connection"
     return os.read(outcome, 4096).decode(errors="replace")
+
+
+def _tell_unreadable(error: OSError) -> int:
+    sys.stderr.write(f"error: standard input cannot be read: {error.strerror}; the connection was broken off\n")
+    return 1
 
 
 def _tell_failure(said: str) -> int:
@@ -116,14 +127,39 @@ def _receive(sock: socket.socket, sink: int) -> None:
     while count := sock.recv_into(buffer):
         done = 0
         while done < count:
-            done += os.write(sink, view[done:count])
+            try:
+                done += os.write(sink, view[done:count])
+            except BlockingIOError:
+                _wait(sink, select.POLLOUT)
 
 
-def _send(sock: socket.socket, source: int, telling: int) -> None:
+def _send(sock: socket.socket, source: int, telling: int, problems: list[OSError]) -> None:
     """Everything from `source`, then the end of it. The far side's refusal to take more ends it as well."""
-    with contextlib.suppress(OSError):
-        while data := os.read(source, CHUNK):
+    while True:
+        try:
+            data = os.read(source, CHUNK)
+        except BlockingIOError:
+            _wait(source, select.POLLIN)
+            continue
+        except OSError as error:
+            problems.append(error)
+            break
+        try:
+            if not data:
+                sock.shutdown(socket.SHUT_WR)
+                break
             sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            break  # the socket hangs up, which is noticed and explained elsewhere
     with contextlib.suppress(OSError):
         os.close(telling)
+    if problems:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RD)  # nobody waits for an answer any more
+
+
+def _wait(descriptor: int, events: int) -> None:
+    """Until it can be read or written, or never will be."""
+    poll = select.poll()
+    poll.register(descriptor, events)
+    poll.poll()

@@ -21,3 +21,6 @@ CIRCUIT_HOP: Final = "/libp2p/circuit/relay/0.2.0/hop"
 
 CIRCUIT_STOP: Final = "/libp2p/circuit/relay/0.2.0/stop"
 """Circuit relay v2: how a relay tells a peer of a circuit to it."""
+
+DELIVERY: Final = "/peerup/stream/delivery/1.0.0"
+"""Watch a stream and tell whether all that went into it came out; peerup nodes only."""

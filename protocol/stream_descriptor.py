@@ -12,6 +12,9 @@ Each direction is a sequence `D* (F | R)`; an `R` also ends the other direction.
 means that the process at the other end is gone: the same as `R` with :attr:`ResetCode.LOST`. A direction is never
 ended by closing the socket: a bare close cannot tell a clean end from a crash.
 
+Where it was asked for when the stream was opened, an `R` follows the `F` of both directions and tells what came of the
+bytes at the far end: :attr:`ResetCode.NONE` if all of them arrived.
+
 Back-pressure is the kernel's: who does not read stops the sender when the socket's buffer is full.
 Nothing here is ever sent to another machine; the codes are, as yamux reset codes.
 """

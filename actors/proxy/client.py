@@ -131,7 +131,7 @@ class ProxyClient(Actor):
             raise RefusedError("limit-exceeded", f"{self._limit} connections are open, the limit")
         reset_on_close(local)
         try:
-            await self._carry(local, request.outcome)
+            await self._carry(local, request.outcome, confirm=request.confirm)
         except AskError as error:
             self._tunnels.failed(self._peer, "", self._words(error), error.code)
             local.close()
@@ -245,12 +245,12 @@ class ProxyClient(Actor):
             close_with_reset(local)
             raise
 
-    async def _carry(self, local: socket.socket, outcome: Descriptor | None = None) -> None:
+    async def _carry(self, local: socket.socket, outcome: Descriptor | None = None, *, confirm: bool = False) -> None:
         """Have the socket, which is taken over if this succeeds, joined with a stream."""
         if not is_tcp(local):
-            opened = await self._ask(lambda: OpenStream(self._peer, (self._protocol,)))
+            opened = await self._ask(lambda: OpenStream(self._peer, (self._protocol,), confirm))
             stream = socket.socket(fileno=opened.stream.detach())
-            self._tunnels.run(local, stream, self._peer, path_of(opened.connection), outcome)
+            self._tunnels.run(local, stream, self._peer, path_of(opened.connection), outcome, confirm=confirm)
             return
         attached = await self._ask(
             lambda: OpenAttached(self._peer, (self._protocol,), Descriptor(os.dup(local.fileno()))),

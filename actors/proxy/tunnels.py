@@ -121,17 +121,24 @@ class Tunnels:
         return True
 
     def run(
-        self, local: socket.socket, stream: socket.socket, peer: PeerId, path: str, outcome: Descriptor | None = None
+        self,
+        local: socket.socket,
+        stream: socket.socket,
+        peer: PeerId,
+        path: str,
+        outcome: Descriptor | None = None,
+        *,
+        confirm: bool = False,
     ) -> None:
         """Carry bytes between the two sockets, which are taken over, until both directions are done.
 
-        What came of it is written to `outcome` (see `protocol.messages.proxy.Attach`).
+        What came of it is written to `outcome` (see `protocol.messages.proxy.Attach`, for `confirm` as well).
         """
         self._reserved -= 1
         tunnel = Tunnel(peer, path, self._context.now(), outcome=outcome)
         self._tunnels[tunnel] = None
         self._measure()
-        tunnel.pump = Pump(self._reactor, local, stream, lambda result: self._ended(tunnel, result))
+        tunnel.pump = Pump(self._reactor, local, stream, lambda result: self._ended(tunnel, result), confirm=confirm)
         if not self._counting:
             self._counting = True
             self._reactor.call_later(COUNT_INTERVAL, self._count)

@@ -17,6 +17,7 @@ import trio
 
 from actors.outbox import Outbox
 from actors.reactor import Reactor
+from actors.switchboard import delivery
 from actors.switchboard.admission import Limits
 from actors.switchboard.admittance import Admittance
 from actors.switchboard.attached import AttachedStreams, socket_of
@@ -81,7 +82,7 @@ from protocol.messages.system import ActorDown, ActorUp
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 from protocol.policy import Decision
-from protocol.protocol_ids import CIRCUIT_HOP, CIRCUIT_STOP, IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG
+from protocol.protocol_ids import CIRCUIT_HOP, CIRCUIT_STOP, DELIVERY, IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG
 from protocol.service import service_of_protocol
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
@@ -197,6 +198,10 @@ class Switchboard(Actor):
             numbers=self._numbers,
             call_later=self._reactor.call_later,
             tell=context.tell,
+            ask_delivery=lambda connection, channel: delivery.ask(
+                connection, channel, lambda each: ping(each, context.now, context.random)
+            ),
+            start_soon=context.nursery.start_soon,
         )
         self._inbound = InboundStreams(
             self._protocols,
@@ -599,6 +604,7 @@ class Switchboard(Actor):
         self._protocols.serve_here(CIRCUIT_STOP, self._stops.serve_stop)
         self._protocols.serve_here(PING, pings.serve_ping)
         self._protocols.serve_here(PINGPONG, pings.serve_pingpong)
+        self._protocols.serve_here(DELIVERY, delivery.DeliveryServer(self._attached).serve)
 
     # ---- what has changed
 

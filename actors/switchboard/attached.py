@@ -76,10 +76,12 @@ class _Stream:
     connection: Connection
     protocol: str
     since: float
+    channel: Channel | None = None
     end: SocketEnd | None = None
     deadline: CancellableTimer | None = None
     told_sent: int = 0
     told_received: int = 0
+    watchers: list[Callable[[int], None]] = dataclasses.field(default_factory=list)
 
     def traffic(self) -> tuple[int, int]:
         return (self.end.sent, self.end.received) if self.end is not None else (0, 0)
@@ -119,6 +121,7 @@ class AttachedStreams:
         self._call_later = call_later
         self._owners: dict[str, _Owner] = {}
         self._streams: dict[str, _Stream] = {}
+        self._of_channel: dict[Channel, _Stream] = {}
         self._down: set[str] = set()  # names of actors that are away
         self._count = 0
         self._offered_by: Counter[PeerId] = Counter()
@@ -161,6 +164,21 @@ class AttachedStreams:
             stream.owner.unknown[stream] = None
             self._plan(stream.owner)
         return stream.id
+
+    def watch(self, connection: Connection, number: int, ended: Callable[[int], None]) -> bool:
+        """Tell how the stream of this yamux id, which the peer has opened, ends: 0 if all has arrived.
+
+        Whether there is one that is, or will be, joined with a socket.
+        """
+        for channel in connection.inbound_streams:
+            if channel.id == number:
+                stream = self._of_channel.get(channel)
+                if stream is None or stream.end is None:
+                    return False
+                stream.end.confirm()
+                stream.watchers.append(ended)
+                return True
+        return False
 
     def disown(self, stream_id: str) -> None:
         """The owner of this stream, which is over, was told so otherwise, and does not know it by its id."""
@@ -300,7 +318,8 @@ class AttachedStreams:
             negotiation=negotiation,
             admit=self._admit,
         )
-        self._streams[stream.id] = known.streams[stream.id] = stream
+        self._streams[stream.id] = known.streams[stream.id] = self._of_channel[channel] = stream
+        stream.channel = channel
         return stream
 
     def _owner(self, name: str) -> _Owner:
@@ -317,6 +336,8 @@ class AttachedStreams:
         owner = stream.owner
         sent, received = stream.traffic()
         stream.end = None
+        for told in stream.watchers:
+            told(0 if outcome is Outcome.FINISHED else int(code) or int(ResetCode.LOST))
         end = stream.connection.link.end if code == ResetCode.CONNECTION_LOST else None
         duration, reason = self._now() - stream.since, "" if end is None else end.reason
         ended = EndedStream(stream.info(sent, received), duration, outcome.value, int(code), reason)
@@ -355,6 +376,9 @@ class AttachedStreams:
     def _forget(self, stream: _Stream) -> None:
         self._no_longer_offered(stream)
         self._streams.pop(stream.id, None)
+        if stream.channel is not None:
+            self._of_channel.pop(stream.channel, None)
+            stream.channel = None
         stream.owner.streams.pop(stream.id, None)
         stream.owner.unknown.pop(stream, None)
 

@@ -130,6 +130,7 @@ class Channel:
     - `on_finish()`: the peer will send no more. Unless set, the answer is to finish, too, as every protocol without
       half-close needs it (js-libp2p counts a stream as open until then).
     - `on_reset(code)`: the stream is over, by the peer or with the link; not called for your own `reset`.
+    - `on_both_finished()`: both directions have finished, or it has ended otherwise; after `await_delivery` alone.
     - `on_closed()`: the stream has left the link and its descriptor is closed, however it ended. The last call made.
 
     Attributes:
@@ -145,9 +146,13 @@ class Channel:
     __slots__ = (
         "_attached",
         "_closed_told",
+        "_confirming",
         "_end",
+        "_ended_as",
         "_events",
+        "_finish_held",
         "_finishing",
+        "_holding",
         "_kept",
         "_last_code",
         "_link",
@@ -160,6 +165,7 @@ class Channel:
         "ended_by",
         "inbound",
         "may_drain",
+        "on_both_finished",
         "on_closed",
         "on_data",
         "on_finish",
@@ -174,6 +180,7 @@ class Channel:
     on_finish: Callable[[], None]
     on_reset: Callable[[int], None]
     on_closed: Callable[[], None]
+    on_both_finished: Callable[[], None]
 
     def __init__(self, link: Carrier, stream: yamux.Stream) -> None:
         self.inbound = stream.inbound
@@ -187,6 +194,7 @@ class Channel:
         self.on_finish = self.finish
         self.on_reset = lambda _: None
         self.on_closed = _nothing
+        self.on_both_finished = _nothing
         self._link = link
         self._end: LocalEnd | None = None
         self._seam: socket.socket | None = None
@@ -198,6 +206,10 @@ class Channel:
         self._unsent: deque[bytes] = deque()  # data that the peer's window does not admit yet
         self._unsent_bytes = 0
         self._finishing = False  # finish, or have finished, after `_unsent`
+        self._confirming = False  # after both have finished, the seam is told how it came out at the far end
+        self._ended_as: int | None = None  # how it did
+        self._holding = False  # do not finish yet
+        self._finish_held = False  # what was not done therefore
         self._last_code: int | None = None  # reset with this code after `_unsent`
         self._closed_told = False
         self._negotiation: Callable[[bytes], bytes | None] | None = None  # what hears the peer before the seam does
@@ -295,6 +307,24 @@ class Channel:
         self._link.session.acknowledge(self.stream)
         self._link.plan_flush()
 
+    def await_delivery(self) -> None:
+        """After `hand_over`: do not finish before `let_finish`, nor let go of the seam before `delivered`."""
+        self._confirming = self._holding = True
+
+    def let_finish(self) -> None:
+        """The stream may finish as soon as the seam's other end has. Twice is once."""
+        if self._holding:
+            self._holding = False
+            if self._finish_held and not self.stream.closed:
+                self._finish_held = False
+                self._finishing = True
+                self._link.enqueue(self)
+
+    def delivered(self, code: int) -> None:
+        """This came of it at the far end: tell the seam's other end when both directions have finished."""
+        self._ended_as = code
+        self._check_closed()
+
     def _check_free(self) -> None:
         if self.stream.closed:
             raise LinkClosedError(
@@ -373,7 +403,7 @@ class Channel:
             return 0
         if self._end is not None:
             return 0 if stream.closed else self._end.fetch(buffer, start, min(window, limit))
-        if self._seam is None or stream.closed:
+        if self._seam is None or stream.closed or self._finish_held:
             return 0
         return self._fetch_message(self._seam, buffer, start, window)
 
@@ -426,7 +456,10 @@ class Channel:
         """F, R, the end of the seam, or nonsense."""
         if message == FINISH_MESSAGE:
             self._want(self._events & ~READ)
-            self.finish_now()
+            if self._holding:
+                self._finish_held = True
+            else:
+                self.finish_now()
         else:
             self.reset(self._code_of(message))
 
@@ -527,6 +560,7 @@ class Channel:
         handed_over = self._seam is not None or self._end is not None
         self.ended_by = code
         self.may_drain = not at_once
+        self._confirming = False
         if self._seam is not None and self._pending and not at_once:
             self._unsent.clear()
             self._unsent_bytes = 0
@@ -562,7 +596,7 @@ class Channel:
         if self.stream.closed:
             if ready & HANG_UP:
                 self._close_seam()  # nobody is left to take what is pending
-        elif self._events & READ and not self.queued:
+        elif self._events & READ and not self.queued and not self._finish_held:
             self._link.enqueue(self)
         elif ready & HANG_UP:
             self._other_end_closed()
@@ -653,6 +687,7 @@ class Channel:
 
     def _drop(self, code: int) -> None:
         """The stream is over: forget what waits, tell the other end of the seam, close."""
+        self._confirming = False
         self._keep_nothing()
         self._unsent.clear()
         self._unsent_bytes = 0
@@ -666,6 +701,14 @@ class Channel:
         if self.stream.closed and not self._pending:
             if self._end is not None:
                 self._end.stream_closed()
+            if self._confirming and self._seam is not None:
+                if self._ended_as is None:
+                    self.on_both_finished()
+                    return
+                self._confirming = False
+                self._tell(reset_message(self._ended_as))
+                if self._pending:
+                    return
             self._close_seam()
             self._tell_closed()
 
@@ -683,6 +726,7 @@ class Channel:
     def _tell_closed(self) -> None:
         if not self._closed_told:
             self._closed_told = True
+            self.on_both_finished()
             self.on_closed()
 
     def _want(self, events: int) -> None:

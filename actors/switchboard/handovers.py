@@ -14,7 +14,7 @@ otherwise the actor that serves the protocol is told of it.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from actors.switchboard.attached import AttachedStreams, NotATcpSocketError, check_socket, socket_of
 from actors.switchboard.connections import Connection
@@ -50,6 +50,8 @@ class Handovers:
         numbers: counts.
         call_later: the reactor's timer.
         tell: sends a message to an actor.
+        ask_delivery: tells how a stream came out at the far end (`actors.switchboard.delivery.ask`).
+        start_soon: runs a task.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Handovers:
         numbers: Numbers,
         call_later: Callable[[float, Callable[[], None]], CancellableTimer],
         tell: Callable[[str, Message], None],
+        ask_delivery: Callable[[Connection, Channel], Awaitable[int]],
+        start_soon: Callable[..., None],
     ) -> None:
         self._reach = reach
         self._attached = attached
@@ -70,6 +74,8 @@ class Handovers:
         self._numbers = numbers
         self._call_later = call_later
         self._tell = tell
+        self._ask_delivery = ask_delivery
+        self._start_soon = start_soon
 
     # ---- to peers
 
@@ -82,10 +88,12 @@ class Handovers:
         connection = self._reach.known_to_speak(request.peer, request.protocols)
         if connection is not None:
             try:
-                sock = open_ahead(connection, request.protocols[0], self._call_later, _hand_over)
+                channel, sock = open_ahead(connection, request.protocols[0], self._call_later, _hand_over)
             except (PeerupError, OSError):
                 pass  # the slow way finds the words for it
             else:
+                if request.confirm:
+                    self._confirm(connection, channel)
                 self._numbers.stream("outbound", "opened")
                 return StreamOpened(request.protocols[0], Descriptor(sock.detach()), connection.info())
         try:
@@ -99,8 +107,17 @@ class Handovers:
         except PeerupError as error:
             self._numbers.stream("outbound", error.code)
             raise refusal(error) from error
+        if request.confirm:
+            self._confirm(connection, stream.channel)
         self._numbers.stream("outbound", "opened")
         return StreamOpened(protocol, descriptor, connection.info())
+
+    def _confirm(self, connection: Connection, channel: Channel) -> None:
+        async def follow() -> None:
+            channel.delivered(await self._ask_delivery(connection, channel))
+
+        channel.await_delivery()
+        self._start_soon(follow)
 
     async def open_attached(self, owner: str, request: OpenAttached) -> StreamAttached:
         """A stream to a peer that is joined with the socket of the request, connecting first where needed.
@@ -200,8 +217,8 @@ class Handovers:
         self._tell(agreed.actor, message)
 
 
-def _hand_over(channel: Channel, negotiation: Negotiation) -> socket.socket:
-    return channel.hand_over(negotiation=negotiation)
+def _hand_over(channel: Channel, negotiation: Negotiation) -> tuple[Channel, socket.socket]:
+    return channel, channel.hand_over(negotiation=negotiation)
 
 
 def _forget(connection: Connection, channel: Channel) -> None:

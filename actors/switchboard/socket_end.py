@@ -47,6 +47,7 @@ from actors.switchboard.channel import Channel
 from protocol.stream_descriptor import ResetCode
 
 _GATHER: Final = 16  # pieces of one send
+_CONFIRM_PAUSE: Final = 0.02  # seconds between looks whether the other kernel has confirmed everything
 _PIECE: Final = 64 * 1024  # up to which small ones are kept as one: else a byte could cost some hundreds
 
 
@@ -72,6 +73,7 @@ class SocketEnd:
         "_broken",
         "_channel",
         "_code",
+        "_confirming",
         "_done",
         "_drained",
         "_draining",
@@ -126,6 +128,7 @@ class SocketEnd:
         self._heard_end = False  # its other end had finished before it broke
         self._draining = False  # the stream was reset; what came before has yet to be taken by the socket's other end
         self._code = int(ResetCode.NONE)  # with which it was reset
+        self._confirming = False  # it has not finished before the other kernel has confirmed everything
         if unread:
             self._pending.append(bytearray(unread))
         channel.join(self, negotiation)
@@ -155,6 +158,10 @@ class SocketEnd:
             self._flush()
         elif self._peer_finished:
             self._shut_down()
+
+    def confirm(self) -> None:
+        """Do not say that it has finished before the kernel at the socket's other end has confirmed every byte."""
+        self._confirming = True
 
     def abort(self, code: int) -> None:
         """Reset both sides now. `on_done` is called with `Outcome.ABORTED` before this returns."""
@@ -262,7 +269,7 @@ class SocketEnd:
     def stream_closed(self) -> None:
         """See `LocalEnd`."""
         if self._shut and not self._done and not self._draining:
-            self._finish(Outcome.FINISHED, ResetCode.NONE)
+            self._finish_well()
 
     def over(self, code: int) -> None:
         """See `LocalEnd`."""
@@ -366,9 +373,24 @@ class SocketEnd:
             return
         self._shut = True
         if self._channel.closed and not self._draining:
-            self._finish(Outcome.FINISHED, ResetCode.NONE)
+            self._finish_well()
 
     # ---- ends
+
+    def _finish_well(self) -> None:
+        """Both directions have ended, and the socket has taken everything."""
+        sock = self._socket
+        if sock is None:
+            return  # it was aborted meanwhile
+        if self._confirming and unacknowledged(sock):
+            if self._pending_error():
+                self._finish(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET)
+            else:
+                self._channel.reactor.call_later(_CONFIRM_PAUSE, self._finish_well)
+        elif self._confirming and self._pending_error():
+            self._finish(Outcome.LOCAL_RESET, ResetCode.LOCAL_RESET)
+        else:
+            self._finish(Outcome.FINISHED, ResetCode.NONE)
 
     def _pending_error(self) -> int:
         """What the kernel has to say of the socket, once."""

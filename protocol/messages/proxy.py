@@ -14,7 +14,11 @@ class Attach(Request[Ok]):
 
     A Unix socket cannot tell a tunnel that broke from one that ended. `outcome`, the write end of a pipe, is told at
     the end: `finished`, or what broke it. An end without a word means that the process that carried it died.
+
+    With `confirm`, `finished` means that all bytes arrived at the far service; and the end of the socket's own sending
+    counts only if it is shut down: that it is closed altogether, as when the program that has it is killed, is a break.
     """
 
     socket: Descriptor
     outcome: Descriptor | None = None
+    confirm: bool = False

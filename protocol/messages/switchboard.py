@@ -68,10 +68,14 @@ class OpenStream(Request[StreamOpened]):
 
     Refused with `no-addresses`, `unreachable`, `unknown-peer`, `protocol-not-supported`, `wrong-peer`,
     `limit-exceeded`, each with the whole story in the reason.
+
+    With `confirm` a stream whose directions have both finished is followed by R with the code of what came of it at the
+    far end, `NONE` if all has arrived there (see `protocol.stream_descriptor`).
     """
 
     peer: PeerId
     protocols: tuple[str, ...]
+    confirm: bool = False
 
 
 @message("switchboard.stream-attached")

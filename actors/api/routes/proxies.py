@@ -3,13 +3,16 @@
     GET    /v1/proxies          all of them
     POST   /v1/proxies          {peer, service, listen} -> the address it listens on
     DELETE /v1/proxies/{actor}  stop and forget one
-    GET    /v1/stdio?peer=&service=   one tunnelled connection, handed over as a descriptor (below)
+    GET    /v1/stdio?peer=&service=&confirm=   one tunnelled connection, handed over as a descriptor (below)
 
 The stdio route wants `Upgrade: peerup-descriptor`. When the stream to the service is open, the answer is
 `101 Switching Protocols`, followed by one byte that carries (`SCM_RIGHTS`) two descriptors: one end of a socket pair,
 whose other end is with the proxy actor, and the read end of a pipe in which the proxy says at the end what came of the
 tunnel. So the tunnelled bytes pass through no process of the API, and nothing that either side says early can be taken
 for a part of the HTTP exchange. If the stream cannot be opened, the answer is an ordinary error.
+
+With `confirm` the outcome `finished` means that every byte arrived at the far service, and a client that means to end
+shuts its socket down for writing: closing it altogether, as the kernel does for one that is killed, is a break.
 """
 
 from __future__ import annotations
@@ -87,7 +90,7 @@ async def stdio(node: Node, call: Call) -> Answer:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     told, telling = (Descriptor(fd) for fd in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
     with near:
-        attach = Attach(Descriptor(far.detach()), telling)
+        attach = Attach(Descriptor(far.detach()), telling, confirm=call.flag("confirm"))
         await node.context.ask(proxy.actor, attach, timeout=ATTACH_DEADLINE)
         kept = Descriptor(near.detach())
 
