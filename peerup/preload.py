@@ -1,9 +1,11 @@
 """What is done once, before the first process of the tree is made, so that none of them needs to do it again.
 
 A process of the tree is a fork: whatever is imported and set up by then is shared memory and costs a child no time.
-Three things are worth it. Modules are imported. What libraries set up at their first use is set up: a first signature,
-key agreement and cipher make OpenSSL look up its algorithms (5 MB and 4 ms in each process that does it), a first
-event loop of trio fills its caches, and so on. And the life of a process is rehearsed (:mod:`supervisor.rehearsal`).
+Three things are worth it. Modules are imported: all that any process may ever need, even if this node has no use for it
+yet. So a node whose program files are replaced while it runs goes on with the code that it began with. What libraries
+set up at their first use is set up: a first signature, key agreement and cipher make OpenSSL look up its algorithms
+(5 MB and 4 ms in each process that does it), a first event loop of trio fills its caches, and so on. And the life of a
+process is rehearsed (:mod:`supervisor.rehearsal`).
 
 Nothing here draws random numbers or touches the node's key, so no process shares a secret with another.
 """
@@ -19,17 +21,21 @@ from collections.abc import Iterator
 PRELOAD = (
     "trio",
     "msgpack",
+    "supervisor.supervisor",
     "actors.config.actor",
     "actors.keyring.actor",
     "actors.gate.actor",
     "actors.switchboard.actor",
+    "actors.switchboard.tls",
+    "actors.switchboard.websocket",
     "actors.nat.monitor",
     "actors.relay.keeper",
+    "actors.relay.server",
     "actors.proxy.client",
     "actors.proxy.service",
     "actors.api.actor",
 )
-"""Modules that the processes of every node use."""
+"""What the processes of a node run, and what these import only when they need it."""
 
 PRELOAD_FOR_METRICS = ("actors.metrics.actor",)
 """The same for the metrics endpoint, where it is enabled."""
