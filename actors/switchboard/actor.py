@@ -41,6 +41,7 @@ from actors.switchboard.reach import Reach, why_lost
 from actors.switchboard.reception import Reception
 from actors.switchboard.relaying import Relaying
 from actors.switchboard.stops import Stops
+from actors.switchboard.turns import Turns
 from actors.switchboard.upgrade import Upgrader
 from actors.switchboard.watching import ConnectionWatchers
 from protocol import yamux
@@ -137,7 +138,8 @@ class Switchboard(Actor):
         self._numbers = Numbers(context.metrics)
         identity = await context.ask(KEYRING, ReadIdentity(), timeout=KEYRING_DEADLINE)
         self._own = identity.peer_id
-        upgrader = Upgrader(*await noise_key(context), streams=self._session_limits.inbound_streams)
+        turns = Turns()
+        upgrader = Upgrader(*await noise_key(context), streams=self._session_limits.inbound_streams, turns=turns)
         self._reactor = Reactor(context.now)
         self._table = ConnectionTable(self._own, limit=self._max_connections)
         self._publishers = Publishers(context, self._policy_changed, self._apply_config)
@@ -158,17 +160,17 @@ class Switchboard(Actor):
             is_relay=self._is_relay,
             limits=self._session_limits,
         )
-        pipes = Pipes(self._tls, wall=context.wall, warn=context.log.warning)
+        pipes = Pipes(self._tls, wall=context.wall, warn=context.log.warning, turns=turns)
         self._reception = Reception(
             context.nursery,
+            self._reactor,
             pipes,
             upgrader,
             judge=self._admittance.judge_caller,
             welcome=self._admittance.welcome,
             refused=self._numbers.handshake_refused,
+            listed=self._admittance.is_listed,
             broke=self._admittance.broke,
-            now=context.now,
-            call_later=self._reactor.call_later,
             limits=self._limits.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         )
         self._reach = Reach(
@@ -297,6 +299,7 @@ class Switchboard(Actor):
                 for protocol in self._protocols.names()
             },
             "callers_waiting": self._reception.waiting,
+            "callers_silent": self._reception.silent,
             "circuit_handshakes": self._stops.handshakes,
             "handshakes": self._reception.handshakes,
             "streams_negotiating": self._inbound.negotiating,
@@ -583,6 +586,10 @@ class Switchboard(Actor):
         self._watchers.leaving(connection)
 
     def _connection_opened(self, connection: Connection) -> None:
+        if not connection.relayed and connection.outbound and self._admittance.is_listed(connection.peer):
+            where = connection.remote_address.endpoint
+            if where is not None:
+                self._reception.remember(where.host)
         self._watchers.opened(connection)
         self._reach.opened(connection)
         self._liveness.superseded(self._table.of(connection.peer))

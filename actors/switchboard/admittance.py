@@ -148,6 +148,11 @@ class Admittance:
         """The policy's decision on a peer, now."""
         return self._publishers.policy.decide_connection(peer, self._context.wall())
 
+    def is_listed(self, peer: PeerId) -> bool:
+        """Whether the policy lets this peer in by name, and not as anybody."""
+        decision = self.decide(peer)
+        return decision.allowed and decision.rule != GUEST_RULE
+
     def protocols_for(self, connection: Connection) -> tuple[str, ...]:
         """What the peer of a connection may use."""
         allowed = self._publishers.policy.protocols_for(connection.peer, self._context.wall())

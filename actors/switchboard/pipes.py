@@ -18,6 +18,7 @@ import trio
 
 from actors.switchboard.errors import AddressError, HandshakeError
 from actors.switchboard.transports import SECURE_WEBSOCKET, TCP, WEBSOCKET, connect_tcp, parse_route
+from actors.switchboard.turns import Account, Turns
 from actors.switchboard.wire import Pipe, SocketPipe
 from protocol.multiaddr import Multiaddr
 
@@ -55,6 +56,7 @@ class Pipes:
         wall: seconds since the Unix epoch.
         warn: tells a person, in words.
         random: so many unpredictable bytes.
+        turns: in which callers' handshakes compute.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Pipes:
         wall: Callable[[], float],
         warn: Callable[[str], None],
         random: Callable[[int], bytes] = secrets.token_bytes,
+        turns: Turns | None = None,
     ) -> None:
         self._files = files
         self._wall = wall
@@ -71,7 +74,7 @@ class Pipes:
         self._random = random
         self._certificate: ServerCertificate | None = None
         self._trust: ClientTrust | None = None
-        self._turn = trio.Lock()
+        self._turns = turns or Turns()
 
     def prepare(self, listen: tuple[Multiaddr, ...]) -> str | None:
         """Get ready to be called at these addresses. Returns whom our certificate is for, if one is needed.
@@ -127,10 +130,12 @@ class Pipes:
             pipe.close()
             raise
 
-    async def accept(self, sock: socket.socket, pipe: SocketPipe, transports: frozenset[str]) -> Pipe:
-        """The pipe on which libp2p begins, for a caller whose accepted socket is `pipe`.
+    async def accept(
+        self, sock: socket.socket, pipe: SocketPipe, transports: frozenset[str], account: Account | None = None
+    ) -> Pipe:
+        """The pipe on which libp2p begins, for a caller whose accepted socket is `pipe` and which has sent something.
 
-        On failure that is left to the caller of this function to close.
+        On failure that is left to the caller of this function to close. The work is charged to the account.
 
         Raises:
             HandshakeError: it speaks nothing of that, or was too slow.
@@ -142,14 +147,14 @@ class Pipes:
 
         with _named("websocket"):
             if transport == WEBSOCKET:
-                return await accept_websocket(pipe, wall=self._wall, secure=False)
+                return await accept_websocket(pipe, wall=self._wall, secure=False, account=account)
             from actors.switchboard.tls import TlsPipe
 
             assert self._certificate is not None
             tls = TlsPipe(pipe, self._certificate.context(), server_name=None)
             with _named("tls"):
-                await tls.handshake(self._turn)
-            return await accept_websocket(tls, wall=self._wall, secure=True)
+                await tls.handshake(self._turns, account)
+            return await accept_websocket(tls, wall=self._wall, secure=True, account=account)
 
     async def _trusting(self) -> ssl.SSLContext:
         from actors.switchboard.tls import ClientTrust
@@ -170,6 +175,13 @@ def _named(stage: str) -> Iterator[None]:
 
 def _bare(host: str) -> str:
     return host.partition("%")[0]
+
+
+def first_stage(transports: frozenset[str]) -> str:
+    """The name of the stage in which a caller is as long as it has sent nothing."""
+    if len(transports) > 1:
+        return "transport"
+    return {TCP: "security", WEBSOCKET: "websocket", SECURE_WEBSOCKET: "tls"}[next(iter(transports))]
 
 
 async def _look(sock: socket.socket, transports: frozenset[str]) -> str:

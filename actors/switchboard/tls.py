@@ -26,11 +26,14 @@ from actors.files import PermissionsError, read_limited
 from actors.reactor import Reactor
 from actors.switchboard.errors import AddressError, HandshakeError
 from actors.switchboard.layered import LayeredWire
+from actors.switchboard.turns import Account, Nobody, Turns
 from actors.switchboard.wire import Pipe, Way, Wire
 from protocol.errors import PeerupError
 
 HANDSHAKE_DEADLINE: Final = 6.0
-"""Seconds for the TLS handshake: two round trips and the other side's time to compute."""
+"""Seconds for the TLS handshake of a caller: two round trips and its time to compute."""
+DIALLED_DEADLINE: Final = 10.0
+"""Seconds for ours: the same, and the time that a crowded server lets callers wait before it answers."""
 
 STAGE: Final = "tls"
 """What errors of the handshake name as their stage."""
@@ -165,29 +168,30 @@ class TlsPipe:
     def __repr__(self) -> str:
         return f"<TlsPipe {self._pipe!r}>"
 
-    async def handshake(self, turn: trio.Lock | None = None) -> None:
+    async def handshake(self, turns: Turns | None = None, account: Account | None = None) -> None:
         """Agree with the other side on keys; a client believes the server's certificate, or raises.
 
-        `turn` is held while something is computed, so that many handshakes take turns with everything else.
+        `turns` are those in which callers' handshakes compute; the steps are charged to the account.
 
         Raises:
             HandshakeError: it came to nothing.
             OSError: the connection broke.
         """
-        turn = turn or trio.Lock()
-        with trio.move_on_after(HANDSHAKE_DEADLINE) as scope:
-            while not await self._step(turn):
+        turns, account = turns or Turns(), account or Nobody()
+        seconds = HANDSHAKE_DEADLINE if self._tls.server_side else DIALLED_DEADLINE
+        with trio.move_on_after(seconds) as scope:
+            while not await self._step(turns, account):
                 data = await self._pipe.receive()
                 if not data:
                     raise HandshakeError(STAGE, "the other side closed the connection")
                 self._incoming.write(data)
         if scope.cancelled_caught:
-            raise HandshakeError(STAGE, f"not complete within {HANDSHAKE_DEADLINE:g} s")
+            raise HandshakeError(STAGE, f"not complete within {seconds:g} s")
 
-    async def _step(self, turn: trio.Lock) -> bool:
+    async def _step(self, turns: Turns, account: Account) -> bool:
         done = False
         try:
-            async with turn:
+            async with turns.turn(account):
                 with contextlib.suppress(ssl.SSLWantReadError):
                     self._tls.do_handshake()
                     done = True
@@ -195,7 +199,8 @@ class TlsPipe:
             with trio.move_on_after(0.1), contextlib.suppress(OSError, PeerupError):
                 await self._send_outgoing()  # the alert, which says it to the other side
             raise HandshakeError(STAGE, _words(error)) from error
-        await self._send_outgoing()
+        if await self._send_outgoing() or done:
+            account.progress()  # what came was a complete flight
         return done
 
     @property
@@ -236,9 +241,12 @@ class TlsPipe:
         """See `Pipe`."""
         self._pipe.close()
 
-    async def _send_outgoing(self) -> None:
-        if data := self._outgoing.read():
+    async def _send_outgoing(self) -> bool:
+        """Send what there is to send; whether there was anything."""
+        data = self._outgoing.read()
+        if data:
             await self._pipe.send(data)
+        return bool(data)
 
 
 class TlsWire(LayeredWire):

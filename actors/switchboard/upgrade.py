@@ -11,9 +11,11 @@ What can be said ahead is said ahead: the dialling side sends its proposal and i
 piece, and its last handshake message together with the proposal of the muxer.
 
 Before the judgement the other side is a stranger: the state machines bound the bytes, the deadlines bound the time,
-`actors.switchboard.admission` bounds the number. The work of inbound handshakes is done in turns, one step of one
-handshake in each turn of the event loop, so that a crowd of strangers delays a tunnelled byte by one step and not by a
-thousand.
+`actors.switchboard.admission` bounds the number. The work of inbound handshakes is done in turns (see
+`actors.switchboard.turns`).
+
+A node that many call at once lets callers wait for their turn before it says the first word. So a dialling side waits
+longer for the answer to its first message than for what follows.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from actors.switchboard.ciphers import better_ciphers
 from actors.switchboard.errors import HandshakeError, NotAuthorisedError, WrongPeerError
+from actors.switchboard.turns import Account, Nobody, Turns
 from actors.switchboard.wire import Pipe
 from protocol import noise
 from protocol.errors import ProtocolError
@@ -44,6 +47,10 @@ UPGRADE_DEADLINE = 10.0
 """Seconds for all stages: three round trips over the worst mobile link, and no more for those who dawdle."""
 STAGE_DEADLINE = 6.0
 """Seconds for one stage."""
+FIRST_ANSWER_DEADLINE = 10.0
+"""Seconds for the answer to a dialling side's first message: a stage, and the time that a crowded node lets it wait."""
+DIALLED_DEADLINE = 14.0
+"""Seconds for all stages of a dialling side: within a dial's deadline."""
 
 _LENGTH_PREFIX = 2
 
@@ -85,6 +92,7 @@ class Upgrader:
         identity: the node's public key and its signature over the static key.
         ciphers: what it would rather use than ChaChaPoly with peers that would too, the best first.
         streams: how many streams of a peer it accepts at a time, which it tells.
+        turns: in which inbound handshakes compute.
     """
 
     def __init__(
@@ -93,12 +101,14 @@ class Upgrader:
         identity: noise.Identity,
         ciphers: tuple[Cipher, ...] | None = None,
         streams: int | None = None,
+        *,
+        turns: Turns | None = None,
     ) -> None:
         self._static_key = static_key
         self._identity = identity
         self._ciphers = better_ciphers() if ciphers is None else ciphers
         self._streams = streams
-        self._turn = trio.Lock()
+        self._turns = turns or Turns()
 
     async def outbound(self, pipe: Pipe, expected: PeerId) -> Upgraded:
         """Upgrade a pipe that we connected; on failure it is left to the caller to close.
@@ -110,7 +120,7 @@ class Upgrader:
             SwitchboardError: what the pipe itself has to say.
         """
         exchange = _Exchange(pipe)
-        with exchange.deadline(UPGRADE_DEADLINE):
+        with exchange.deadline(DIALLED_DEADLINE):
             handshake = NoiseHandshake(
                 initiator=True,
                 static_key=self._static_key,
@@ -120,7 +130,7 @@ class Upgrader:
                 streams=self._streams,
                 expected_peer=expected,
             )
-            with exchange.stage("security"):
+            with exchange.stage("security", FIRST_ANSWER_DEADLINE):
                 security = Initiator((NOISE,))
                 await exchange.send(security.data_to_send() + handshake.data_to_send())
                 while security.result is None:
@@ -153,24 +163,26 @@ class Upgrader:
                 result.peer_id, Role.CLIENT, result.send, result.receive, secured.unread, muxer.leftover, result.streams
             )
 
-    async def inbound(self, pipe: Pipe, judge: Callable[[PeerId], bool]) -> Upgraded:
+    async def inbound(self, pipe: Pipe, judge: Callable[[PeerId], bool], account: Account | None = None) -> Upgraded:
         """Upgrade a pipe that we accepted; on failure it is left to the caller to close.
 
-        `judge` says of the proven peer id whether it may connect.
+        `judge` says of the proven peer id whether it may connect. The steps are charged to the account.
 
         Raises:
             RefusedPeerError: it may not.
             HandshakeError: anything else.
         """
         exchange = _Exchange(pipe)
+        account = account or Nobody()
         with exchange.deadline(UPGRADE_DEADLINE):
             with exchange.stage("security"):
                 security = Responder((NOISE,), listed=(NOISE,))
                 while security.result is None:
                     security.receive_data(await exchange.receive_opening())
                     await exchange.send(security.data_to_send())
+            account.progress()
             with exchange.stage("handshake"):
-                async with self._turn:
+                async with self._turns.turn(account):
                     handshake = NoiseHandshake(
                         initiator=False,
                         static_key=self._static_key,
@@ -181,12 +193,13 @@ class Upgrader:
                     )
                     if security.leftover:
                         handshake.receive_data(security.leftover)
-                await exchange.send(handshake.data_to_send())
+                await self._answer(exchange, handshake, account)
                 while handshake.result is None:
                     data = await exchange.receive()
-                    async with self._turn:
+                    async with self._turns.turn(account):
                         handshake.receive_data(data)
-                    await exchange.send(handshake.data_to_send())
+                    await self._answer(exchange, handshake, account)
+            account.progress()
             result = handshake.result
             if not judge(result.peer_id):
                 raise RefusedPeerError(result.peer_id)
@@ -204,6 +217,11 @@ class Upgrader:
             return Upgraded(
                 result.peer_id, Role.SERVER, result.send, result.receive, secured.unread, muxer.leftover, result.streams
             )
+
+    async def _answer(self, exchange: _Exchange, handshake: NoiseHandshake, account: Account) -> None:
+        if answer := handshake.data_to_send():
+            await exchange.send(answer)
+            account.progress()
 
 
 def not_authorised() -> NotAuthorisedError:
@@ -236,11 +254,11 @@ class _Exchange:
             raise HandshakeError(self._stage, f"not complete within {seconds:g} s")
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, seconds: float = STAGE_DEADLINE) -> Iterator[None]:
         """Name what fails within, and bound it."""
         self._stage = name
         try:
-            with self.deadline(STAGE_DEADLINE):
+            with self.deadline(seconds):
                 yield
         except noise.WrongPeerError as error:
             raise WrongPeerError(name, str(error)) from error

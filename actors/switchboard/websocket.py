@@ -16,6 +16,7 @@ import trio
 from actors.reactor import Reactor
 from actors.switchboard.errors import HandshakeError
 from actors.switchboard.layered import LayeredWire
+from actors.switchboard.turns import Account
 from actors.switchboard.wire import Pipe, Way, Wire
 from protocol.errors import PeerupError, ProtocolError
 from protocol.multiaddr import Endpoint, Multiaddr
@@ -24,6 +25,8 @@ from protocol.websocket_opening import ClientOpening, ServerOpening
 
 OPENING_DEADLINE: Final = 6.0
 """Seconds for the opening handshake: one round trip and the other side's time to think."""
+DIALLED_DEADLINE: Final = 10.0
+"""Seconds for ours: the same, and the time that a crowded server lets callers wait before it answers."""
 
 GOODBYE: Final = 2.0
 """Seconds in which a client that was refused may read why, before the connection is cut."""
@@ -63,7 +66,7 @@ async def connect_websocket(
         OSError: the connection broke.
     """
     opening = ClientOpening(host, random(16))
-    with _opening():
+    with _opening(DIALLED_DEADLINE):
         await pipe.send(opening.request)
         while (rest := opening.receive_data(await pipe.receive())) is None:
             await trio.lowlevel.checkpoint()  # see WebSocketPipe.receive
@@ -71,10 +74,12 @@ async def connect_websocket(
     return WebSocketPipe(pipe, frames, rest, secure=secure, remote=address.without_peer_id())
 
 
-async def accept_websocket(pipe: Pipe, *, wall: Callable[[], float], secure: bool) -> WebSocketPipe:
+async def accept_websocket(
+    pipe: Pipe, *, wall: Callable[[], float], secure: bool, account: Account | None = None
+) -> WebSocketPipe:
     """Answer the request of a client. The pipe is the result's, or, on failure, the caller's.
 
-    `secure` says whether TLS is below, `wall` gives seconds since the Unix epoch.
+    `secure` says whether TLS is below, `wall` gives seconds since the Unix epoch; the account is told of progress.
 
     Raises:
         NotFoundError: it asked for something else, and has got an answer.
@@ -82,10 +87,12 @@ async def accept_websocket(pipe: Pipe, *, wall: Callable[[], float], secure: boo
         OSError: the connection broke.
     """
     opening = ServerOpening(formatdate(wall(), usegmt=True))
-    with _opening():
+    with _opening(OPENING_DEADLINE):
         while not opening.answer:
             opening.receive_data(await pipe.receive())
         await pipe.send(opening.answer)
+    if account is not None:
+        account.progress()
     if not opening.accepted:
         await _let_read(pipe)
         raise NotFoundError
@@ -100,15 +107,15 @@ def host_header(endpoint: Endpoint, name: str | None, *, secure: bool) -> str:
 
 
 @contextlib.contextmanager
-def _opening() -> Iterator[None]:
+def _opening(seconds: float) -> Iterator[None]:
     """Within the deadline, and errors named as those of this stage."""
     try:
-        with trio.move_on_after(OPENING_DEADLINE) as scope:
+        with trio.move_on_after(seconds) as scope:
             yield
     except ProtocolError as error:
         raise HandshakeError(STAGE, str(error)) from error
     if scope.cancelled_caught:
-        raise HandshakeError(STAGE, f"not complete within {OPENING_DEADLINE:g} s")
+        raise HandshakeError(STAGE, f"not complete within {seconds:g} s")
 
 
 async def _let_read(pipe: Pipe) -> None:

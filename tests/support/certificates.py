@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
@@ -19,7 +19,9 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
-def _builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, *, days: int) -> x509.CertificateBuilder:
+def _builder(
+    subject: str, issuer: str, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, *, days: int
+) -> x509.CertificateBuilder:
     now = dt.datetime.now(dt.UTC)
     return (
         x509.CertificateBuilder()
@@ -65,9 +67,14 @@ class Authority:
         self.file = directory / f"{name.replace(' ', '-')}.pem"
         self.file.write_bytes(certificate.public_bytes(Encoding.PEM))
 
-    def issue(self, *names: str, file: str = "server", days: int = 20, self_signed: bool = False) -> tuple[Path, Path]:
-        """A certificate for these names and IP addresses; its file and that of its key. Existing files are replaced."""
-        key = ec.generate_private_key(ec.SECP256R1())
+    def issue(
+        self, *names: str, file: str = "server", days: int = 20, self_signed: bool = False, rsa_bits: int = 0
+    ) -> tuple[Path, Path]:
+        """A certificate for these names and IP addresses; its file and that of its key. Existing files are replaced.
+
+        With `rsa_bits` its key is an RSA key of that size, else one on the curve P-256.
+        """
+        key = rsa.generate_private_key(65537, rsa_bits) if rsa_bits else ec.generate_private_key(ec.SECP256R1())
         signer = key if self_signed else self._key
         alternatives: list[x509.GeneralName] = []
         for name in names:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from actors.switchboard.admission import Admission, Limits, Source, source_of
+from actors.switchboard.admission import Admission, Limits
+from actors.switchboard.crowd import Source, source_of
 
 
 def admit_all(admission, now):
@@ -13,18 +14,17 @@ def admit_all(admission, now):
 
 
 @pytest.mark.parametrize(
-    ("address", "network", "home"),
+    ("address", "region", "network", "home"),
     [
-        ("192.0.2.1", "192.0.2.1", ""),
-        ("2001:db8:1:2:3:4:5:6", "2001:db8:1::/48", "2001:db8:1:2::/64"),
-        ("2001:db8:1:2::1", "2001:db8:1::/48", "2001:db8:1:2::/64"),
-        ("2001:db8:1:3::1", "2001:db8:1::/48", "2001:db8:1:3::/64"),
-        ("2001:db8:2:3::1", "2001:db8:2::/48", "2001:db8:2:3::/64"),
-        ("fe80::1%eth0", "fe80::/48%eth0", "fe80::/64%eth0"),
+        ("192.0.2.1", "192.0.2.0/24", "192.0.2.1", ""),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8::/32", "2001:db8:1::/48", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::1", "2001:db8::/32", "2001:db8:1::/48", "2001:db8:1:3::/64"),
+        ("2001:db8:2:3::1", "2001:db8::/32", "2001:db8:2::/48", "2001:db8:2:3::/64"),
+        ("fe80::1%eth0", "fe80::/32%eth0", "fe80::/48%eth0", "fe80::/64%eth0"),
     ],
 )
-def test_what_one_customer_has_of_ipv6_is_one_source(address, network, home):
-    assert source_of(address) == Source(network, home)
+def test_a_source_has_three_levels(address, region, network, home):
+    assert source_of(address) == Source(network, home, region)
 
 
 def test_callers_begin_in_order_of_arrival_within_a_source():
@@ -52,7 +52,7 @@ def test_places_for_one_source_are_bounded_while_others_get_in():
     for caller in range(10):
         admission.arrive(Source("a"), caller)
         admission.arrive(Source("b"), caller)
-    assert sorted(place.source for place in admit_all(admission, 0.0)) == ["a", "a", "b", "b"]
+    assert sorted(place.source.network for place in admit_all(admission, 0.0)) == ["a", "a", "b", "b"]
 
 
 def test_a_full_queue_turns_callers_away():
@@ -82,7 +82,8 @@ def test_who_fills_the_queue_makes_room_for_others():
         admitted += [place.caller for place in places]
         for place in places:
             admission.leave(place, authenticated=False)
-    assert [caller for caller in admitted[:28] if caller[0] == "friend"] == [("friend", each) for each in range(20)]
+    friends = [caller for caller in admitted[:32] if caller[0] == "friend"]
+    assert friends == [("friend", each) for each in range(20)], "one turn in four is for those who had one lately"
     assert admission.waiting == 0
 
 
@@ -94,7 +95,9 @@ def test_one_network_with_many_homes_is_one_source_and_its_homes_take_turns():
     assert admission.waiting == 80
     assert admission.arrive(source_of("2001:db8:1:1::2"), "neighbour") == "neighbour", "each has as many"
     assert admission.arrive(source_of("2001:db8:2::1"), "friend") is None
-    assert [place.caller for place in admit_all(admission, 0.0)] == [0, "friend", 1]
+    assert [place.caller for place in admit_all(admission, 0.0)] == [0, "friend"], "one provider has half of the places"
+    assert admission.arrive(source_of("2001:db9:2::1"), "another") is None
+    assert [place.caller for place in admit_all(admission, 0.0)] == ["another"]
     assert admit_all(admission, 0.0) == [], "the network has used up its places"
     crowd = Admission(limits)
     for number in range(80):
@@ -178,3 +181,123 @@ def test_buckets_of_many_sources_are_bounded():
         admission.arrive(Source(str(number)), number)
         admission.leave(admission.next(0.0), authenticated=False)
     assert len(admission._buckets) <= 4096
+
+
+def test_a_silent_caller_has_no_place_and_goes_first_when_there_is_no_room():
+    admission = Admission(Limits(concurrent=2, queued=10, queued_per_source=5))
+    for number in range(10):
+        assert admission.greet(source_of(f"10.0.{number}.1"), number, 0.0) is None
+    assert admission.next(0.0) is None
+    assert (admission.silent, admission.waiting, admission.running) == (10, 10, 0)
+    assert admission.greet(source_of("10.9.0.1"), "friend", 1.0) == 0, "who came first and has said nothing"
+    assert admission.speaks("friend")
+    assert admission.next(1.0).caller == "friend"
+    assert admission.silent_for_too_long(5.9) == []
+    assert admission.silent_for_too_long(6.0) == list(range(1, 10))
+    assert admission.waiting == 0
+
+
+def test_who_has_most_silent_callers_loses_one():
+    admission = Admission(Limits(queued=10, queued_per_source=8))
+    for number in range(9):
+        admission.greet(source_of(f"2001:db8:{number:x}::1"), number, 0.0)
+    admission.greet(source_of("10.0.0.1"), "single", 0.0)
+    for number in range(20):
+        gone = admission.greet(source_of(f"10.1.{number}.1"), f"friend {number}", 0.0)
+        assert gone in range(9), "of the provider with many networks"
+        if gone == 7:
+            break
+
+
+def test_known_sources_come_first_and_have_a_share_of_their_own():
+    limits = Limits(concurrent=4, concurrent_per_source=4, queued=8, queued_per_source=8)
+    admission = Admission(limits)
+    admission.remember(source_of("192.0.2.1"), 0.0)
+    for number in range(20):
+        admission.arrive(source_of(f"10.0.{number}.1"), number)
+    assert len(admit_all(admission, 0.0)) == 4
+    for number in range(20):
+        admission.arrive(source_of(f"10.1.{number}.1"), number)
+    assert admission.waiting == 8
+    assert admission.arrive(source_of("192.0.2.1"), "friend", 1.0) is None, "a waiting place that strangers cannot take"
+    place = admission.next(1.0)
+    assert place.caller == "friend", "a place that they cannot take either"
+    assert place.known
+    assert admission.next(1.0) is None
+    week = 7 * 86400.0
+    assert admission.is_known(source_of("192.0.2.1"), week - 1)
+    assert not admission.is_known(source_of("192.0.2.1"), week)
+    assert not admission.is_known(source_of("192.0.2.2"), 0.0)
+
+
+def test_one_provider_with_thousands_of_networks_is_one_in_turn():
+    admission = Admission(Limits(concurrent=1000, concurrent_per_source=10, queued=3000))
+    for number in range(2000):
+        admission.arrive(source_of(f"2001:db8:{number:x}::1"), number)
+    for number in range(20):
+        admission.arrive(source_of(f"10.0.{number}.1"), f"friend {number}")
+    first = [place.caller for place in admit_all(admission, 0.0)][:30]
+    assert {f"friend {number}" for number in range(20)} <= set(first)
+
+
+def test_who_had_no_turn_lately_comes_before_those_who_come_again_and_again():
+    admission = Admission(Limits(concurrent=1))
+    for number in range(100):
+        admission.arrive(source_of(f"10.0.{number}.1"), number)
+    for number in range(200):
+        place = admission.next(0.0)
+        admission.leave(place, authenticated=False)
+        admission.arrive(place.source, 1000 + number)
+    admission.arrive(source_of("192.0.2.1"), "friend")
+    turns = [admission.next(0.0)]
+    while turns[-1].caller != "friend":
+        admission.leave(turns[-1], authenticated=False)
+        turns.append(admission.next(0.0))
+    assert len(turns) <= 2
+
+
+def test_patience_is_shorter_the_more_networks_wait_and_begins_anew_with_each_step():
+    admission = Admission(Limits(concurrent=4, concurrent_per_source=4))
+    for number in range(100):
+        admission.arrive(source_of(f"10.0.{number}.1"), number)
+    places = admit_all(admission, 0.0)
+    assert admission.patience() == 0.25
+    for place in places:
+        place.displace = lambda: True
+    places[0].progress(0.2)
+    places[1].least_patience = 0.8
+    places[2].begin_work(0.1)
+    assert admission.displace(0.3) == 1, "only who did nothing for so long"
+    assert admission.next(0.3).displace is None
+    places[2].end_work(0.7)
+    assert admission.displace(0.5) == 1, "the one with the new step"
+    assert admission.next(0.5) is not None
+    assert admission.displace(0.8) == 3, "the long round trip, and two newcomers"
+    assert places[2].idle(0.8) == pytest.approx(0.2), "the time in which it waited for us does not count"
+
+
+def test_work_is_charged_and_given_back_to_those_who_prove_to_be_welcome():
+    admission = Admission(Limits(rate=200, burst=10))
+    admission.arrive(source_of("10.0.0.1"), "dear")
+    dear = admission.next(0.0)
+    admission.worked(dear, 0.050, 0.0)
+    admission.arrive(source_of("10.0.0.1"), "next")
+    assert admission.next(0.0) is None
+    assert admission.next(0.05) is None
+    admission.leave(dear, authenticated=True, now=0.05)
+    assert admission.next(0.05) is not None
+
+
+def test_strangers_together_cost_half_a_processor_at_most():
+    admission = Admission(Limits(concurrent=5000, queued=5000))
+    admission.remember(source_of("192.0.2.1"), 0.0)
+    began = 0
+    for number in range(2500):
+        admission.arrive(source_of(f"10.{number // 250}.{number % 250}.1"), number)
+    for place in admit_all(admission, 0.0):
+        admission.worked(place, 0.002, 0.0)
+        began += 1
+    assert began == 1000
+    assert len(admit_all(admission, 1.0)) == 250
+    admission.arrive(source_of("192.0.2.1"), "friend", 1.0)
+    assert admission.next(1.0).caller == "friend"

@@ -344,8 +344,8 @@ async def test_a_peer_that_is_removed_during_its_handshake_is_not_let_in():
     async with two_nodes() as (alice, bob):
         upgrade = bob.switchboard._reach._upgrader.inbound
 
-        async def slow(sock, judge):
-            upgraded = await upgrade(sock, judge)
+        async def slow(sock, judge, account):
+            upgraded = await upgrade(sock, judge, account)
             bob.gate.publish(peers=[])
             await until(lambda: bob.switchboard._publishers.policy.policy == bob.gate.policy)
             return upgraded
@@ -484,7 +484,7 @@ async def test_the_listening_socket_is_inherited_with_its_backlog():
         await bob.stop("switchboard")
         with socket.create_connection(("127.0.0.1", int(bob.address.rsplit("/", 1)[1])), 5):
             await bob.start_switchboard()
-            await until(lambda: bob.switchboard._reception.handshakes == 1)
+            await until(lambda: bob.switchboard._reception.silent == 1)
         connected = await alice.ask("switchboard", Connect(bob.peer))
         assert connected.connection.peer == bob.peer
 
@@ -590,6 +590,8 @@ async def test_slow_callers_do_not_keep_a_friend_out():
     async with two_nodes(admission={"concurrent": 4, "concurrent_per_source": 4, "patience": 0.2}) as (alice, bob):
         port = int(bob.address.rsplit("/", 1)[1])
         slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(12)]
+        for sock in slow:
+            sock.sendall(b"\x13")
         await until(lambda: bob.switchboard._reception.waiting)
         with trio.fail_after(5):
             connected = await alice.ask("switchboard", Connect(bob.peer))
