@@ -149,7 +149,6 @@ class Config(Actor):
             self._problems,
             str(self._path),
             digest_of(self._text.encode()) if self._text else "",
-            self._reconciler.failures(),
         )
 
     @handles(Resolve)

@@ -182,13 +182,16 @@ class Reconciler:
         failed = {name: f"failed: {reason}" for name, reason in self._failures.items()}
         return failed | {child.name: child.state for child in tree.children}
 
-    def failures(self) -> tuple[str, ...]:
-        """The children that could not be started, each with the reason."""
-        return tuple(f"{name}: {reason}" for name, reason in sorted(self._failures.items()))
-
     def describe(self) -> dict[str, Data]:
-        """For people: what was started, and what could not be."""
-        return {"started": sorted(self.started), "failed": dict(self._failures)}
+        """What was started, what could not be, and what the next round will start or stop."""
+        wanted = self._wanted()
+        pending = {
+            name
+            for name in wanted.keys() | self.started.keys()
+            if name not in self._failures
+            and not (name in wanted and name in self.started and _same(self.started[name], wanted[name].arguments))
+        }
+        return {"started": sorted(self.started), "failed": dict(self._failures), "pending": sorted(pending)}
 
     async def _round(self) -> bool:
         """One round; whether all is as it should be (or will be made so when the supervisor comes up)."""

@@ -103,6 +103,7 @@ class Gate(Actor):
         self._policy = Policy(0, gating=True, peers=(), services=())
         self._subscribers: set[str] = set()
         self._told_by_config = 0
+        self._config_version = 0  # of the configuration that the policy goes by
         self._policy_changed = trio.Event()
         self._warned_at = float("-inf")
 
@@ -134,6 +135,7 @@ class Gate(Actor):
         return {
             "file": str(self._path),
             "version": self._policy.version,
+            "config_version": self._config_version,
             "gating": self._policy.gating,
             "peers": len(self._policy.peers),
             "expired": sum(rule.expires is not None and WITHDRAWN < rule.expires <= now for rule in self._policy.peers),
@@ -274,6 +276,7 @@ class Gate(Actor):
                 self._publish(self._merged(snapshot))
 
     def _merged(self, snapshot: ConfigSnapshot) -> Policy:
+        self._config_version = snapshot.version
         services = tuple(
             ServiceRule(service.name, service.allowed_peers) for service in snapshot.services if service.enabled
         )

@@ -142,6 +142,7 @@ class Switchboard(Actor):
         upgrader = Upgrader(*await noise_key(context), streams=self._session_limits.inbound_streams, turns=turns)
         self._reactor = Reactor(context.now)
         self._table = ConnectionTable(self._own, limit=self._max_connections)
+        self._config_version = 0
         self._publishers = Publishers(context, self._policy_changed, self._apply_config)
         self._watchers = ConnectionWatchers(context.tell)
         self._gate = Outbox(context, GATE)
@@ -282,6 +283,7 @@ class Switchboard(Actor):
             "listen": [str(listener.address) for listener in self._listeners],
             "announced": [str(address) for address in self._ourselves.announced()],
             "policy_version": None if (policy := self._publishers.policy.policy) is None else policy.version,
+            "config_version": self._config_version,
             "connections": [
                 connection.describe(self._names.get(connection.peer, ""), now) for connection in self._table
             ],
@@ -621,6 +623,7 @@ class Switchboard(Actor):
         self._admittance.enforce()
 
     def _apply_config(self, snapshot: ConfigSnapshot) -> None:
+        self._config_version = snapshot.version
         self._names = {entry.peer: entry.name for entry in snapshot.names}
         self._reach.configure(snapshot.addresses, snapshot.relays)
 

@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peerup.cli.files import AUTHORIZED_KEYS, authorized_keys_path, find_listed_peer, find_peer_id, report, tell_node
+from peerup.cli.files import (
+    NOT_RUNNING,
+    authorized_keys_path,
+    find_listed_peer,
+    find_peer_id,
+    in_force,
+    node_keys,
+    note_in_force,
+    report,
+    same_file,
+    tell_authorized,
+    tell_unauthorized,
+)
 from peerup.cli.framework import DURATION, Failure, Session, command, examples
-from peerup.cli.output import Column, good, note, table
+from peerup.cli.output import Column, good, table
 
 if TYPE_CHECKING:
     from protocol.authorized_keys import Entry
@@ -58,8 +70,12 @@ def add(session: Session, peer_id: str, comment: str, expires: str | None, path:
 
     until = expiry(expires)
     attributes = {} if until is None else {"expires": until}
-    entry = add_peer(authorized_keys_path(session, path), find_peer_id(peer_id), comment, attributes)
-    report(session, f"{entry.peer} may connect", present(entry), _tell(session, path))
+    file = authorized_keys_path(session, path)
+    entry = add_peer(file, find_peer_id(peer_id), comment, attributes)
+    if _is_foreign(session, path):
+        _report_foreign(session, f"{entry.peer} is now in {file}", present(entry))
+        return
+    report(session, f"{entry.peer} may connect", present(entry), tell_authorized(session, file, entry.peer))
 
 
 @command("remove", json_output=True)
@@ -75,7 +91,11 @@ def remove(session: Session, peer: str, path: Path | None) -> None:
     file = authorized_keys_path(session, path)
     found = find_listed_peer(session, file, peer)
     remove_peer(file, found)
-    report(session, f"{found} may connect no longer", {"peer_id": str(found), "removed": True}, _tell(session, path))
+    data = {"peer_id": str(found), "removed": True}
+    if _is_foreign(session, path):
+        _report_foreign(session, f"{found} is no longer in {file}", data)
+        return
+    report(session, f"{found} may connect no longer", data, tell_unauthorized(session, file, found))
 
 
 @command("list", json_output=True)
@@ -84,8 +104,10 @@ def list_peers(session: Session, path: Path | None) -> None:
     """Show who may connect."""
     from actors.gate.authorized_keys_file import load_authorized_keys
 
-    keys = load_authorized_keys(authorized_keys_path(session, path))
-    data = [present(entry) for entry in keys.entries]
+    file = authorized_keys_path(session, path)
+    keys = load_authorized_keys(file)
+    told = None if _is_foreign(session, path) else node_keys(session)
+    data = [present(entry) | {"in_force": in_force(file, told, entry)} for entry in keys.entries]
     columns = (
         Column("LINE", right=True),
         Column("PEER ID", fold=True),
@@ -94,8 +116,7 @@ def list_peers(session: Session, path: Path | None) -> None:
     )
     rows = [(item["line"], item["peer_id"], when(item), item["comment"]) for item in data]
     session.show(data, lambda: table(columns, rows, empty="nobody may connect; see `peerup auth add --help`"))
-    for problem in keys.problems:
-        note(f"warning: line {problem.line}: {problem.reason}")
+    note_in_force(file, keys, told)
 
 
 @command("validate", json_output=True)
@@ -129,11 +150,22 @@ def validate(session: Session, path: Path | None) -> None:
         )
 
 
-def _tell(session: Session, given: Path | None) -> dict[str, Any]:
-    """Tell the running node, if it is its file that was changed."""
-    if given is not None and given.absolute() != authorized_keys_path(session):
-        return {"running": False, "reloaded": False, "problems": []}
-    return tell_node(session, AUTHORIZED_KEYS)
+def _is_foreign(session: Session, given: Path | None) -> bool:
+    """Whether the file that was given is neither the one of the running node nor that of the configuration."""
+    if given is None:
+        return False
+    told = node_keys(session)
+    return not (
+        same_file(given, authorized_keys_path(session)) or (told is not None and same_file(told["file"], given))
+    )
+
+
+def _report_foreign(session: Session, text: str, data: dict[str, Any]) -> None:
+    def human() -> None:
+        good(text)
+        click.echo("the node in this home does not go by that file")
+
+    session.show(data | {"node": NOT_RUNNING.data}, human)
 
 
 def present(entry: Entry) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def reload(session: Session) -> None:
     def human() -> None:
         for change in data["changes"]:
             click.echo(change)
-        if not data["problems"]:
+        if not data["problems"] and not data["not_in_force"]:
             good("reloaded" if data["changes"] else "nothing has changed")
 
     session.show(data, human)
@@ -92,6 +92,10 @@ def reload(session: Session) -> None:
         reason = "\n".join(f"  {problem}" for problem in data["problems"])
         action = "repair it and reload; until then what it takes away counts, and all else stays as it was"
         raise Failure(f"the configuration cannot be used:\n{reason}", action, as_json=session.as_json)
+    if data["not_in_force"]:
+        raise Failure(f"not in force: {'; '.join(data['not_in_force'])}", as_json=session.as_json)
+    for child, reason in data["failed"].items():
+        note(f"warning: {child} could not be started: {reason}")
 
 
 for _command in (validate, show, reload):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ from protocol.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from actors.config.schema import NodeConfig
+    from protocol.authorized_keys import AuthorizedKeys, Entry
     from protocol.peer_id import PeerId
 
 CONFIG = "/v1/config/reload"
@@ -140,24 +144,161 @@ def find_listed_peer(session: Session, path: Path, text: str) -> PeerId:
     return named
 
 
-def tell_node(session: Session, route: str) -> dict[str, Any]:
-    """Have the running node read the file again.
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What the running node says of a change of one of its files.
 
-    `running` says whether there is a node, `reloaded` whether the change is in force in it, `problems` why not.
+    Attributes:
+        running: whether there is a running node.
+        reloaded: whether the change is in force in it.
+        problems: why not.
+        notes: what else is to be known of the file.
     """
+
+    running: bool
+    reloaded: bool
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """For programs."""
+        return {"running": self.running, "reloaded": self.reloaded, "problems": list(self.problems)}
+
+
+NOT_RUNNING = Told(running=False, reloaded=False)
+
+
+def tell_config(session: Session, *children: str) -> Told:
+    """Have the running node take over its configuration as it is now, and start these actors because of it."""
+    answer = _ask_to_reload(session, CONFIG, session.home.config_file)
+    if isinstance(answer, Told):
+        return answer
+    problems = [*answer["problems"], *answer.get("not_in_force", [])]
+    failed = answer.get("failed", {})
+    problems += [f"{child}: {failed[child]}" for child in children if child in failed]
+    return Told(running=True, reloaded=not problems, problems=tuple(problems))
+
+
+def tell_authorized(session: Session, path: Path, peer: PeerId) -> Told:
+    """Have the running node take over authorized_keys; in force is that this peer may connect by a line of its own."""
+    answer = _ask_to_reload(session, AUTHORIZED_KEYS, path, peer=str(peer))
+    if isinstance(answer, Told):
+        return answer
+    wrong = _lines(answer)
+    rule = str(answer.get("rule", ""))
+    problems = list(answer.get("not_in_force", []))
+    if not rule.startswith("authorized_keys:"):
+        if rule.startswith("expired:"):
+            problems.append("the time until when it may connect has passed")
+        elif wrong:
+            problems.append("what the file adds waits until it is repaired")
+            problems += wrong
+        else:
+            problems.append(f"the node does not list it ({rule or 'no rule'})")
+        wrong = []
+    return Told(running=True, reloaded=not problems, problems=tuple(problems), notes=tuple(wrong))
+
+
+def tell_unauthorized(session: Session, path: Path, peer: PeerId) -> Told:
+    """Have the running node take over authorized_keys; in force is that this peer may not connect any more."""
+    answer = _ask_to_reload(session, AUTHORIZED_KEYS, path, peer=str(peer))
+    if isinstance(answer, Told):
+        return answer
+    problems = list(answer.get("not_in_force", []))
+    if answer.get("rule") == "gating-off":
+        problems.append("every peer may connect as a guest: security.enable_connection_gating is false")
+    elif answer.get("allowed", True):
+        problems.append(f"the node still lets it connect ({answer.get('rule') or 'it does not say by which rule'})")
+    return Told(running=True, reloaded=not problems, problems=tuple(problems), notes=tuple(_lines(answer)))
+
+
+def _ask_to_reload(session: Session, route: str, path: Path, **body: str) -> dict[str, Any] | Told:
+    """The node's answer, if it is about this file as it is now; else why it is not."""
     from peerup.client import ClientError, NotRunningError
 
+    for last in (False, True):
+        try:
+            answer: dict[str, Any] = session.client.post(route, body)
+        except NotRunningError:
+            return NOT_RUNNING
+        except ClientError as error:
+            return Told(running=True, reloaded=False, problems=(error.reason,))
+        theirs = answer.get("file", "")
+        if not theirs or not same_file(theirs, path):
+            key = "security.authorized_keys_file" if route == AUTHORIZED_KEYS else "its directories"
+            why = f"the node goes by {theirs or 'another file'} and not by {path}; if {key} changed, restart it"
+            return Told(running=True, reloaded=False, problems=(why,))
+        # Where somebody else changes the file at the same time, the node may have read the state before or after that.
+        if answer.get("digest") in (_digest(path, as_text=route == CONFIG), ""):
+            return answer
+        if last:
+            break
+    return Told(
+        running=True, reloaded=False, problems=(f"{path} is being changed by somebody else as well; try again",)
+    )
+
+
+def same_file(one: str | Path, other: Path) -> bool:
+    """Whether two paths lead to the same file, which may be missing."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)  # noqa: PTH121  # Path.samefile is no shorter here
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _digest(path: Path, *, as_text: bool) -> str | None:
+    from actors.config.file import read_config_text
+    from actors.files import digest_of
+    from protocol.errors import PeerupError
+
     try:
-        answer = session.client.post(route)
-    except NotRunningError:
-        return {"running": False, "reloaded": False, "problems": []}
-    except ClientError as error:
-        return {"running": True, "reloaded": False, "problems": [error.reason]}
-    problems = [
-        f"line {problem['line']}: {problem['reason']}" if isinstance(problem, dict) else str(problem)
+        return digest_of(read_config_text(path).encode() if as_text else path.read_bytes())
+    except (OSError, PeerupError):
+        return None
+
+
+def _lines(answer: dict[str, Any]) -> list[str]:
+    """What is wrong with authorized_keys."""
+    return [
+        f"line {problem['line']}: {problem['reason']}" if problem["line"] else problem["reason"]
         for problem in answer["problems"]
     ]
-    return {"running": True, "reloaded": not problems, "problems": problems}
+
+
+def node_keys(session: Session) -> dict[str, Any] | None:
+    """What the running node says of its authorized_keys file: `file`, `digest`, `waiting`, ...; None if none tells."""
+    from peerup.client import ClientError
+
+    try:
+        told: dict[str, Any] = session.client.get("/v1/actors/gate")["description"]
+    except ClientError:
+        return None
+    return told
+
+
+def note_in_force(path: Path, keys: AuthorizedKeys, told: dict[str, Any] | None) -> None:
+    """Tell a person what is wrong in authorized_keys, and what of it is not in force in the running node."""
+    for problem in keys.problems:
+        note(f"warning: line {problem.line}: {problem.reason}")
+    if told is None:
+        return
+    if not same_file(told.get("file", ""), path):
+        note(f"warning: the running node goes by {told.get('file')} until it is started again, and not by {path}")
+    elif told.get("whole") is False:
+        note("warning: the file is not whole: what it takes away counts, what it adds waits until it is repaired")
+        waiting = set(told.get("waiting", []))
+        for entry in keys.entries:
+            if str(entry.peer) in waiting:
+                note(f"warning: line {entry.line}: {entry.peer} is not in force")
+
+
+def in_force(path: Path, told: dict[str, Any] | None, entry: Entry) -> bool | None:
+    """Whether the running node lets a peer connect by its line; None where that is not known."""
+    if told is None or "waiting" not in told:
+        return None
+    if not same_file(told.get("file", ""), path) or told.get("digest") != _digest(path, as_text=False):
+        return None
+    return str(entry.peer) not in told["waiting"] and (entry.expires is None or time.time() < entry.expires)
 
 
 def after_restart(session: Session) -> list[str] | None:
@@ -180,17 +321,27 @@ def note_after_restart(keys: list[str] | None) -> None:
         note(f"{key}: changed since the node was started; takes effect when it is started again")
 
 
-def report(session: Session, text: str, data: dict[str, Any], node: dict[str, Any], *, what: str = "node") -> None:
-    """Say what was changed, and whether the running node (or `what` else it is) has it."""
+def report(session: Session, text: str, data: dict[str, Any], told: Told, *, what: str = "node") -> None:
+    """Say what was changed, if the running node (or `what` else it is) has it or none runs; else what is not in force.
+
+    Raises:
+        Exit: the change is in the file and not in force; with status 1.
+    """
 
     def human() -> None:
+        if told.running and not told.reloaded:
+            return
         good(text)
-        if node["reloaded"]:
+        if told.running:
             click.echo(f"the running {what} has taken it over")
-        elif not node["running"]:
+        else:
             click.echo(f"the {what} is not running; this counts from its next start on")
 
-    session.show(data | {"node": node}, human)
-    if node["running"] and not node["reloaded"]:
-        note(f"warning: the running {what} has not taken it over: {'; '.join(node['problems'])}")
+    session.show(data | {"node": told.data}, human)
+    for line in told.notes:
+        note(f"warning: {line}")
+    if told.running and not told.reloaded:
+        note(
+            f"warning: the file is changed, but that is not in force in the running {what}: {'; '.join(told.problems)}"
+        )
         raise click.exceptions.Exit(1)

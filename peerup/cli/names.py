@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from peerup.cli.files import CONFIG, find_peer_id, read_config, report, tell_node
+from peerup.cli.files import find_peer_id, read_config, report, tell_config
 from peerup.cli.framework import Session, command, examples
 from peerup.cli.output import Column, table
 
@@ -41,7 +41,7 @@ def add(session: Session, name: str, peer_id: str, addresses: tuple[str, ...], *
             editor.add_addresses(peer, places)
         known = next((entry.addresses for entry in editor.config.addresses if entry.peer == peer), ())
     data = {"name": name, "peer_id": str(peer), "addresses": [str(address) for address in known]}
-    report(session, f"{name} is {peer}", data, tell_node(session, CONFIG))
+    report(session, f"{name} is {peer}", data, tell_config(session))
 
 
 @command("remove", json_output=True)
@@ -53,7 +53,7 @@ def remove(session: Session, name: str) -> None:
     with edit_config(session.home.config_file) as editor:
         peer = editor.remove_name(name)
     data = {"name": name, "peer_id": str(peer), "removed": True}
-    report(session, f"{name} is forgotten", data, tell_node(session, CONFIG))
+    report(session, f"{name} is forgotten", data, tell_config(session))
 
 
 @command("list", json_output=True)

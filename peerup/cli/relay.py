@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peerup.cli.files import CONFIG, own_peer, read_config, report, tell_node
+from peerup.cli.files import own_peer, read_config, report, tell_config
 from peerup.cli.framework import LazyGroup, Session, command, examples
 from peerup.cli.output import Column, short_id, size, span, styled, table
 
@@ -71,7 +71,7 @@ def add(session: Session, addresses: tuple[str, ...]) -> None:
         known = editor.config.relay.addresses
     data = {"added": [str(address) for address in added], "relays": [str(address) for address in known]}
     text = "\n".join(f"added {address}" for address in added) or "known already; nothing to add"
-    report(session, text, data, tell_node(session, CONFIG))
+    report(session, text, data, tell_config(session, "relay/keeper"))
 
 
 @command("remove", json_output=True)
@@ -85,7 +85,7 @@ def remove(session: Session, which: str) -> None:
         removed = editor.remove_relays(meant)
         known = editor.config.relay.addresses
     data = {"removed": [str(address) for address in removed], "relays": [str(address) for address in known]}
-    report(session, "\n".join(f"removed {address}" for address in removed), data, tell_node(session, CONFIG))
+    report(session, "\n".join(f"removed {address}" for address in removed), data, tell_config(session, "relay/keeper"))
 
 
 @command("list", json_output=True)

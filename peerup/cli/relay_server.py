@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peerup.cli.files import (
-    AUTHORIZED_KEYS,
     after_restart,
     authorized_keys_path,
     find_listed_peer,
     find_peer_id,
+    node_keys,
     note_after_restart,
+    note_in_force,
     read_config,
     report,
-    tell_node,
+    tell_authorized,
+    tell_unauthorized,
 )
 from peerup.cli.framework import EXIT_CODES, Failure, Session, command, examples
 from peerup.cli.output import Column, good, note, short_id, size, span, table
@@ -374,9 +376,10 @@ def authorize(session: Session, peer_id: str, comment: str, expires: str | None)
     _relay_config(session)
     until = expiry(expires)
     attributes = {} if until is None else {"expires": until}
-    entry = add_peer(authorized_keys_path(session), find_peer_id(peer_id), comment, attributes)
-    node = tell_node(session, AUTHORIZED_KEYS)
-    report(session, f"{entry.peer} may use this relay", present(entry), node, what="relay")
+    path = authorized_keys_path(session)
+    entry = add_peer(path, find_peer_id(peer_id), comment, attributes)
+    told = tell_authorized(session, path, entry.peer)
+    report(session, f"{entry.peer} may use this relay", present(entry), told, what="relay")
 
 
 @command("deauthorize", json_output=True, short_help="Let a device use this relay no longer.")
@@ -394,8 +397,8 @@ def deauthorize(session: Session, peer: str) -> None:
     found = find_listed_peer(session, path, peer)
     remove_peer(path, found)
     data = {"peer_id": str(found), "removed": True}
-    node = tell_node(session, AUTHORIZED_KEYS)
-    report(session, f"{found} may use this relay no longer", data, node, what="relay")
+    told = tell_unauthorized(session, path, found)
+    report(session, f"{found} may use this relay no longer", data, told, what="relay")
 
 
 @command("list-peers", json_output=True)
@@ -411,7 +414,8 @@ def list_peers(session: Session) -> None:
     from peerup.client import NotRunningError
 
     _relay_config(session)
-    keys = load_authorized_keys(authorized_keys_path(session))
+    path = authorized_keys_path(session)
+    keys = load_authorized_keys(path)
     try:
         relay = session.client.get("/v1/relay")
         connected = {peer["peer_id"] for peer in session.client.get("/v1/peers") if peer["connections"]}
@@ -455,8 +459,7 @@ def list_peers(session: Session) -> None:
             )
 
     session.show(data, human)
-    for problem in keys.problems:
-        note(f"warning: line {problem.line}: {problem.reason}")
+    note_in_force(path, keys, node_keys(session))
 
 
 def _use(peer_id: str, relay: dict[str, Any] | None, connected: set[str], *, authorized: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from peerup.cli.files import CONFIG, find_peer, read_config, report, tell_node
+from peerup.cli.files import find_peer, read_config, report, tell_config
 from peerup.cli.framework import Session, command, examples
 from peerup.cli.output import Column, short_id, table
 
@@ -43,9 +43,8 @@ def add(session: Session, name: str, address: str, allow: tuple[str, ...], *, di
     with edit_config(session.home.config_file) as editor:
         editor.add_service(name, address, allowed_peers=peers, enabled=not disabled)
     data = {"name": name, "address": address, "enabled": not disabled, "allowed_peers": _texts(peers)}
-    report(
-        session, f"peers can {'later ' if disabled else ''}reach {address} as {name}", data, tell_node(session, CONFIG)
-    )
+    told = tell_config(session, f"service/{name}")
+    report(session, f"peers can {'later ' if disabled else ''}reach {address} as {name}", data, told)
 
 
 @command("remove", json_output=True)
@@ -56,7 +55,12 @@ def remove(session: Session, name: str) -> None:
 
     with edit_config(session.home.config_file) as editor:
         editor.remove_service(name)
-    report(session, f"{name} is no longer offered", {"name": name, "removed": True}, tell_node(session, CONFIG))
+    report(
+        session,
+        f"{name} is no longer offered",
+        {"name": name, "removed": True},
+        tell_config(session, f"service/{name}"),
+    )
 
 
 @command("enable", json_output=True)
@@ -80,7 +84,7 @@ def _switch(session: Session, name: str, *, enabled: bool) -> None:
         changed = editor.set_service_enabled(name, enabled=enabled)
     text = f"{name} is {'' if changed else 'already '}{'enabled' if enabled else 'disabled'}"
     data = {"name": name, "enabled": enabled, "changed": changed}
-    report(session, text, data, tell_node(session, CONFIG))
+    report(session, text, data, tell_config(session, f"service/{name}"))
 
 
 @command("list", json_output=True)

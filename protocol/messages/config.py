@@ -79,7 +79,6 @@ class ConfigReloaded(Message):
             in force before.
         file: which file that is, with an absolute path.
         digest: the SHA-256 of the text that was read, in hexadecimal; empty if none could be.
-        failed: which proxies and services of the configuration could not be started, and why.
     """
 
     version: int
@@ -87,7 +86,6 @@ class ConfigReloaded(Message):
     problems: tuple[str, ...]
     file: str = ""
     digest: str = ""
-    failed: tuple[str, ...] = ()
 
 
 @message("config.reload")

@@ -613,7 +613,37 @@ async def test_reload_tells_problems(serve):
     async with serve() as node:
         node.context.answers[ReloadConfig] = always(ConfigReloaded(4, (), ("line 3: nonsense",)))
         data = await node.call(node.client.post, "/v1/config/reload")
-    assert data == {"version": 4, "changes": [], "problems": ["line 3: nonsense"]}
+    assert (data["version"], data["changes"], data["problems"]) == (4, [], ["line 3: nonsense"])
+    assert data["not_in_force"] == [f"{name}: is not running" for name in ("gate", "switchboard", "config")]
+
+
+async def test_reload_answers_when_every_part_has_the_change(serve):
+    from protocol.messages.config import ConfigReloaded
+    from protocol.messages.gate import Reload, Reloaded
+    from protocol.messages.system import Describe, Description
+
+    looks = {"gate": 0, "switchboard": 0, "config": 0}
+
+    def describe(target, _request):
+        looks[target] += 1
+        late = looks[target] > 2  # each takes the change over only after having been asked twice
+        states = {
+            "gate": {"version": 7 if late else 6, "config_version": 4 if late else 3},
+            "switchboard": {"policy_version": 7 if late else 6, "config_version": 4 if late else 3},
+            "config": {"children": {"failed": {"proxy/a/b": "port in use"}, "pending": [] if late else ["service/x"]}},
+        }
+        return Description(states[target])
+
+    async with serve() as node:
+        node.context.answers[ReloadConfig] = always(ConfigReloaded(4, (), ()))
+        node.context.answers[Reload] = always(Reloaded(7, 1, ()))
+        node.context.answers[Describe] = describe
+        data = await node.call(node.client.post, "/v1/config/reload")
+        assert (data["not_in_force"], data["failed"]) == ([], {"proxy/a/b": "port in use"})
+        assert looks == {"gate": 3, "switchboard": 3, "config": 3}
+        looks["switchboard"] = 0
+        data = await node.call(node.client.post, "/v1/auth/reload")
+        assert (data["not_in_force"], looks["switchboard"]) == ([], 3)
 
 
 VALUES = [

@@ -2,12 +2,16 @@
 
 GET  /v1/status          who and how the node is
 POST /v1/config/reload   read the configuration again
-POST /v1/auth/reload     read authorized_keys again
+POST /v1/auth/reload     {peer?}: read authorized_keys again
 POST /v1/resolve         {name} -> the peer behind it
 POST /v1/shutdown        end the node
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
 
 from actors.api.node import ANSWER_DEADLINE, ROOT, Node
 from actors.api.present import plain
@@ -18,10 +22,18 @@ from protocol.messages.gate import Reload
 from protocol.messages.keyring import ReadIdentity
 from protocol.messages.switchboard import ReadStatus, SwitchboardStatus
 from protocol.messages.system import Describe
-from supervisor.errors import AskError
+from protocol.peer_id import PeerId
+from supervisor.errors import AskError, NoSuchActorError
 
 RELOAD_DEADLINE = 10.0
 """Seconds for reading a file again; a slow disk is not a failure."""
+
+IN_FORCE_SECONDS = 8.0
+"""Seconds for a change to be in force in each part of the node; it takes milliseconds, or a few seconds where a service
+has to be stopped."""
+
+FIRST_LOOK, LAST_LOOK = 0.01, 0.25
+"""Seconds between two looks at whether it is."""
 
 routes = Routes()
 
@@ -89,14 +101,76 @@ async def _connections(node: Node, result: dict[str, Data], problems: list[str])
 
 @routes.on("POST", "/v1/config/reload")
 async def reload_config(node: Node, call: Call) -> Answer:
-    """Read the configuration again; with problems, which are told, only what it takes away counts."""
-    return data_response(plain(await node.ask("config", ReloadConfig(), timeout=RELOAD_DEADLINE)))
+    """Read the configuration again; with problems, which are told, only what it takes away counts.
+
+    Answers when it is in force in the whole node; `not_in_force` says where it is not after some seconds, and why.
+    """
+    reloaded = await node.ask("config", ReloadConfig(), timeout=RELOAD_DEADLINE)
+    policy: Data = None
+
+    def gate_has_it(gate: dict[str, Data]) -> bool:
+        nonlocal policy
+        policy = gate.get("version")
+        return bool(gate.get("config_version", 0) >= reloaded.version)
+
+    failed: dict[str, Data] = {}
+
+    def all_is_started(config: dict[str, Data]) -> bool:
+        children = config.get("children", {})
+        failed.clear()
+        failed.update(children.get("failed", {}))
+        return not children.get("pending")
+
+    reasons = [
+        await _comes_true(node, "gate", gate_has_it),
+        await _comes_true(
+            node,
+            "switchboard",
+            lambda board: (
+                (board.get("policy_version") or 0) >= (policy or 0)
+                and board.get("config_version", 0) >= reloaded.version
+            ),
+        ),
+        await _comes_true(node, "config", all_is_started),
+    ]
+    told = plain(reloaded) | {"not_in_force": [reason for reason in reasons if reason], "failed": failed}
+    return data_response(told)
 
 
 @routes.on("POST", "/v1/auth/reload")
 async def reload_authorized_keys(node: Node, call: Call) -> Answer:
-    """Read authorized_keys again; with problems, which are told, only what it takes away counts."""
-    return data_response(plain(await node.ask("gate", Reload(), timeout=RELOAD_DEADLINE)))
+    """Read authorized_keys again; with problems, which are told, only what it takes away counts.
+
+    Answers when that is enforced; `not_in_force` says why it is not after some seconds. With `peer`, `allowed` and
+    `rule` say whether that peer may connect now.
+    """
+    peer = call.optional_text("peer")
+    reload = Reload(None if peer is None else PeerId.from_text(peer))
+    reloaded = await node.ask("gate", reload, timeout=RELOAD_DEADLINE)
+    reason = await _comes_true(
+        node, "switchboard", lambda board: (board.get("policy_version") or 0) >= reloaded.version
+    )
+    return data_response(plain(reloaded) | {"not_in_force": [reason] if reason else []})
+
+
+async def _comes_true(node: Node, name: str, condition: Callable[[dict[str, Data]], bool]) -> str:
+    """Wait until what this actor says of itself meets the condition; empty, or why it does not in time."""
+    why = "has not taken it over"
+    with trio.move_on_after(IN_FORCE_SECONDS):
+        pause = FIRST_LOOK
+        while True:
+            try:
+                if condition((await node.context.ask(name, Describe(), timeout=ANSWER_DEADLINE)).state):
+                    return ""
+            except NoSuchActorError:
+                return f"{name}: is not running"
+            except AskError as error:
+                why = f"does not answer: {error}"
+            else:
+                why = "has not taken it over"
+            await trio.sleep(pause)
+            pause = min(2 * pause, LAST_LOOK)
+    return f"{name}: {why} (within {IN_FORCE_SECONDS:g} seconds)"
 
 
 @routes.on("POST", "/v1/resolve")
