@@ -51,6 +51,7 @@ _REASONS = {
     409: b"Conflict",
     413: b"Content Too Large",
     415: b"Unsupported Media Type",
+    421: b"Misdirected Request",
     422: b"Unprocessable Content",
     426: b"Upgrade Required",
     429: b"Too Many Requests",

@@ -118,6 +118,13 @@ class Metrics(Actor):
         return sock
 
     async def _handle(self, request: HttpRequest) -> Response:
+        if not names_this_machine(request.headers.get("host", "")):
+            raise HttpError(
+                421,
+                "wrong-host",
+                "the request is for another host: a web page may have led a browser here",
+                "ask for this machine by its IP address, as localhost, or by its host name",
+            )
         if request.path != "/metrics":
             raise HttpError(404, "not-found", "only /metrics is served here")
         if request.method not in ("GET", "HEAD"):
@@ -164,6 +171,22 @@ class Metrics(Actor):
         except AskError as error:
             self.context.log.warning("the tree cannot be read: {}", error)
             return ()
+
+
+def names_this_machine(host: str) -> bool:
+    """Whether this Host header is an IP address, a name without a dot, or what this machine is called.
+
+    Any other name may be one that a web page's owner has pointed here (DNS rebinding), so that the page's scripts may
+    read what is answered. Nobody can register a name without a dot.
+    """
+    name = host.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    own = socket.gethostname().lower()
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return "." not in name or name in {own, f"{own.partition('.')[0]}.local"}
+    return True
 
 
 def _node_samples(actors: int, seconds: float) -> tuple[Sample, ...]:

@@ -32,6 +32,7 @@ from actors.switchboard.listeners import Listeners
 from actors.switchboard.liveness import MONITOR, Liveness
 from actors.switchboard.numbers import Numbers
 from actors.switchboard.ourselves import KEYRING, KEYRING_DEADLINE, Ourselves, noise_key
+from actors.switchboard.own_machine import OwnMachine
 from actors.switchboard.paths import Paths
 from actors.switchboard.ping import PingServer, ping
 from actors.switchboard.pipes import Pipes, TlsFiles
@@ -182,6 +183,7 @@ class Switchboard(Actor):
             table=self._table,
             admittance=self._admittance,
             numbers=self._numbers,
+            here=self._machine,
         )
         self._paths = Paths(context, self._own, self._table, self._reach)
         self._attached = AttachedStreams(context, self._reactor.call_later)
@@ -565,6 +567,9 @@ class Switchboard(Actor):
     async def read_relay(self, request: ReadRelay) -> RelayServiceStatus:
         """What the relay does."""
         return self._relaying.status()
+
+    def _machine(self) -> OwnMachine:
+        return self._ourselves.machine()
 
     def _is_relay(self, peer: PeerId) -> bool:
         return peer in self._reach.relays

@@ -15,8 +15,8 @@ _SIOCGIFADDR = 0x8915
 _IF_INET6 = Path("/proc/net/if_inet6")
 
 
-def machine_addresses() -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """The addresses of all interfaces, without IPv6 link-local ones (useless without an interface's name)."""
+def machine_addresses(*, link_local: bool = False) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """The addresses of all interfaces; IPv6 link-local ones, useless without an interface's name, only if asked for."""
     found: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -27,7 +27,7 @@ def machine_addresses() -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     with contextlib.suppress(OSError), _IF_INET6.open(encoding="ascii") as table:  # absent where IPv6 is off
         for line in table:
             address = ipaddress.IPv6Address(bytes.fromhex(line.split()[0]))
-            if not address.is_link_local:
+            if link_local or not address.is_link_local:
                 found.append(address)
     return list(dict.fromkeys(found))
 

@@ -13,13 +13,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from actors.switchboard.connections import Connection, ConnectionTable
 from actors.switchboard.errors import TooManyError
 from actors.switchboard.identify import OwnDescription
-from actors.switchboard.interfaces import expand
+from actors.switchboard.interfaces import expand, machine_addresses
 from actors.switchboard.listeners import Listeners
+from actors.switchboard.own_machine import IpAddress, OwnMachine
 from actors.switchboard.protocols import ProtocolTable
 from actors.switchboard.version import AGENT
 from protocol.messages.keyring import SignNoiseStaticKey, SignPeerRecord
 from protocol.multiaddr import Multiaddr
 from protocol.noise import Identity as NoiseIdentity
+from protocol.peer_id import PeerId
 from supervisor.actor import Context
 from supervisor.errors import AskError
 
@@ -78,6 +80,21 @@ class Ourselves:
         if not any(instead for _, instead in self._announcements.values()):
             told = [address for listener in self._listeners for address in expand(listener.address)] + told
         return tuple(dict.fromkeys(told))
+
+    def machine(self) -> OwnMachine:
+        """What is known of this machine's addresses.
+
+        What one peer says that it sees may be a lie; what two say counts.
+        """
+        seen: dict[IpAddress, set[PeerId]] = {}
+        for connection in self._table:
+            told = connection.identification
+            ip = told.observed_address.ip if told is not None and told.observed_address is not None else None
+            if ip is not None and not connection.relayed:
+                seen.setdefault(ip, set()).add(connection.peer)
+        observed = [ip for ip, peers in seen.items() if len(peers) > 1]
+        listening = [listener.address for listener in self._listeners]
+        return OwnMachine.of(machine_addresses(link_local=True), [*listening, *self.announced()], observed)
 
     def announce(self, actor: str, addresses: tuple[Multiaddr, ...], *, instead: bool) -> None:
         """This actor says where the node can be reached, too; in place of what it said before.

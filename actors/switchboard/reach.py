@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
@@ -27,12 +27,13 @@ from actors.switchboard.improver import Improver
 from actors.switchboard.keeper import Keeper
 from actors.switchboard.link import LinkClosedError
 from actors.switchboard.numbers import Numbers
+from actors.switchboard.own_machine import OwnMachine
 from actors.switchboard.ping import ping
 from actors.switchboard.pipes import Pipes
 from actors.switchboard.refusals import Rare
 from actors.switchboard.relays import RelayBook
+from actors.switchboard.resolver import Resolver
 from actors.switchboard.streams import ChannelStream, open_negotiated
-from actors.switchboard.transports import resolve
 from actors.switchboard.upgrade import Upgraded, Upgrader, not_authorised
 from actors.switchboard.wire import Pipe
 from protocol.errors import PeerupError
@@ -59,6 +60,7 @@ class Reach:
 
     Args:
         own: this node's peer id, which cannot be dialled.
+        here: what is known of this machine's addresses, now.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Reach:
         table: ConnectionTable,
         admittance: Admittance,
         numbers: Numbers,
+        here: Callable[[], OwnMachine] = OwnMachine,
     ) -> None:
         self._context = context
         self._own = own
@@ -91,7 +94,7 @@ class Reach:
         )
         self.dialer: Dialer[tuple[Pipe, Upgraded], Connection] = Dialer(
             context.nursery,
-            resolve=_resolve,
+            resolve=Resolver(self.book.may_lead_here, here).resolve,
             attempt=self._attempt,
             establish=lambda won: admittance.establish(*won, outbound=True),
             discard=lambda late: late[0].close(),
@@ -99,6 +102,7 @@ class Reach:
         )
         self.keeper = Keeper(context.nursery, self._keep_connected, table.until_lost, context.now, context.random)
         self.refusals = admittance.refusals
+        self._here = here
         self._failures: Rare[PeerId] = Rare(context.now)
         self.improver = Improver(context.nursery, table, self._dial_direct, context.random)
         table.on_doubt = self._doubt
@@ -114,7 +118,7 @@ class Reach:
     def learn(self, connection: Connection) -> None:
         """A peer has said where it is, and what it is."""
         self._admittance.heard(connection.peer)
-        self.book.learn(connection)
+        self.book.learn(connection, self._here())
         self.improver.news(connection.peer)
 
     def addresses(self, peer: PeerId) -> tuple[Multiaddr, ...]:
@@ -315,13 +319,6 @@ class Reach:
             return
         if connection.end is None:
             connection.link.abort("connection-lost", "the peer came back through a relay, and is silent here")
-
-
-async def _resolve(address: Multiaddr) -> Sequence[Multiaddr]:
-    if address.is_relayed:
-        await trio.lowlevel.checkpoint()
-        return [address]  # the relay's own address is resolved when the relay is dialled
-    return await resolve(address)
 
 
 def _relay_of(address: Multiaddr) -> PeerId | None:

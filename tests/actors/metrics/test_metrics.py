@@ -7,7 +7,7 @@ import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.metrics.actor import COLLECT_SECONDS, Metrics
+from actors.metrics.actor import COLLECT_SECONDS, Metrics, names_this_machine
 from actors.metrics.exposition import Exposition
 from actors.metrics.processes import process_samples
 from protocol.messages.system import ChildStatus, CollectMetrics, ReadTree, Sample, Tree
@@ -123,6 +123,7 @@ async def test_only_metrics_are_served():
         FakeRoot(stage)
         for request, status in [
             (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 404),
+            (b"GET /metrics HTTP/1.1\r\nHost: evil.example:1\r\nConnection: close\r\n\r\n", 421),
             (b"POST /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", 405),
             (b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n", 413),
             (b"\x16\x03\x01\x02\x00\r\n\r\n", 400),
@@ -197,3 +198,22 @@ def test_a_process_with_an_odd_name_and_one_that_is_gone(tmp_path):
     assert found["peerup_process_cpu_seconds_total"] == 4
     assert found["peerup_process_resident_memory_bytes"] == 50 * os.sysconf("SC_PAGE_SIZE")
     assert process_samples(8, tmp_path) == ()
+
+
+@pytest.mark.parametrize(
+    ("host", "served"),
+    [
+        ("127.0.0.1:9091", True),
+        ("[::1]:9091", True),
+        ("localhost:9091", True),
+        ("LOCALHOST", True),
+        ("home", True),
+        (socket.gethostname(), True),
+        ("evil.example", False),
+        ("127.0.0.1.evil.example:9091", False),
+        ("localhost.evil.example", False),
+        ("evil.example.", False),
+    ],
+)
+def test_a_web_page_whose_name_was_pointed_here_gets_nothing(host, served):
+    assert names_this_machine(host) is served
