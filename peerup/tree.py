@@ -54,6 +54,9 @@ SWITCHBOARD_START_DEADLINE = 20.0
 DRAIN_SLACK = 5.0
 """Seconds that a relay may need to stop beyond the time that open circuits get."""
 
+SWITCHBOARD_STOP_DEADLINE = 18.0
+"""Seconds for the switchboard to close all connections in good order (`actors.switchboard.admittance.CLOSING`)."""
+
 PROXIES_STOP_DEADLINE = 10.0
 """Seconds for all proxies and services to end their tunnels, side by side."""
 
@@ -120,6 +123,7 @@ def build_tree(options: Options) -> SupervisorSpec:
             ),
             start_deadline=SWITCHBOARD_START_DEADLINE,
             backoff_limit=TUNNELS_BACKOFF_LIMIT,
+            stop_deadline=SWITCHBOARD_STOP_DEADLINE,
         ),
         _actor("nat/monitor", "actors.nat.monitor:NetworkMonitor"),
         *_relay_server(config),

@@ -271,6 +271,7 @@ class Session:
         rtt: seconds; whoever measures it keeps it here, it tells how fast a fast reader is.
         remote_gone, local_gone: who said go away.
         frames_received: counts headers.
+        ends: counts the ends of streams, FIN and RST, that were laid out.
     """
 
     def __init__(
@@ -290,6 +291,7 @@ class Session:
         self.remote_gone = False
         self.local_gone = False
         self.frames_received = 0
+        self.ends = 0
         self._consumer = consumer
         self._limits = limits
         self._streams: dict[int, Stream] = {}
@@ -417,6 +419,7 @@ class Session:
         if stream.closed or stream.local_finished:
             return
         stream.local_finished = True
+        self.ends += 1
         self._stream_control(stream, FIN, 0)
         if stream.remote_finished:
             self._remove(stream)
@@ -429,6 +432,7 @@ class Session:
         announced = stream.inbound or not (stream.flags | waiting) & SYN  # else the peer has never heard of it
         stream.flags = 0
         if announced:
+            self.ends += 1
             self._frames[stream.id] = (RST, code)
             self._resets += stream.inbound
         self._remove(stream)

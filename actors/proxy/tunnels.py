@@ -38,8 +38,8 @@ COUNT_INTERVAL = 2.0
 """Seconds between additions to the byte counters while tunnels run."""
 ADOPT_DEADLINE = 2.0
 """Seconds for the switchboard to tell which tunnels a predecessor left."""
-CLOSE_DEADLINE = 2.0
-"""Seconds for the switchboard to close what is attached."""
+CLOSE_DEADLINE = 4.0
+"""Seconds for the switchboard to close what is attached; it gives what has just finished a moment to be confirmed."""
 REMEMBERED = 2048
 """Attached tunnels that are over and whose end may be told again: more than one report tells of."""
 GATE = "gate"

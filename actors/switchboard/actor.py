@@ -270,8 +270,7 @@ class Switchboard(Actor):
         self._doors.close_all()
         self._admittance.close()
         self._reception.close()
-        for connection in self._table:
-            connection.link.close("shutdown", "this node is stopping")
+        await self._admittance.close_all("shutdown", "this node is stopping")
         await self._attached.say_goodbye()
         self._admittance.flush()
         self._gate.close()
@@ -346,11 +345,12 @@ class Switchboard(Actor):
         """The sender is the successor of an owner of streams."""
         return AdoptedStreams(self._attached.adopt(self.context.current_sender))
 
-    @handles(CloseStreams)
+    @handles(CloseStreams, concurrent=True)
     async def close_streams(self, request: CloseStreams) -> StreamsClosed:
         """The sender is stopping."""
-        self._doors.close(self.context.current_sender)
-        return StreamsClosed(self._attached.close(self.context.current_sender))
+        sender = self.context.current_sender
+        self._doors.close(sender)
+        return StreamsClosed(await self._attached.close_soon(sender))
 
     @handles(LendListener)
     async def lend_listener(self, request: LendListener) -> None:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable
+from typing import Final
+
+import trio
 
 from actors.reactor import Reactor
 from actors.switchboard.allowances import Allowances
 from actors.switchboard.budget import Budgets
-from actors.switchboard.connections import Connection, ConnectionTable
+from actors.switchboard.closing import LOOK
+from actors.switchboard.connections import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER, Connection, ConnectionTable
 from actors.switchboard.decisions import DecisionLog
 from actors.switchboard.errors import AddressError, ConnectionLostError, SwitchboardError
 from actors.switchboard.link import Channel, Link, LinkEnd
@@ -46,6 +50,9 @@ LINES_PER_SECOND = 0.2
 UNKNOWN_PEER = (400, 448)
 """Streams of ours, and of both sides together, on a connection to a peer that does not say how many it takes:
 rust-libp2p ends a connection on which there are more than 512, and others reset what is beyond 1000."""
+
+CLOSING: Final = 15.0
+"""Seconds in which all connections are closed when the node stops: a megabyte that is under way at 0.5 Mbit/s."""
 
 CONFIGURED_RELAY = Decision(allowed=True, rule="configured-relay")
 
@@ -97,6 +104,7 @@ class Admittance:
         self._limits = limits
         self._budgets = Budgets()
         self._allowances = Allowances()
+        self._closing: dict[Connection, None] = {}  # have ended, and are closed in good order; oldest first
         self._count = 0
         self._closed = False
         self.refusals = Refusals(context.now)
@@ -108,6 +116,20 @@ class Admittance:
     def close(self) -> None:
         """Let nobody in any more."""
         self._closed = True
+
+    async def close_all(self, code: str, reason: str) -> None:
+        """Close all connections in good order, within `CLOSING`: first those that go through others."""
+        with trio.move_on_after(CLOSING):
+            for relayed in (True, False):
+                for connection in self._table:
+                    if connection.relayed or not relayed:
+                        connection.link.close(code, reason)
+                await trio.lowlevel.checkpoint()  # their ends are told from the loop
+                while any(each.relayed or not relayed for each in [*self._table, *self._closing]):  # noqa: ASYNC110
+                    await trio.sleep(LOOK)
+        for connection in [*self._table, *self._closing]:
+            connection.link.close(code, reason)
+            connection.link.abort(code, reason)
 
     # ---- judgement
 
@@ -269,11 +291,24 @@ class Admittance:
     def _ended(self, connection: Connection, end: LinkEnd) -> None:
         self._allowances.remember(connection.peer, self._context.now())
         self._table.remove(connection, end)
+        self._see_closed(connection)
         self._numbers.connection_closed(connection, end.code)
         if end.defect is not None:
             self._tell_defect(f"the connection to {connection.peer}", end.defect.__cause__ or end.defect)
         self._tell_end(connection, end)
         self._on_ended(connection, end)
+
+    def _see_closed(self, connection: Connection) -> None:
+        """Keep it in sight until its wire is closed: it takes a descriptor, and the policy concerns it, too."""
+        if connection.link.closed:
+            return
+        same = [each for each in self._closing if each.peer == connection.peer]
+        if len(same) >= MAX_CONNECTIONS_PER_PEER:
+            same[0].link.abort("closing", "too many connections to the peer are being closed")
+        elif len(self._closing) >= MAX_CONNECTIONS:
+            next(iter(self._closing)).link.abort("closing", "too many connections are being closed")
+        self._closing[connection] = None
+        connection.link.on_closed = lambda: self._closing.pop(connection, None)
 
     def heard(self, peer: PeerId) -> None:
         """The peer has said something, so it lets us in."""
@@ -304,6 +339,10 @@ class Admittance:
     def enforce(self) -> None:
         """Cut what the policy allowed before and does not allow now."""
         policy, wall, now = self._publishers.policy, self._context.wall(), self._context.now()
+        for connection in list(self._closing):
+            allowed = policy.decide_connection(connection.peer, wall)
+            if not allowed.allowed and (connection.was_allowed or not connection.outbound):
+                connection.link.abort("not-authorised", f"the policy no longer allows it ({allowed.rule})")
         for connection in self._table:
             allowed = policy.decide_connection(connection.peer, wall)
             if allowed.allowed:

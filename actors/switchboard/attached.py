@@ -13,6 +13,9 @@ An owner is told by reports, one at a time and each answered: what bytes its str
 and which have ended. What was not answered is told again, and while the owner is away nothing is sent. So its
 successor counts what it missed, and a stream's end is in the audit log even if its owner was killed before. Streams
 whose owner stays away for good are reset: nobody could close them any more.
+
+That a stream has finished is told when the peer is known to have received all of it (`Link.confirm`). If the connection
+ends before, it has not finished but was lost: what went into a buffer may never have arrived.
 """
 
 from __future__ import annotations
@@ -57,6 +60,8 @@ LAST_REPORT_DEADLINE = 0.5
 """Seconds for all owners together when the switchboard stops."""
 OWNER_PATIENCE = 60.0
 """Seconds that the streams of an owner go on without it."""
+FINISHING = 3.0
+"""Seconds that streams which have finished get when their owner stops: several round trips, and less than it waits."""
 MAX_REPORTED = 512
 """Ended streams in one report; of running ones an owner has no more than it accepts."""
 MAX_UNTOLD = 4096
@@ -98,6 +103,7 @@ class _Owner:
     streams: dict[str, _Stream] = dataclasses.field(default_factory=dict)
     ended: list[tuple[_Stream, EndedStream]] = dataclasses.field(default_factory=list)
     unknown: dict[_Stream, None] = dataclasses.field(default_factory=dict)  # running, and not told of yet
+    finished: dict[_Stream, EndedStream] = dataclasses.field(default_factory=dict)  # and not known to have arrived
     turned_away: int = 0
     peer_full: int = 0
     away_since: float | None = None
@@ -105,6 +111,7 @@ class _Owner:
     reporting: bool = False
     planned: bool = False
     told_at: float = 0.0
+    news: trio.Event = dataclasses.field(default_factory=trio.Event)  # of an end
 
 
 class AttachedStreams:
@@ -184,6 +191,8 @@ class AttachedStreams:
         """The owner of this stream, which is over, was told so otherwise, and does not know it by its id."""
         for owner in self._owners.values():
             owner.ended = [each for each in owner.ended if each[0].id != stream_id]
+            for stream in [each for each in owner.finished if each.id == stream_id]:
+                del owner.finished[stream]
 
     def has_room(self, owner: str, limit: int) -> bool:
         """Whether fewer than `limit` streams of this owner run or wait for a socket."""
@@ -260,7 +269,7 @@ class AttachedStreams:
         if known is None:
             return ()
         self._abort_offered(known)
-        streams = [*known.streams.values(), *(stream for stream, _ in known.ended)]
+        streams = [*known.streams.values(), *known.finished, *(stream for stream, _ in known.ended)]
         known.unknown.clear()
         return tuple(stream.info(stream.told_sent, stream.told_received) for stream in streams)
 
@@ -271,7 +280,22 @@ class AttachedStreams:
             return ()
         for stream in list(known.streams.values()):
             self._abort(stream, ResetCode.SHUTDOWN)
+        for stream in list(known.finished):
+            self._was_received(stream, received=False, reason="nobody waited for the peer to confirm the end of it")
         return tuple(ended for _, ended in known.ended)
+
+    async def close_soon(self, owner: str) -> tuple[EndedStream, ...]:
+        """The same, but give those that have finished a moment: for what a socket must take, and to be confirmed."""
+        known = self._owners.get(owner)
+        if known is not None:
+            for stream in list(known.streams.values()):
+                if stream.end is None or not stream.end.finishing:
+                    self._abort(stream, ResetCode.SHUTDOWN)
+            with trio.move_on_after(FINISHING):
+                while known.streams or known.finished:
+                    known.news = trio.Event()
+                    await known.news.wait()
+        return self.close(owner)
 
     async def say_goodbye(self) -> None:
         """Tell owners that are there what they were not told; the switchboard is stopping."""
@@ -292,8 +316,8 @@ class AttachedStreams:
                 self.close(owner.name)
             elif owner.away_since is None and now - owner.told_at >= TRAFFIC_INTERVAL:
                 self._report(owner)
-            turned_away = owner.turned_away or owner.peer_full
-            if not owner.streams and not owner.ended and not turned_away and not owner.reporting:
+            busy = owner.streams or owner.finished or owner.ended or owner.turned_away or owner.peer_full
+            if not busy and not owner.reporting:
                 self._owners.pop(owner.name, None)
 
     # ---- streams go
@@ -341,8 +365,32 @@ class AttachedStreams:
         end = stream.connection.link.end if code == ResetCode.CONNECTION_LOST else None
         duration, reason = self._now() - stream.since, "" if end is None else end.reason
         ended = EndedStream(stream.info(sent, received), duration, outcome.value, int(code), reason)
+        if outcome is Outcome.FINISHED:
+            owner.finished[stream] = ended
+            stream.connection.link.confirm(lambda received: self._was_received(stream, received=received))
+        else:
+            self._note_end(stream, ended)
+
+    def _was_received(self, stream: _Stream, *, received: bool, reason: str = "") -> None:
+        """The peer has received all of a stream that has finished, or nobody knows."""
+        ended = stream.owner.finished.pop(stream, None)
+        if ended is None:
+            return
+        if not received:
+            if not reason:
+                end = stream.connection.link.end
+                reason = "the connection ended before the peer had confirmed the end of the stream"
+                reason += f": {end.reason}" if end is not None else ""
+            ended = dataclasses.replace(
+                ended, outcome=Outcome.STREAM_RESET.value, code=int(ResetCode.CONNECTION_LOST), reason=reason
+            )
+        self._note_end(stream, ended)
+
+    def _note_end(self, stream: _Stream, ended: EndedStream) -> None:
+        owner = stream.owner
         owner.ended.append((stream, ended))
         del owner.ended[:-MAX_UNTOLD]
+        owner.news.set()
         self._plan(owner)
 
     def _admit(self, length: int) -> bool:

@@ -85,6 +85,10 @@ class Carrier(Protocol):
     def plan_flush(self) -> None:
         """Something waits to be sent."""
 
+    def progress(self) -> int:
+        """See `Wire.progress`."""
+        ...
+
 
 class SettlingEnd(Protocol):
     """Who asked to be called after the deliveries."""
@@ -348,6 +352,10 @@ class Channel:
     def enqueue(self) -> None:
         """Have `fetch` called: there may be something to send."""
         self._link.enqueue(self)
+
+    def progress(self) -> int:
+        """A number that changes when the link's peer has taken more of what the link sends."""
+        return self._link.progress()
 
     def settle_later(self, end: SettlingEnd) -> None:
         """Have `end.settle` called; see `LocalEnd.deliver`."""

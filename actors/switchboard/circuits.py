@@ -14,8 +14,9 @@ During the upgrade there is no inner link yet: a task waits in `receive`. What i
 is no more than the stream's first window.
 
 The end of the stream is the end of the wire. A reset, or the loss of the relay's connection, is told to the inner link
-as a `CircuitCutError` in words. `close` finishes the stream after what is queued; if the other end has not finished
-soon after, it is reset.
+as a `CircuitCutError` in words. `shut_down` and `close` finish the stream after what is queued; if the other end has
+not finished soon after `close`, it is reset. A link that closes in good order has waited before it says so until its
+peer has everything (`actors.switchboard.closing`).
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class CircuitEnd:
         "_queue",
         "_queued",
         "_ready",
+        "_shut",
         "_take",
         "_taken",
         "_target",
@@ -87,6 +89,7 @@ class CircuitEnd:
         self._wants = False  # the inner link waits to be asked for the rest of what it has sealed
         self._flush: Callable[[], None] | None = None  # or to seal more
         self._finished = False  # the peer will send no more
+        self._shut = False  # finish the stream after what is queued
         self._closed = False
         self._cut: CircuitCutError | None = None
         self._ready: Callable[[int], None] | None = None
@@ -166,9 +169,9 @@ class CircuitEnd:
 
     def recv_into(self, buffer: memoryview, /) -> int:
         """See `Wire`. All bytes are given to `take`; this has the end."""
-        self._check()
-        if self._finished:
+        if self._finished and self._cut is None:
             return 0
+        self._check()
         raise BlockingIOError
 
     def send(self, data: memoryview, /) -> int:
@@ -198,6 +201,16 @@ class CircuitEnd:
         """See `Wire`."""
         self._taken += length
 
+    def progress(self) -> int:
+        """See `Wire`."""
+        return self._channel.sent + self._channel.progress()
+
+    def shut_down(self) -> None:
+        """See `Wire`."""
+        self._shut = True
+        if not self._channel.closed:
+            self._channel.enqueue()
+
     def close(self) -> None:
         """See `Wire`."""
         if self._closed:
@@ -217,6 +230,9 @@ class CircuitEnd:
         if self._queue:
             return self._fetch_queued(buffer, start, limit)
         if self._closed:
+            self._channel.finish_now()
+            return 0
+        if self._shut and not (self._wants or self._flush):
             self._channel.finish_now()
             return 0
         if not limit or not (self._wants or self._flush):

@@ -12,7 +12,9 @@ most of all when both sides dial at the same moment; then both sides must keep t
 
 The one that goes is *drained*: it takes no new streams of ours, still accepts the peer's (which may not know yet), and
 is closed when it has had no stream for `LINGER` seconds. So nothing that runs is cut by the decision. The same happens
-to a connection on which the peer says that it takes no more streams; who needs the peer then dials it anew.
+to a connection on which the peer says that it takes no more streams; who needs the peer then dials it anew. The last
+bytes of streams that have ended may still be under way then: the link closes in good order, see
+`actors.switchboard.closing`.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ class Muxed(Protocol):
     received: int
     rtt: float | None
     end: LinkEnd | None
+    closed: bool
+    on_closed: Callable[[], None]
 
     @property
     def session(self) -> yamux.Session:
@@ -73,6 +77,9 @@ class Muxed(Protocol):
 
     def charge(self, cost: float, what: str) -> None:
         """Charge the peer for work that it has made this node do."""
+
+    def confirm(self, told: Callable[[bool], None]) -> None:
+        """Learn whether the peer has received what was sent on streams that have ended."""
 
     def plan_flush(self) -> None:
         """Send what the muxer has to say."""

@@ -27,6 +27,8 @@ class LayeredWire:
         self._unsent = memoryview(b"")
         self._wanted = False
         self._recall_planned = False
+        self._shut = False  # nothing is to be sent but what is kept, and the last words
+        self._said = False  # these were offered
         self._closed = False
 
     def start(
@@ -55,12 +57,32 @@ class LayeredWire:
         """See `Wire`."""
         return self._below.acknowledgement()
 
+    def progress(self) -> int:
+        """See `Wire`."""
+        return self._below.progress()
+
+    def shut_down(self) -> None:
+        """See `Wire`."""
+        if not self._shut and not self._closed:
+            self._shut = True
+            with contextlib.suppress(OSError, PeerupError):  # it is broken, which reading tells
+                self._flush()
+                self._end()
+
+    def _end(self) -> None:
+        """Say the last words when nothing is kept any more, and shut down below when they have gone."""
+        if not self._unsent and not self._said:
+            self._said = True
+            self._offer(self._last_words())
+        if not self._unsent:
+            self._below.shut_down()
+
     def close(self) -> None:
         """See `Wire`."""
         if not self._closed:
             self._closed = True
             with contextlib.suppress(OSError, PeerupError):
-                if self._flush():
+                if self._flush() and not self._said:
                     self._offer(self._last_words())
             self._below.close()
 
@@ -100,13 +122,15 @@ class LayeredWire:
         return not self._unsent
 
     def _say_idle(self) -> None:
-        if not self._unsent and (data := self._idle()):
+        if not self._unsent and not self._said and (data := self._idle()):
             self._offer(data)
 
     def _below_ready(self, ready: int) -> None:
         if ready & WRITE:
             if self._flush():
                 self._say_idle()
+            if self._shut:
+                self._end()
             if self._unsent:
                 ready &= ~WRITE
             elif not self._wanted:

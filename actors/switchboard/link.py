@@ -24,8 +24,9 @@ A link over a circuit (the inner one) works within the callbacks of the link to 
 rooms of its own: what it is given lies in the outer one's, and what it sends is sealed straight into the outer
 one's frame.
 
-The life of a link: alive, until one of the ends of :class:`LinkEnd`; then it resets what is open, closes its wire and
-tells `on_end` from the loop. There is no state in between.
+The life of a link: alive, until one of the ends of :class:`LinkEnd`; then it resets what is open and tells `on_end`
+from the loop. After `close` its wire goes on until the peer has received what it was sent
+(`actors.switchboard.closing`); after every other end it is closed at once.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from typing import Final
 from actors.reactor import WRITE, Reactor, Timer
 from actors.switchboard.budget import Budget
 from actors.switchboard.channel import Channel, LinkClosedError, SettlingEnd
+from actors.switchboard.closing import Closing, Confirmations
 from actors.switchboard.wire import MAX_FRAME, Acknowledgement, Wire
 from protocol import allowance as costs
 from protocol import yamux
@@ -114,7 +116,7 @@ class Link:
 
     `received` is ciphertext that came in with the last handshake message, `plaintext` what a Noise message held behind
     the end of the muxer's negotiation. `on_stream` is called for each stream that the peer opens; `on_end` once, from
-    the loop, when the link is gone and its wire closed; `on_gone_away` when the peer takes no more streams on it.
+    the loop, when the link is gone; `on_gone_away` when the peer takes no more streams on it.
     `on_used_up` when there are few stream ids left on our side, so that no more streams should be opened.
     `budget` and `allowance` are shared by all links to the peer; `next_id` is for tests.
 
@@ -125,6 +127,8 @@ class Link:
         sent, received: bytes on the wire since the link was made.
         rtt: seconds, smoothed; None until measured.
         end: why the link ended; None while it lives.
+        closed: its wire is closed, too.
+        on_closed: called when that happens; to be set by whoever needs it.
     """
 
     def __init__(
@@ -155,6 +159,8 @@ class Link:
         self.received = len(received) + len(plaintext)
         self.rtt: float | None = None
         self.end: LinkEnd | None = None
+        self.closed = False
+        self.on_closed: Callable[[], None] = lambda: None
         self._clock = reactor.clock
         self._wire = wire
         self._received, self._opened, self._outgoing = reactor.rooms[wire.depth]
@@ -180,6 +186,9 @@ class Link:
         self._progress_at = now  # when the wire last took something
         self._ping_value = 0
         self._ping_at: float | None = None
+        self._confirmations = Confirmations(reactor, self._ask, lambda: self.session.ends)
+        self._closing: Closing | None = None
+        self._shut = False  # nothing is sent any more
         wire.start(self._wire_ready, self._take, self._failed)
         self._timer: Timer = reactor.call_later(KEEPALIVE_INTERVAL, self._tick)
         self._ping()
@@ -227,13 +236,48 @@ class Link:
         return self._wire.acknowledgement()
 
     def close(self, code: str = "local-close", reason: str = "closed by this node") -> None:
-        """Say go away, reset what is open, close the wire. `on_end` follows from the loop. Twice is once."""
-        self._finish(LinkEnd(code, reason), ResetCode.SHUTDOWN, GoAwayCode.NORMAL, at_once=True)
+        """Reset what is open, say go away, and close the wire when the peer has received what it was sent.
+
+        `on_end` follows from the loop, and `on_closed` when the wire is closed. Twice is once.
+        """
+        if self.end is None:
+            worth = self._confirmations.pending
+            self._conclude(LinkEnd(code, reason), ResetCode.SHUTDOWN, at_once=True)
+            self._closing = Closing(self, self._wire, self.reactor, self._confirmations, worth=worth)
+            if not self.session.local_gone:
+                self.session.go_away()
+            self.plan_flush()
+
+    def confirm(self, told: Callable[[bool], None]) -> None:
+        """Call `told(True)` when the peer has received all that was sent so far on streams that have ended.
+
+        `told(False)` if the connection ends and nobody knows.
+        """
+        self._confirmations.ask(told)
+
+    @property
+    def unsent(self) -> bool:
+        """Whether something is laid out, or waits to be, that the wire has not taken."""
+        return self._unsent is not None or bool(self._passed) or self.session.has_control
+
+    def progress(self) -> int:
+        """See `Wire.progress`."""
+        return self._wire.progress()
+
+    def shut_down(self) -> None:
+        """Send nothing more; read on. For `Closing`."""
+        self._shut = True
+        self._wire.shut_down()
+
+    def destroy(self) -> None:
+        """Close the wire. For `Closing`."""
+        self._finish(LinkEnd("local-close", "closed by this node"), ResetCode.SHUTDOWN, None)
 
     def abort(self, code: str = "local-abort", reason: str = "cut off by this node", *, at_once: bool = False) -> None:
-        """Close the wire now, without a word to the peer. `on_end` follows from the loop. Twice is once.
+        """Close the wire now, without a word to the peer, even if `close` was called before.
 
-        `at_once`: what came from the peer and was not taken by its readers yet is dropped.
+        `on_end` follows from the loop. Twice is once. `at_once`: what came from the peer and was not taken by its
+        readers yet is dropped.
         """
         self._finish(LinkEnd(code, reason), ResetCode.CONNECTION_LOST, None, at_once=at_once)
 
@@ -285,7 +329,7 @@ class Link:
 
     def plan_flush(self) -> None:
         """Something waits to be sent: do it at the end of this round."""
-        if not self._flush_planned and self._unsent is None and self.end is None:
+        if not self._flush_planned and self._unsent is None and not self.closed and not self._shut:
             self._flush_planned = True
             self._wire.soon(self._flush)
 
@@ -294,7 +338,7 @@ class Link:
     def _wire_ready(self, ready: int) -> None:
         if ready & WRITE and self._unsent is not None:
             self._send_unsent()
-        if ready & ~WRITE and self.end is None:
+        if ready & ~WRITE and not self.closed:
             self._read_wire()
 
     def _read_wire(self) -> None:
@@ -323,14 +367,14 @@ class Link:
                 return
             if frames and room < _RECEIVE:
                 self._receive = min(_RECEIVE, room << 1)
-            if start + length < stop or self.end is not None:
+            if start + length < stop or self.closed:
                 return
 
     def _take(self, data: memoryview) -> None:
         """Bytes that the wire has at hand; for as long as the call lasts."""
         if self._unopened:
             self._open_first()
-        if self.end is not None:
+        if self.closed:
             return
         self.received += len(data)
         self.session.charge(costs.READING)
@@ -353,7 +397,7 @@ class Link:
     def _open_first(self) -> None:
         """Take what came with the handshake, unless it was taken with what came after it."""
         unopened, self._unopened = self._unopened, False
-        if self.end is None and unopened:
+        if not self.closed and unopened:
             try:
                 self._open_messages(memoryview(self._tail))
             except (PeerupError, OSError) as error:
@@ -436,7 +480,7 @@ class Link:
             self._send_passed()
             if not self._queue and not self.session.has_control:
                 return
-        if self.end is not None or self._unsent is not None:
+        if self.closed or self._shut or self._unsent is not None:
             return
         try:
             target = self._wire.target()
@@ -484,7 +528,7 @@ class Link:
         assert buffer is not None
         self._passed_buffer, self._passed = None, 0
         try:
-            if self.end is None and not self._give(buffer, end):
+            if not self.closed and not self._give(buffer, end):
                 return
         except (PeerupError, OSError) as error:
             self._failed(error)
@@ -597,6 +641,8 @@ class Link:
 
     def pong(self, value: int) -> None:
         """The answer to a ping of ours."""
+        if self._confirmations.answered(value):
+            return
         if self._ping_at is not None and value == self._ping_value:
             sample = self._now - self._ping_at
             self._ping_at = None
@@ -611,7 +657,8 @@ class Link:
         elif code != GoAwayCode.NORMAL:
             reason = f"the peer ended the connection with code {code}"
             self._finish(LinkEnd("remote-go-away", reason), ResetCode.CONNECTION_LOST, None)
-        else:
+        elif self.end is None:
+            self._confirmations.hurry()  # it may close soon
             self._on_gone_away()
 
     # ---- life and death
@@ -620,6 +667,10 @@ class Link:
         self._ping_value = (self._ping_value + 1) & 0xFFFF_FFFF
         self._ping_at = self._clock()
         self.session.ping(self._ping_value)
+        self.plan_flush()
+
+    def _ask(self, value: int) -> None:
+        self.session.ping(value)
         self.plan_flush()
 
     def _tick(self) -> None:
@@ -647,7 +698,7 @@ class Link:
 
     def _lose(self, error: Exception) -> None:
         """The wire is broken, and what it still holds came before that: end when that was taken."""
-        if self.end is not None or self._losing:
+        if self.closed or self._losing:
             return
         self._losing = True
         self._release_unsent()
@@ -663,16 +714,26 @@ class Link:
                     self._read_wire()
                 except PeerupError as unreadable:
                     self._failed(unreadable)
-                if self.received == received or self.end is not None:
+                if self.received == received or self.closed:
                     break
         self._finish(LinkEnd("connection-lost", str(error)), ResetCode.CONNECTION_LOST, None)
 
-    def _finish(self, end: LinkEnd, code: ResetCode, go_away: GoAwayCode | None, *, at_once: bool = False) -> None:
-        if self.end is not None:
-            return
+    def _conclude(self, end: LinkEnd, code: ResetCode, *, at_once: bool) -> None:
+        """Nobody uses the link any more: reset what is open, tell `on_end`."""
         self.end = end
         self._timer.cancel()
         self._queue.clear()
+        for stream in self.session:
+            self.session.reset(stream, code)
+            stream.owner.over(code, at_once=at_once)
+        self.reactor.call_soon(lambda: self._on_end(end))
+
+    def _finish(self, end: LinkEnd, code: ResetCode, go_away: GoAwayCode | None, *, at_once: bool = False) -> None:
+        """Close the wire, and end the link if it has not ended yet."""
+        if self.closed:
+            return
+        received = not self._confirmations.pending or (end.code == "remote-close" and self._is_acknowledged())
+        self._timer.cancel()
         if self._passed_buffer is not None:
             self.reactor.return_buffer(self._passed_buffer)
             if self._passed:
@@ -680,12 +741,20 @@ class Link:
             self._passed_buffer, self._passed = None, 0
         if go_away is not None and self._unsent is None:
             self._say_go_away(go_away)
+        self.closed = True
         self._release_unsent()
         self._wire.close()
-        for stream in self.session:
-            self.session.reset(stream, code)
-            stream.owner.over(code, at_once=at_once)
-        self.reactor.call_soon(lambda: self._on_end(end))
+        if self._closing is not None:
+            self._closing.stop()
+        if self.end is None:
+            self._conclude(end, code, at_once=at_once)
+        self._confirmations.end(received=received)
+        self.on_closed()
+
+    def _is_acknowledged(self) -> bool:
+        """Whether everything has gone out and the peer's machine has taken it."""
+        known = None if self.unsent or self._queue else self._wire.acknowledgement()
+        return known is not None and known.complete
 
     def _say_go_away(self, code: GoAwayCode) -> None:
         """The last words, if the wire takes them at once."""

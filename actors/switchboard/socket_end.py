@@ -163,6 +163,11 @@ class SocketEnd:
         """Do not say that it has finished before the kernel at the socket's other end has confirmed every byte."""
         self._confirming = True
 
+    @property
+    def finishing(self) -> bool:
+        """Whether the stream has ended well, and only the socket has not taken all of it yet."""
+        return self._channel.closed and not self._done
+
     def abort(self, code: int) -> None:
         """Reset both sides now. `on_done` is called with `Outcome.ABORTED` before this returns."""
         self._reset(Outcome.ABORTED, code)

@@ -56,6 +56,10 @@ _READ_SIZE = 4096
 _UNACKNOWLEDGED: Final = 24  # within `struct tcp_info`: the segment count; eight numbers on, the milliseconds
 _TCP_INFO_END: Final = struct.Struct("=9I")
 _TCP_INFO: Final = _UNACKNOWLEDGED + _TCP_INFO_END.size
+_ACKED: Final = 120  # further on: the bytes that were acknowledged
+_ACKED_BYTES: Final = struct.Struct("=Q")
+_NOT_SENT: Final = 144  # and the bytes that wait in the socket
+_NOT_SENT_BYTES: Final = struct.Struct("=I")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,10 +69,17 @@ class Acknowledgement:
     Attributes:
         ago: seconds since the last one.
         outstanding: something that was sent has not been acknowledged.
+        waiting: something could not even be sent yet.
     """
 
     ago: float
     outstanding: bool
+    waiting: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the other end's kernel has everything."""
+        return not self.outstanding and not self.waiting
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -194,6 +205,15 @@ class Wire(Protocol):
         """How the other end acknowledges what is sent; None where nobody knows."""
         ...
 
+    def progress(self) -> int:
+        """A number that changes when the other end, or whoever carries the bytes there, has taken more of them."""
+        ...
+
+    def shut_down(self) -> None:
+        """Send nothing after what was taken, and tell the other end so when that has gone; reading goes on.
+        Twice is once.
+        """
+
     def close(self) -> None:
         """End it in both directions; what was taken is still sent as far as that is possible without waiting."""
 
@@ -242,13 +262,27 @@ class SocketWire:
     def acknowledgement(self) -> Acknowledgement | None:
         """See `Wire`."""
         try:
-            told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+            told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _NOT_SENT + _NOT_SENT_BYTES.size)
         except OSError:
             return None
         if len(told) < _TCP_INFO:
             return None
         outstanding, *_, ago = _TCP_INFO_END.unpack_from(told, _UNACKNOWLEDGED)
-        return Acknowledgement(ago / 1000, outstanding=bool(outstanding))
+        waits = len(told) >= _NOT_SENT + _NOT_SENT_BYTES.size and _NOT_SENT_BYTES.unpack_from(told, _NOT_SENT)[0] > 0
+        return Acknowledgement(ago / 1000, outstanding=bool(outstanding), waiting=waits)
+
+    def progress(self) -> int:
+        """See `Wire`."""
+        try:
+            told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED + _ACKED_BYTES.size)
+        except OSError:
+            return 0
+        return int(_ACKED_BYTES.unpack_from(told, _ACKED)[0]) if len(told) >= _ACKED + _ACKED_BYTES.size else 0
+
+    def shut_down(self) -> None:
+        """See `Wire`."""
+        with contextlib.suppress(OSError):  # it is broken, which reading tells
+            self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """See `Wire`."""

@@ -96,6 +96,7 @@ class Ends:
         self.client.close()
         self.server.close()
         await until(lambda: len(self.ended) == 2, "the end of both links")
+        await until(lambda: self.client.closed and self.server.closed, "the end of both wires")
 
 
 async def send_message(stream, message):

@@ -556,4 +556,4 @@ async def test_a_link_that_runs_out_of_stream_ids_says_so_before_anything_fails(
         assert told == ["used up"]
         client.close()
         server.close()
-        await until(lambda: len(told) == 3, "the end of both links")
+        await until(lambda: len(told) == 3 and client.closed and server.closed, "the end of both links")
