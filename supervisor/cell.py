@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import trio
 
 from protocol.errors import PeerupError
-from protocol.messages import Data, Descriptor, Message, MessageId, Request
+from protocol.messages import Data, Descriptor, Envelope, Message, MessageId, Request
 from protocol.messages.system import LastWords, Ok, Ready, SaveCheckpoint
 from supervisor.actor import Actor, Checkpoint, HandlerEntry
 from supervisor.authority import Authority
@@ -135,6 +135,7 @@ class Cell:
             mailbox=Mailbox(actor.mailbox_limit, actor.overflow),
             understands=actor.handlers.keys(),
             wake=self._wake,
+            busy=self._oldest,
             describe=actor.describe,
             on_stop=self.request_stop,
             set_log_level=set_log_level,
@@ -151,6 +152,7 @@ class Cell:
         self._started = False
         self._dispatcher: trio.lowlevel.Task | None = None
         self._concurrent = 0
+        self._running: dict[str, tuple[Envelope, float]] = {}  # in the order in which their handling began
         actor.context = cast("Context", CellContext(self))
 
     async def run(self, checkpoint: Checkpoint | None) -> None:
@@ -233,6 +235,7 @@ class Cell:
     async def _handle(self, item: Incoming, entry: HandlerEntry) -> None:
         _current.set(item)
         exchange = self.exchange
+        self._running[item.envelope.id] = item.envelope, exchange.now()
         try:
             answer = await entry.function(self.actor, item.message)
         except RefusedError as refusal:
@@ -240,6 +243,8 @@ class Cell:
         else:
             if isinstance(item.message, Request):
                 exchange.answer(item.envelope, Ok() if answer is None else answer)
+        finally:
+            self._running.pop(item.envelope.id, None)  # a fault may have brought it twice
         exchange.handled += 1
 
     async def _handle_concurrently(self, item: Incoming, entry: HandlerEntry) -> None:
@@ -248,6 +253,9 @@ class Cell:
         finally:
             self._concurrent -= 1
             self._wake()
+
+    def _oldest(self) -> tuple[Envelope, float] | None:
+        return next(iter(self._running.values()), None)
 
     async def _park(self) -> None:
         self._dispatcher = trio.lowlevel.current_task()

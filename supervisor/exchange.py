@@ -75,6 +75,7 @@ from protocol.messages.system import (
     Stop,
     Tapped,
     TapRule,
+    Work,
 )
 from supervisor import authority
 from supervisor.authority import Authority
@@ -118,10 +119,21 @@ _Head = tuple[str, str | None, str | None, str, str, str, float]
 class _Pending:
     """A request that waits for its answer."""
 
-    __slots__ = ("answer", "expected", "target", "timer")
+    __slots__ = ("answer", "asked_at", "cause", "expected", "target", "timer")
 
-    def __init__(self, target: str, answer: Answer, expected: type[Message], timer: Timer) -> None:
+    def __init__(
+        self,
+        target: str,
+        answer: Answer,
+        expected: type[Message],
+        timer: Timer,
+        *,
+        cause: MessageId | None,
+        asked_at: float,
+    ) -> None:
         self.target = target
+        self.cause = cause
+        self.asked_at = asked_at
         self.answer = answer
         self.expected = expected
         self.timer = timer
@@ -141,6 +153,7 @@ class Exchange:
         mailbox: where messages for the actor wait; None: everything must have an `on` handler.
         understands: the kinds that the actor has handlers for; None: all.
         wake: called after the mailbox got an item.
+        busy: the message that has been handled for longest, and since when; None if none is.
         describe: what `Describe` is answered with.
         on_stop: called with the reason when `Stop` arrives.
         set_log_level: called with a level, or with None for the configuration's; may raise RefusedError.
@@ -169,6 +182,7 @@ class Exchange:
         mailbox: Mailbox[Incoming] | None = None,
         understands: Collection[str] | None = None,
         wake: Callable[[], None] | None = None,
+        busy: Callable[[], tuple[Envelope, float] | None] | None = None,
         describe: Callable[[], dict[str, Data]] | None = None,
         on_stop: Callable[[str], None] | None = None,
         set_log_level: Callable[[str | None], None] | None = None,
@@ -193,6 +207,7 @@ class Exchange:
         self._mailbox = mailbox
         self._understands = None if understands is None else frozenset(understands)
         self._wake = wake
+        self._busy = busy
         self._describe = describe
         self._on_stop = on_stop
         self._set_log_level = set_log_level
@@ -243,10 +258,11 @@ class Exchange:
         """
         body, descriptors = encode_body(request)
         ident = self._next_id()
-        deadline = self.now() + timeout
+        now = self.now()
+        deadline = now + timeout
         envelope = Envelope(ident, cause, None, self.name, target, request.KIND, deadline, body)
         timer = self._timers.call_at(deadline, functools.partial(self._expired, ident))
-        self._pending[ident] = _Pending(target, answer, _answer_class(type(request)), timer)
+        self._pending[ident] = _Pending(target, answer, _answer_class(type(request)), timer, cause=cause, asked_at=now)
         failure = self._post(envelope, descriptors)
         if failure is not None:
             self.forget(ident)
@@ -595,7 +611,19 @@ class Exchange:
 
     def _on_ping(self, _: Ping, envelope: Envelope) -> None:
         waiting = 0 if self._mailbox is None else len(self._mailbox)
-        self.answer(envelope, Pong(waiting, self.handled))
+        self.answer(envelope, Pong(waiting, self.handled, self._work()))
+
+    def _work(self) -> Work | None:
+        """What has been handled for longest, and whose answer that waits for."""
+        oldest = None if self._busy is None else self._busy()
+        if oldest is None:
+            return None
+        envelope, since = oldest
+        now = self.now()
+        for pending in self._pending.values():
+            if pending.cause == envelope.id:
+                return Work(envelope.kind, now - since, pending.target, now - pending.asked_at)
+        return Work(envelope.kind, now - since)
 
     def _on_stop_message(self, message: Stop, _: Envelope) -> None:
         if self._on_stop is not None:

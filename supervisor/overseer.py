@@ -45,6 +45,7 @@ from protocol.messages.system import (
     StopChild,
     SupervisorSpec,
     Tree,
+    Work,
 )
 from supervisor.actor import Checkpoint
 from supervisor.authority import Authority
@@ -67,6 +68,7 @@ from supervisor.strategy import (
     StopAnswered,
     SupervisorLogic,
     TreeReady,
+    Warn,
 )
 from supervisor.timers import Timer
 
@@ -81,6 +83,12 @@ ESTATE_DEADLINE = 1.0
 
 UNCLAIMED = 60.0
 """Seconds after which a checkpoint that no child of that name was started for is thrown away."""
+
+CYCLE_AGE = 1.0
+"""Seconds that a request must have waited before it counts as part of a circle."""
+
+CYCLE_PAUSE = 60.0
+"""Seconds before the same circle is told of again."""
 
 GAVE_UP = "gave-up"
 """The code in the last words of a supervisor that could not keep its children running."""
@@ -179,6 +187,8 @@ class Overseer:
         self._ready: dict[str, dict[str, Data]] = {}
         self._estate = Estate()
         self._doubted: dict[str, Checkpoint] = {}
+        self._waits: dict[str, str] = {}  # who awaits whose answer, as the heartbeats told
+        self._told_cycles: dict[frozenset[str], float] = {}
         self._last_words: dict[tuple[str, int], LastWords] = {}
         self._timer: Timer | None = None
         exchange.authority = Authority(
@@ -226,6 +236,7 @@ class Overseer:
         if said is not None and failed:
             code, reason = said.code, said.reason
         self._pids.pop(name, None)
+        self._waits.pop(name, None)
         self._doubted.pop(name, None)
         if failed:
             self._log.warning("{} ended: {}", name, reason)
@@ -379,6 +390,9 @@ class Overseer:
             case Kill(name, incarnation, reason):
                 self._log.warning("killing {}: {}", name, reason)
                 self._host.kill(name, incarnation)
+            case Warn(name, text):
+                self._log.warning("{} is not at work: {}", name, text)
+                exchange.metrics.counter("peerup_stalls_total", actor=name).inc()
             case PingChild(name, incarnation):
                 self._ping(name, incarnation)
             case Forget(name):
@@ -418,14 +432,33 @@ class Overseer:
                 now = self._exchange.now()
                 self._do(
                     self.logic.heartbeat_answered(
-                        name, incarnation, now, mailbox=outcome.mailbox, handled=outcome.handled
+                        name, incarnation, now, mailbox=outcome.mailbox, handled=outcome.handled, work=outcome.work
                     )
                 )
+                self._look_for_cycle(name, outcome.work)
 
         try:
             self._exchange.ask(name, Ping(), timeout=self._specs[name].heartbeat_deadline, answer=answered)
         except AskError as error:
             self._log.debug("no heartbeat to {}: {}", name, error)  # the missing answer says so to the logic
+
+    def _look_for_cycle(self, name: str, work: Work | None) -> None:
+        """Tell of children that wait for each other in a circle; the first whose time is up will break it."""
+        if work is None or not work.waits_for or work.waiting < CYCLE_AGE:
+            self._waits.pop(name, None)
+            return
+        self._waits[name] = work.waits_for
+        circle = [name]
+        while (following := self._waits.get(circle[-1])) is not None and following not in circle:
+            circle.append(following)
+        if following != name:
+            return
+        members = frozenset(circle)
+        if self._exchange.now() < self._told_cycles.get(members, 0.0):
+            return
+        self._told_cycles[members] = self._exchange.now() + CYCLE_PAUSE
+        self._log.warning("requests go in a circle, and none is answered: {}", " waits for ".join([*circle, name]))
+        self._exchange.metrics.counter("peerup_request_cycles_total").inc()
 
     def _publish_names(self) -> None:
         names = self.logic.names()

@@ -43,6 +43,7 @@ before it takes them for hung.
 | starting    | ended, at its first requested start  | gone        | RequestRefused     |
 | running     | to be stopped, and its turn          | stopping    | AskToStop          |
 | running     | heartbeat not answered               | killing     | Kill               |
+| running     | not at work for too long             | killing     | Kill               |
 | running     | ended, restart at once               | waiting     |                    |
 | running     | ended, restart later                 | backing-off |                    |
 | running     | ended well, no restart               | stopped     |                    |
@@ -110,7 +111,7 @@ import math
 import random
 from collections.abc import Callable
 
-from protocol.messages.system import ChildSpec, ChildStatus, Restart, Strategy, SupervisorSpec
+from protocol.messages.system import ChildSpec, ChildStatus, Restart, Strategy, SupervisorSpec, Work
 from supervisor.port import NameState
 
 LATENESS = 0.5
@@ -166,6 +167,14 @@ class Kill:
     name: str
     incarnation: int
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Warn:
+    """Tell people that the child is not at work, though it lives."""
+
+    name: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +234,17 @@ class Finished:
 
 
 Command = (
-    Start | AskToStop | Kill | PingChild | Forget | StartAnswered | StopAnswered | RequestRefused | TreeReady | Finished
+    Start
+    | AskToStop
+    | Kill
+    | Warn
+    | PingChild
+    | Forget
+    | StartAnswered
+    | StopAnswered
+    | RequestRefused
+    | TreeReady
+    | Finished
 )
 
 
@@ -296,6 +315,9 @@ class _Child:
     wished: bool = False
     mailbox: int = 0
     handled: int = 0
+    work: Work | None = None
+    idle_since: float = math.inf  # since when it has handled nothing though messages wait
+    warned: bool = False
     last_failure: str = ""
     stop_reason: str = ""
     kill_reason: str = ""
@@ -399,16 +421,37 @@ class SupervisorLogic:
         return self._advance(now)
 
     def heartbeat_answered(
-        self, name: str, incarnation: int, now: float, *, mailbox: int, handled: int
+        self, name: str, incarnation: int, now: float, *, mailbox: int, handled: int, work: Work | None = None
     ) -> list[Command]:
-        """The child's `Pong` came."""
+        """The child's `Pong` came. A child that answers and yet does nothing is warned of, and killed in the end."""
         child = self._find(name, incarnation)
-        if child is not None and child.state is _S.RUNNING:
-            child.mailbox = mailbox
-            child.handled = handled
-            child.pinged = False
-            child.due = self._next_ping(child, now)
-        return []
+        if child is None or child.state is not _S.RUNNING:
+            return []
+        if not mailbox or handled != child.handled:
+            child.idle_since, child.warned = (now if mailbox else math.inf), False
+        elif child.idle_since == math.inf:
+            child.idle_since = now
+        child.mailbox, child.handled, child.work = mailbox, handled, work
+        child.pinged = False
+        child.due = self._next_ping(child, now)
+        self._judge_work(child, now)
+        return self._advance(now)
+
+    def _judge_work(self, child: _Child, now: float) -> None:
+        idle, spec = now - child.idle_since, child.spec
+        if 0 < spec.stall_deadline <= idle:
+            self._kill(child, self._stalled(child, idle))
+        elif 0 < spec.stall_warning <= idle and not child.warned:
+            child.warned = True
+            self._commands.append(Warn(spec.name, self._stalled(child, idle)))
+
+    @staticmethod
+    def _stalled(child: _Child, idle: float) -> str:
+        text = f"it has handled nothing for {idle:.0f} s, though messages wait for it: {child.mailbox}"
+        if child.work is None:
+            return text
+        text += f"; it has been handling {child.work.kind} for {child.work.age:.0f} s"
+        return f"{text}, waiting for {child.work.waits_for}" if child.work.waits_for else text
 
     def end_wished(self, name: str) -> None:
         """Somebody makes this child fail on purpose, once: its next end is not held against it."""
@@ -516,6 +559,7 @@ class SupervisorLogic:
             mailbox=child.mailbox if child.state is _S.RUNNING else 0,
             handled=child.handled,
             last_failure=child.last_failure,
+            work=child.work if child.state is _S.RUNNING else None,
         )
 
     def _name_state(self, child: _Child) -> NameState:
@@ -677,7 +721,8 @@ class SupervisorLogic:
         for child in self._children.values():
             if child.state is _S.WAITING and child.not_before <= now:
                 child.incarnation += 1
-                child.ready = False
+                child.ready = child.warned = False
+                child.idle_since, child.work = math.inf, None
                 child.enter(_S.STARTING, now + child.spec.start_deadline)
                 fresh = child.failed_starts > 0 and child.failed_starts % POISONED == 0
                 self._commands.append(Start(child.spec, child.incarnation, fresh))

@@ -26,6 +26,9 @@ ROOMY = 120
 """Columns from which on the last failure has a column of its own; below, the names need the room, and it is told
 under the table."""
 
+BUSY = 1.0
+"""Seconds from which on what an actor is busy with is told."""
+
 _STATE_STYLES = {"running": "green", "starting": "yellow", "stopping": "yellow", "backing-off": "red", "failed": "red"}
 
 
@@ -97,6 +100,13 @@ def print_tree(tree: list[dict[str, Any]]) -> None:
             )
         )
     table((*TREE_COLUMNS, FAILURE_COLUMN) if beside else TREE_COLUMNS, rows)
+    busy = {actor["name"]: actor["work"] for actor in tree if (actor.get("work") or {}).get("age", 0) >= BUSY}
+    if busy:
+        click.echo("\nbusy:")
+    for name, work in busy.items():
+        waits = f", waiting for {work['waits_for']} for {span(work['waiting'])}" if work["waits_for"] else ""
+        text = f"{name}: handling {work['kind']} for {span(work['age'])}{waits}"
+        click.echo(textwrap.fill(text, width(), initial_indent="  ", subsequent_indent="    "))
     if failures and not beside:
         click.echo("\nlast failures:")
         for name, failure in failures.items():

@@ -44,6 +44,8 @@ class ChildSpec:
         stop_deadline: seconds it gets between being asked to stop and SIGKILL.
         heartbeat: seconds between pings; one ping is outstanding at a time. 0 turns it off.
         heartbeat_deadline: seconds without an answer after which it is taken for hung and killed.
+        stall_warning: seconds in which it may handle nothing though messages wait before the log says so; 0: for ever.
+        stall_deadline: seconds after which it is killed then; 0: never.
         backoff_limit: the longest wait in seconds before a restart, where the supervisor's is too long for this child.
     """
 
@@ -55,6 +57,8 @@ class ChildSpec:
     stop_deadline: float = 5.0
     heartbeat: float = 1.0
     heartbeat_deadline: float = 2.0
+    stall_warning: float = 10.0
+    stall_deadline: float = 60.0
     backoff_limit: float | None = None
 
 
@@ -95,12 +99,30 @@ class Refusal(Message):
     action: str = ""
 
 
+@record
+class Work:
+    """What an actor has been busy with for longest.
+
+    Attributes:
+        kind: of the message being handled.
+        age: seconds since its handling began.
+        waits_for: the actor whose answer its handler awaits; empty if none.
+        waiting: seconds since it asked.
+    """
+
+    kind: str
+    age: float
+    waits_for: str = ""
+    waiting: float = 0.0
+
+
 @message("system.pong")
 class Pong(Message):
-    """Alive: the actor's own event loop handled the ping."""
+    """Alive: the actor's own event loop handled the ping. `work` is None when no message is being handled."""
 
     mailbox: int
     handled: int
+    work: Work | None = None
 
 
 @message("system.ping")
@@ -333,7 +355,7 @@ class ChildStatus:
         uptime: seconds since it became ready.
         restarts: restarts within the supervisor's window.
         restarts_total: restarts since the supervisor started.
-        mailbox, handled: from the last answered heartbeat.
+        mailbox, handled, work: from the last answered heartbeat.
         last_failure: how it last ended, in words; empty if it never did.
     """
 
@@ -348,6 +370,7 @@ class ChildStatus:
     mailbox: int
     handled: int
     last_failure: str
+    work: Work | None = None
 
 
 @message("system.tree")

@@ -71,6 +71,14 @@ def test_the_tree_in_80_columns(capsys, monkeypatch):
     assert printed == GOLDEN_80
 
 
+def test_the_tree_tells_what_busy_actors_wait_for(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    work = {"kind": "config.read", "age": 12.0, "waits_for": "gate", "waiting": 11.0}
+    print_tree([actor | {"work": work if actor["name"] == TREE[-1]["name"] else None} for actor in TREE])
+    printed = capsys.readouterr().out
+    assert f"busy:\n  {TREE[-1]['name']}: handling config.read for 12s, waiting for gate for 11s" in printed
+
+
 def test_nothing_is_cut_in_a_pipe(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     print_tree(TREE)

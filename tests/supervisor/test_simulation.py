@@ -37,7 +37,7 @@ from protocol.messages.system import (
     TapRule,
 )
 from supervisor.actor import Actor, handles
-from supervisor.errors import ActorRestartingError, DeadlineExceededError, NoSuchActorError, RefusedError
+from supervisor.errors import ActorRestartingError, AskError, DeadlineExceededError, NoSuchActorError, RefusedError
 from supervisor.overseer import FACTORY, supervisor_arguments
 from supervisor.simulation import Simulation
 
@@ -169,6 +169,20 @@ class Listener(Actor):
         return Number(len(os.read(self.read, 100)))
 
 
+class Serial(Actor):
+    """Passes requests on one after the other."""
+
+    @handles(Relay)
+    async def relay(self, request):
+        path = request.target.split(",", 1)
+        message = Relay(path[1], request.value) if len(path) > 1 else Add(request.value)
+        return await self.context.ask(path[0], message, timeout=300)
+
+    @handles(Add)
+    async def add(self, request):
+        return Number(request.value)
+
+
 class Poisoned(Actor):
     """Cannot read what it once left."""
 
@@ -185,6 +199,7 @@ class Poisoned(Actor):
 
 CLASSES = {
     "poisoned": Poisoned,
+    "serial": Serial,
     "summer": Summer,
     "relayer": Relayer,
     "unlucky": Unlucky,
@@ -238,6 +253,49 @@ async def test_a_killed_actor_is_back_with_its_checkpoint(autojump_clock):
         assert (await world.ask("a", Total())).value == 7
         [_, status] = world.tree()
         assert (status.state, status.restarts, status.last_failure) == ("running", 1, "killed by SIGKILL")
+
+
+async def test_an_actor_that_lives_and_does_not_work_is_told_of_and_restarted(autojump_clock):
+    lines = []
+    loguru.logger.add(lines.append, level="WARNING", format="{message}")
+    actors = (child("a", "serial"), child("b", heartbeat=0.0))
+    async with simulation().run(tree(*actors)) as world, trio.open_nursery() as nursery:
+
+        async def ask(request):
+            with pytest.raises(ActorRestartingError):
+                await world.ask("a", request, timeout=200)
+            assert 55 < world.now() - began < 65
+
+        began = world.now()
+        world.freeze("b")  # so that `a` waits for it, and nobody finds out why
+        nursery.start_soon(ask, Relay("b", 1))
+        await trio.sleep(0.1)
+        nursery.start_soon(ask, Add(1))
+    assert "a is not at work: it has handled nothing for 10 s, though messages wait for it: 1" in lines[0]
+    assert f"it has been handling {Relay.KIND} for" in lines[0]
+    assert "waiting for b" in lines[0]
+    assert "killing a: it has handled nothing for 60 s" in lines[1]
+
+
+async def test_requests_in_a_circle_are_told_of(autojump_clock):
+    lines = []
+    loguru.logger.add(lines.append, level="WARNING", format="{message}")
+    actors = (child("a", "serial"), child("b", "serial"), child("c", "serial"))
+    async with simulation().run(tree(*actors)) as world:
+        with pytest.raises(AskError):
+            await world.ask("a", Relay("b,c,a", 1), timeout=20)
+        work = {status.name: status.work for status in world.tree()}
+        assert (work["a"].waits_for, work["b"].waits_for, work["c"].waits_for) == ("b", "c", "a")
+        assert work["a"].kind == Relay.KIND
+        assert 10 < work["a"].age < 25
+    [told] = [line for line in lines if "circle" in line]
+    assert told.strip().endswith(
+        (
+            "a waits for b waits for c waits for a",
+            "b waits for c waits for a waits for b",
+            "c waits for a waits for b waits for c",
+        )
+    )
 
 
 async def test_a_checkpoint_that_an_actor_fails_by_is_left_out_and_then_dropped(autojump_clock):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from protocol.messages.system import ChildSpec, Restart, Strategy, SupervisorSpec
+from protocol.messages.system import ChildSpec, Restart, Strategy, SupervisorSpec, Work
 from supervisor import strategy as module
 from supervisor.port import NameState
 from supervisor.strategy import (
@@ -27,6 +27,7 @@ from supervisor.strategy import (
     StopAnswered,
     SupervisorLogic,
     TreeReady,
+    Warn,
 )
 
 
@@ -362,6 +363,46 @@ def test_kills_of_a_running_child_do_not_cast_doubt_on_its_checkpoint():
         fresh += [command.fresh for command in exited if isinstance(command, Start)]
         tree.ready("a")
     assert fresh == [False, False, True]
+
+
+def beat(tree, name, mailbox, handled, work=None):
+    """Answer the next heartbeat of this child like this; what the logic makes of it."""
+    while f"ping {name}" not in tree.take():
+        tree.now = tree.logic.next_wakeup()
+        tree.do(tree.logic.tick(tree.now))
+    return tree.do(
+        tree.logic.heartbeat_answered(name, tree.alive[name], tree.now, mailbox=mailbox, handled=handled, work=work)
+    )
+
+
+def test_a_child_that_answers_and_does_not_work_is_told_of_and_then_killed():
+    tree = Tree(spec(child("a", heartbeat=1.0, stall_warning=10.0, stall_deadline=30.0)))
+    tree.ready("a")
+    work = Work("config.read", 40.0, "gate", 39.0)
+    assert beat(tree, "a", 3, 9) == []
+    began, warned = tree.now, None
+    while (commands := beat(tree, "a", 3, 9, work)) == [] or isinstance(commands[0], Warn):
+        if commands:
+            assert warned is None
+            [warning], warned = commands, tree.now
+            assert warning.text == (
+                "it has handled nothing for 10 s, though messages wait for it: 3;"
+                " it has been handling config.read for 40 s, waiting for gate"
+            )
+    assert warned - began == 10.0
+    assert tree.now - began == 30.0
+    [kill] = commands
+    assert "it has handled nothing for 30 s" in kill.reason
+    assert tree.state("a") == "stopping"
+
+
+def test_a_child_that_works_slowly_or_has_nothing_to_do_is_left_alone():
+    tree = Tree(spec(child("a", heartbeat=1.0, stall_warning=10.0, stall_deadline=30.0)))
+    tree.ready("a")
+    for number in range(100):
+        assert beat(tree, "a", 3, number // 9) == []
+    for _ in range(100):
+        assert beat(tree, "a", 0, 12, Work("x.wait", 1e6)) == []
 
 
 def test_a_temporary_sibling_is_stopped_with_its_group_and_not_started_again():
