@@ -24,6 +24,9 @@ another attempt than the present one is ignored, so that what was given up canno
         held --> renewing: renew
         held --> renewing: network_changed
         held --> connecting: disconnected
+        held --> connecting: silent
+        reserving --> waiting: silent
+        renewing --> connecting: silent
         renewing --> held: granted
         renewing --> held: refused
         renewing --> waiting: denied
@@ -47,8 +50,10 @@ another attempt than the present one is ignored, so that what was given up canno
   that was restarted does not hear from everybody at once ever after. A renewal that is refused leaves the reservation
   as it is and is tried again with back-off while there is time, unless the relay says that it does not serve us.
 - A reservation ends with the connection that it was made over. So a lost connection is a lost reservation, and so is
-  a renewal that gets no answer: the way to the relay is broken, and a fresh connection is made at once. Only where
-  the reservation was lost right after it had been made does the keeper back off first.
+  a renewal that gets no answer. One whose connection gives no sign of life may be in force at the relay, but peers do
+  not get through; it is made anew over whatever connection there is next, the same one if it lives after all. The
+  keeper itself closes no connection. Only where the reservation was lost right after it had been made does it back off
+  first.
 - Failures back off exponentially with jitter. The pause is at most a twentieth of the time since there was last a
   reservation (but 1.5 s are always allowed, and 5 minutes never exceeded): who was away for a moment is back in a
   moment. A relay that answers but refuses is asked less often, and one that says "not you" least.
@@ -95,6 +100,9 @@ TRANSITIONS: Final = {
     ("held", "renew"): "renewing",
     ("held", "network_changed"): "renewing",
     ("held", "disconnected"): "connecting",
+    ("held", "silent"): "connecting",
+    ("reserving", "silent"): "waiting",
+    ("renewing", "silent"): "connecting",
     ("held", "expired"): "connecting",
     ("renewing", "granted"): "held",
     ("renewing", "refused"): "held",
@@ -147,9 +155,6 @@ RETURN_PAUSE: Final = (0.25, 1.5)
 """Seconds between which a relay that has shut down is asked again: a relay that is being restarted is back by then, and
 its clients do not come at once."""
 
-PROBE_TIMEOUT: Final = 3.0
-"""Seconds for the answer where the connection is in doubt: being reachable again must not take long."""
-
 STABLE_AFTER: Final = 10.0
 """A reservation that was lost within so many seconds counts as one more failure, so that losing it costs a pause."""
 
@@ -181,11 +186,9 @@ class Connect:
 
     Attributes:
         attempt: to be given with the answer.
-        fresh: an existing connection must not be used, because it has not answered. Close it.
     """
 
     attempt: int
-    fresh: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -265,7 +268,6 @@ class Keeper:
         self._last_seen = 0.0
         self._failures = 0  # that back-off counts
         self._refusals = 0  # likewise
-        self._fresh = False
         self._leaving = False  # the relay has said that it is shutting down, and is still connected
         self._left = -math.inf  # when it did, unless what it ended had been good for some time
         self._partings = 0  # in a row that came to nothing so
@@ -297,7 +299,6 @@ class Keeper:
         self._down_since = now
         self.health = Health()
         self._failures = self._refusals = 0
-        self._fresh = False
         return self._connect("start", now)
 
     def stop(self, now: float, now_wall: float) -> list[Command]:
@@ -315,7 +316,6 @@ class Keeper:
         if attempt != self.attempt or self.state != "connecting":
             return []
         self._look_at_clocks(now, now_wall)
-        self._fresh = False
         return self._reserve("connected", now)
 
     def granted(self, attempt: int, grant: Grant, now: float, now_wall: float) -> list[Command]:
@@ -358,15 +358,11 @@ class Keeper:
         self._deadline = now + self._uniform(longest / 2, longest)
         return commands
 
-    def failed(self, attempt: int, reason: str, now: float, now_wall: float, *, fresh: bool = False) -> list[Command]:
-        """The `Connect` or `Reserve` of this attempt has failed.
-
-        `fresh` says that the connection, if there is one, is of no further use.
-        """
+    def failed(self, attempt: int, reason: str, now: float, now_wall: float) -> list[Command]:
+        """The `Connect` or `Reserve` of this attempt has failed."""
         if attempt != self.attempt or self.state not in {"connecting", "reserving", "renewing"}:
             return []
         self._look_at_clocks(now, now_wall)
-        self._fresh = self._fresh or fresh
         return self._fail("failed", reason, now)
 
     def disconnected(self, now: float, now_wall: float) -> list[Command]:
@@ -382,6 +378,13 @@ class Keeper:
         self._look_at_clocks(now, now_wall)
         return self._fail("disconnected", "the connection to the relay has ended", now)
 
+    def silent(self, now: float, now_wall: float) -> list[Command]:
+        """The connection over which the reservation was or is being made gives no sign of life."""
+        if self.state not in {"reserving", "held", "renewing"}:
+            return []
+        self._look_at_clocks(now, now_wall)
+        return self._fail("silent", "the relay does not answer", now)
+
     def leaving(self, now: float, now_wall: float) -> list[Command]:
         """The relay has said on the connection of the reservation that it goes away, and grants nothing more."""
         if self.state not in {"reserving", "held", "renewing"}:
@@ -396,9 +399,7 @@ class Keeper:
         self._look_at_clocks(now, now_wall)
         self._failures = self._refusals = 0
         if self.state in {"held", "renewing"}:
-            return self._reserve("network_changed", now, PROBE_TIMEOUT)
-        # A connection that has not answered yet was made over the network that is gone.
-        self._fresh = self._fresh or self.state == "reserving"
+            return self._reserve("network_changed", now)
         return self._connect("network_changed", now)
 
     def tick(self, now: float, now_wall: float) -> list[Command]:
@@ -411,14 +412,12 @@ class Keeper:
         due = self._deadline is not None and now >= self._deadline
         match self.state:
             case "held" if due or jumped:
-                return self._reserve("renew", now, PROBE_TIMEOUT if jumped else RESERVE_TIMEOUT)
+                return self._reserve("renew", now)
             case "waiting" if due or jumped:
                 return self._connect("retry", now)
             case "connecting" if due:
                 return self._fail("failed", "no connection to the relay in time", now)
             case "reserving" | "renewing" if due:
-                # The connection may be dead without anybody's having noticed.
-                self._fresh = True
                 return self._fail("failed", "the relay did not answer in time", now)
         return []
 
@@ -433,13 +432,13 @@ class Keeper:
         self._leaving = False
         self.attempt += 1
         self._deadline = now + CONNECT_TIMEOUT
-        return [Connect(self.attempt, self._fresh)]
+        return [Connect(self.attempt)]
 
-    def _reserve(self, event: str, now: float, timeout: float = RESERVE_TIMEOUT) -> list[Command]:
+    def _reserve(self, event: str, now: float) -> list[Command]:
         self._step(event)
         self.attempt += 1
         self._asked = now
-        self._deadline = now + timeout
+        self._deadline = now + RESERVE_TIMEOUT
         return [Reserve(self.attempt)]
 
     def _fail(self, event: str, reason: str, now: float) -> list[Command]:

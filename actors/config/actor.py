@@ -455,6 +455,7 @@ def _snapshot(config: NodeConfig, version: int) -> ConfigSnapshot:
         config.addresses,
         config.relay.addresses,
         RelayService(served.announce_addresses, served.rules) if served.enabled else None,
+        config.network.silence_timeout,
     )
 
 

@@ -15,6 +15,7 @@ _NOT_LIVE_AT_RELAYS = {"enabled", "drain_time"}
 LIVE = frozenset(
     {
         "security.enable_connection_gating",
+        "network.silence_timeout",
         "relay.addresses",
         *(
             f"relay_service.{field.name}"

@@ -18,13 +18,14 @@ from typing import Any
 from actors.config.reader import Problem, SectionReader
 from actors.config.relay_service import RelayServiceConfig, read_relay_service
 from protocol.errors import InvalidValueError, PeerupError
-from protocol.messages.config import AddressEntry, NameEntry, ServiceEntry
+from protocol.messages.config import DEFAULT_SILENCE, AddressEntry, NameEntry, ServiceEntry
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 from protocol.service import RESERVED_NAMES, ServiceAddress, ServiceName
 
 LATEST_VERSION = 1
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+SHORTEST_SILENCE, LONGEST_SILENCE = 30.0, 24 * 3600.0
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
@@ -64,10 +65,12 @@ class NetworkConfig:
     """Where the node listens; nowhere if there is no address: it dials, and is reached through relays.
 
     `listen_addresses` may hold transports that this version does not serve; `served_addresses` are the others.
+    `silence_timeout` is how many seconds a connection may be silent before it is given up.
     """
 
     listen_addresses: tuple[Multiaddr, ...] = ()
     tls: TlsConfig = TlsConfig()
+    silence_timeout: float = DEFAULT_SILENCE
 
     @property
     def served_addresses(self) -> tuple[Multiaddr, ...]:
@@ -322,7 +325,14 @@ def _network(reader: SectionReader) -> NetworkConfig:
     made = NetworkConfig(
         (Multiaddr("/ip4/0.0.0.0/tcp/0"), Multiaddr("/ip6/::/tcp/0")) if listen is None else listen,
         tls,
+        reader.duration("silence_timeout", DEFAULT_SILENCE),
     )
+    if not SHORTEST_SILENCE <= made.silence_timeout <= LONGEST_SILENCE:
+        reader.problem(
+            "silence_timeout",
+            f"must be from {SHORTEST_SILENCE:.0f}s to {LONGEST_SILENCE / 3600:.0f}h: TCP itself may need that long to"
+            " send a lost packet again",
+        )
     reader.without_effect("force_private_reachability", "a node keeps its places at its relays in any case")
     reader.without_effect("resource_limits_enabled", "limits are always in force, see `limits`")
     reader.finish()

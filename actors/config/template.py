@@ -47,6 +47,10 @@ network:
   listen_addresses:
 @LISTEN@
 @TLS@
+  # [live] How long a connection may be silent, because a cable is out, a laptop sleeps or a router restarts, before it
+  # and the streams in it are given up; from 30s to 24h. New streams look for another way after a few seconds.
+  # Default: 15m
+  # silence_timeout: 15m
 
 relay:
   # [live] Relays that carry connections when no direct path exists, each ending with /p2p/<peer id>; edit with

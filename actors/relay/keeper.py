@@ -26,6 +26,7 @@ from protocol.messages.network import NetworkChanged, WatchNetwork
 from protocol.messages.reachability import (
     AnnounceAddresses,
     ConnectionClosed,
+    ConnectionJudged,
     ConnectionLeaving,
     ConnectionOpened,
     WatchConnections,
@@ -34,7 +35,6 @@ from protocol.messages.reservations import ReadRelays, Relays, RelayStatus
 from protocol.messages.switchboard import (
     Connect,
     ConnectionInfo,
-    Disconnect,
     NeedPeer,
     OpenStream,
     PingPeer,
@@ -130,6 +130,13 @@ class RelayKeeper(Actor):
         reservation = self._relays.get(message.connection.peer)
         if reservation is not None and self.context.current_sender == SWITCHBOARD:
             reservation.connection_opened(message.connection)
+
+    @handles(ConnectionJudged)
+    async def connection_judged(self, message: ConnectionJudged) -> None:
+        """A relay gives no sign of life, or has given one again."""
+        reservation = self._relays.get(message.connection.peer)
+        if reservation is not None and self.context.current_sender == SWITCHBOARD:
+            reservation.connection_judged(message.connection)
 
     @handles(ConnectionLeaving)
     async def connection_leaving(self, message: ConnectionLeaving) -> None:
@@ -331,9 +338,6 @@ class _Switchboard:
     async def connect(self, relay: PeerId) -> ConnectionInfo:
         answer = await self._context.ask(SWITCHBOARD, Connect(relay), timeout=CONNECT_TIMEOUT + SLACK)
         return answer.connection
-
-    async def disconnect(self, relay: PeerId) -> None:
-        await self._context.ask(SWITCHBOARD, Disconnect(relay), timeout=ANSWER_DEADLINE)
 
     async def open_hop(self, relay: PeerId) -> StreamOpened:
         return await self._context.ask(SWITCHBOARD, OpenStream(relay, (CIRCUIT_HOP,)), timeout=RESERVE_TIMEOUT + SLACK)

@@ -5,7 +5,9 @@ turn what to do. At most one attempt is under way, in a task of its own; when th
 the task is cancelled, so nothing late can disturb. One more task sleeps until the machine's next wake-up.
 
 A reservation belongs to the connection that it was made over. When that ends while there is another one to the same
-relay, the reservation is proved by renewing it over that; when it was the only one, the reservation is lost.
+relay, the reservation is proved by renewing it over that; when it was the only one, the reservation is lost. Whether a
+connection lives is for the switchboard to judge, and no connection is closed from here. While it is in doubt nobody may
+rely on the reservation; the relay may hold it all the same, and circuits that run through it go on.
 
 What a predecessor of this process held (`Inheritance`) is announced until the first attempt has ended, if the
 connection is still there: the relay has not noticed that we were gone.
@@ -42,10 +44,6 @@ class Switchboard(Protocol):
 
     async def connect(self, relay: PeerId) -> ConnectionInfo:
         """Be connected."""
-        ...
-
-    async def disconnect(self, relay: PeerId) -> None:
-        """Close what connections there are."""
         ...
 
     async def open_hop(self, relay: PeerId) -> StreamOpened:
@@ -142,7 +140,7 @@ class KeptReservation:
 
     @property
     def rtt(self) -> float | None:
-        """Seconds of one round trip to the relay, as last measured."""
+        """Seconds of one round trip to the relay, as last measured; None while it does not answer."""
         return self._rtt
 
     def legacy(self) -> Inheritance | None:
@@ -222,6 +220,19 @@ class KeptReservation:
         elif self.last_outcome in ("failed", "leaving") and not self._hung_up:
             self.retry()
 
+    def connection_judged(self, connection: ConnectionInfo) -> None:
+        """A connection gives no sign of life, or has given one again."""
+        if connection.id not in self._connections:
+            return
+        self._connections[connection.id] = connection
+        if connection.in_doubt:
+            self._rtt = None
+            if connection.id == self._used:
+                self._do(self._machine.silent(self._now(), self._wall()), "lost")
+        else:
+            self.retry()
+        self._changed()
+
     def connection_leaving(self, connection: ConnectionInfo) -> None:
         """The relay has said on a connection that it goes away."""
         if self._inherited is not None and self._inherited.connection == connection.id:
@@ -280,8 +291,8 @@ class KeptReservation:
             self._scope.cancel()
         for command in commands:
             match command:
-                case machine.Connect(attempt, fresh):
-                    self._begin(attempt, functools.partial(self._connect, attempt, fresh=fresh))
+                case machine.Connect(attempt):
+                    self._begin(attempt, functools.partial(self._connect, attempt))
                 case machine.Reserve(attempt):
                     self._begin(attempt, functools.partial(self._reserve, attempt))
                 case machine.Publish(grant):
@@ -324,9 +335,7 @@ class KeptReservation:
                     reason = f"the relay does not authorise this node (there: peerup relay authorize {self._us})"
                 self._do(self._machine.failed(attempt, reason, self._now(), self._wall()))
 
-    async def _connect(self, attempt: int, *, fresh: bool) -> None:
-        if fresh and self._used in self._connections:
-            await self._switchboard.disconnect(self.peer)
+    async def _connect(self, attempt: int) -> None:
         self._measured(await self._switchboard.connect(self.peer))
         self._do(self._machine.connected(attempt, self._now(), self._wall()))
 

@@ -30,6 +30,7 @@ from protocol.messages.gate import PolicyPublished, SubscribePolicy
 from protocol.messages.reachability import (
     AnnounceAddresses,
     ConnectionClosed,
+    ConnectionJudged,
     ConnectionLeaving,
     ConnectionOpened,
     WatchConnections,
@@ -188,6 +189,10 @@ class RelayServer(Actor):
             dialled=connection.direction == "inbound",
         ):
             self._found_out()
+
+    @handles(ConnectionJudged)
+    async def connection_judged(self, message: ConnectionJudged) -> None:
+        """What its peer has said counts while it is silent."""
 
     @handles(ConnectionLeaving)
     async def connection_leaving(self, message: ConnectionLeaving) -> None:

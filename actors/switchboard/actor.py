@@ -247,9 +247,7 @@ class Switchboard(Actor):
             now=context.now,
             call_later=self._reactor.call_later,
         )
-        self._liveness = Liveness(
-            context, self._reach.keeper, self._table, lambda each: ping(each, context.now, context.random)
-        )
+        self._liveness = Liveness(context, self._reach.keeper, self._table, self._connection_judged)
         self._serve_own_protocols()
         context.nursery.start_soon(self._reactor.run)
         context.watch(MONITOR)
@@ -588,6 +586,10 @@ class Switchboard(Actor):
         self._reach.improver.ended(connection.peer)
         self._relaying.connection_ended(connection)
 
+    def _connection_judged(self, connection: Connection) -> None:
+        self._watchers.judged(connection)
+        self._reach.improver.ended(connection.peer)
+
     def _connection_gone_away(self, connection: Connection) -> None:
         self._reach.departures.said(connection)
         self._watchers.leaving(connection)
@@ -631,6 +633,7 @@ class Switchboard(Actor):
         self._config_version = snapshot.version
         self._names = {entry.peer: entry.name for entry in snapshot.names}
         self._reach.configure(snapshot.addresses, snapshot.relays)
+        self._admittance.patience.silence = snapshot.silence
 
     async def _tell_anew(self) -> None:
         """If what we say of ourselves has changed, tell it."""

@@ -17,10 +17,16 @@ from actors.reactor import Reactor
 from actors.switchboard.allowances import Allowances
 from actors.switchboard.budget import Budgets
 from actors.switchboard.closing import LOOK
-from actors.switchboard.connections import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER, Connection, ConnectionTable
+from actors.switchboard.connections import (
+    HUNG_UP,
+    MAX_CONNECTIONS,
+    MAX_CONNECTIONS_PER_PEER,
+    Connection,
+    ConnectionTable,
+)
 from actors.switchboard.decisions import DecisionLog
 from actors.switchboard.errors import AddressError, ConnectionLostError, SwitchboardError
-from actors.switchboard.link import Channel, Link, LinkEnd
+from actors.switchboard.link import Channel, Link, LinkEnd, Patience
 from actors.switchboard.numbers import Numbers
 from actors.switchboard.publishers import Publishers
 from actors.switchboard.refusals import Rare, Refusals
@@ -38,9 +44,6 @@ from supervisor.actor import Context
 
 RELAY_PROTOCOLS = BASIC_PROTOCOLS | {CIRCUIT_STOP}
 """What a relay that the configuration names may use, whether the policy lists it or not."""
-
-HUNG_UP = frozenset(("remote-close", "remote-go-away", "connection-lost"))
-"""How a connection that we made looks when the peer ended it; without a word before, that means it refuses us."""
 
 LINES_AT_ONCE = 256.0
 """Callers whose coming and going is written to the log at once;"""
@@ -62,6 +65,7 @@ class Admittance:
 
     Attributes:
         refusals: who does not let us in.
+        patience: of all links.
 
     Args:
         own: this node's peer id, which no peer may have.
@@ -107,6 +111,7 @@ class Admittance:
         self._closing: dict[Connection, None] = {}  # have ended, and are closed in good order; oldest first
         self._count = 0
         self._closed = False
+        self.patience = Patience()
         self.refusals = Refusals(context.now)
         self._refused_lines: Rare[PeerId] = Rare(context.now)
         self._defects: Rare[str] = Rare(context.now)
@@ -219,6 +224,8 @@ class Admittance:
             if self._closed:
                 raise ConnectionLostError("this node is stopping")
             guest = not outbound and self.decide(upgraded.peer).rule == GUEST_RULE
+            if (silent := self._table.make_room(upgraded.peer)) is not None:
+                silent.link.abort("superseded", "it was silent, and the peer has made too many other connections")
             self._table.check_room(upgraded.peer, guest=guest)
             way = pipe.way
         except SwitchboardError:
@@ -253,6 +260,7 @@ class Admittance:
             limits=self._limits_for(upgraded),
             budget=self._budgets.of(upgraded.peer),
             allowance=self._allowances.of(upgraded.peer, now, relay=outbound and self._is_relay(upgraded.peer)),
+            patience=self.patience,
         )
         if not outbound:
             connection.link.charge(costs.CONNECTION, "connecting again and again")
@@ -326,7 +334,7 @@ class Admittance:
         more: str | None = ""
         if connection.heard:
             self.heard(connection.peer)
-        elif connection.outbound and end.code in HUNG_UP:
+        elif connection.refused_us:
             self.refusals.note(connection.peer)
             more = self._refused_lines.note(connection.peer)
         if more is not None:

@@ -68,7 +68,7 @@ class CircuitPipe:
         try:
             return await self._held().receive()
         except CircuitCutError as error:
-            raise ConnectionResetError(str(error)) from error
+            raise self._broken(error) from error
 
     async def send(self, data: bytes) -> None:
         """See `Pipe`."""
@@ -76,7 +76,7 @@ class CircuitPipe:
         try:
             self._held().push(data)
         except CircuitCutError as error:
-            raise ConnectionResetError(str(error)) from error
+            raise self._broken(error) from error
 
     def detach(self, reactor: Reactor) -> Wire:
         """See `Pipe`."""
@@ -88,6 +88,11 @@ class CircuitPipe:
         end, self._end = self._end, None
         if end is not None:
             end.close()
+
+    def _broken(self, error: CircuitCutError) -> OSError:
+        """The error as one of a pipe: if the way to the relay is gone, that is not the peer's doing."""
+        kind = ConnectionResetError if self._connection.link.end is None else ConnectionAbortedError
+        return kind(str(error))
 
     def _held(self) -> CircuitEnd:
         if self._end is None:

@@ -15,6 +15,10 @@ is closed when it has had no stream for `LINGER` seconds. So nothing that runs i
 to a connection on which the peer says that it takes no more streams; who needs the peer then dials it anew. The last
 bytes of streams that have ended may still be under way then: the link closes in good order, see
 `actors.switchboard.closing`.
+
+A connection that gives no sign of life is *doubted* (`actors.switchboard.liveness` judges, and nobody else): it drains
+as well, so that new streams go another way, but what runs on it goes on if it lives after all. If nothing has replaced
+it by then it is used again.
 """
 
 from __future__ import annotations
@@ -38,10 +42,13 @@ from protocol.reservations import guest_share
 
 SIMULTANEOUS = 5.0
 """Seconds within which two connections count as one accident. Longer than any dial takes to notice the other's."""
+HUNG_UP = frozenset(("remote-close", "remote-go-away", "connection-lost"))
+"""How a connection that we made looks when the peer ended it."""
 LINGER = 1.0
 """Seconds without a stream before a drained connection is closed: more than a round trip, for streams on their way."""
-DOUBT = 3.0
-"""Seconds that a direct connection has to show that it lives when its peer comes through a relay."""
+DOUBT = 5.0
+"""Seconds for which a relayed connection of a peer's is kept, though there is a direct one: that may turn out to be
+dead."""
 MAX_CONNECTIONS = 1024
 MAX_CONNECTIONS_PER_PEER = 4
 """A relayed one and a direct one, each of which both sides may have dialled at the same moment."""
@@ -92,6 +99,14 @@ class Muxed(Protocol):
         """Close now; `at_once`: with nothing that came before passed on any more."""
         ...
 
+    @property
+    def asking(self) -> bool:
+        """Whether a word of the peer's is waited for."""
+        ...
+
+    def ask(self) -> None:
+        """Have the peer say a word."""
+
 
 @dataclasses.dataclass(eq=False)
 class Connection:
@@ -107,6 +122,7 @@ class Connection:
         gone_away: the peer takes no more streams on it, so it never becomes the best again.
         leaving: the peer has said so itself, because it is about to end.
         drained_since: since when it has been without a stream while draining; None when it is not draining.
+        doubted_since: since when it has given no sign of life; None while it lives.
     """
 
     id: str
@@ -123,6 +139,7 @@ class Connection:
     gone_away: bool = False
     leaving: bool = False
     drained_since: float | None = None
+    doubted_since: float | None = None
     end: LinkEnd | None = None
     inbound_streams: dict[Channel, str] = dataclasses.field(default_factory=dict)
     identified: trio.Event = dataclasses.field(default_factory=trio.Event)
@@ -160,6 +177,21 @@ class Connection:
         return self.link.received > 0
 
     @property
+    def refused_us(self) -> bool:
+        """Whether the peer hung up as soon as it knew who we are; silence says nothing of that."""
+        end = self.link.end
+        return self.outbound and not self.heard and end is not None and end.code in HUNG_UP
+
+    def carries(self, other: Connection) -> bool:
+        """Whether the other one is a circuit over this connection to a relay."""
+        return (
+            other.via.relay == self.peer
+            and not self.relayed
+            and other.via.local_address == self.via.local_address
+            and other is not self
+        )
+
+    @property
     def direction(self) -> str:
         """`outbound` if we dialled."""
         return "outbound" if self.outbound else "inbound"
@@ -189,7 +221,7 @@ class Connection:
             local_address=self.via.local_address,
             remote_address=self.via.remote_address,
             streams=self.link.streams,
-            rtt=self.link.rtt,
+            rtt=self.link.rtt if self.doubted_since is None else None,
             sent=self.link.sent,
             received=self.link.received,
             opened_at=self.opened_at,
@@ -198,6 +230,7 @@ class Connection:
             relay=self.via.relay,
             limit_seconds=limit.duration or None if limit is not None else None,
             limit_bytes=limit.data or None if limit is not None else None,
+            in_doubt=self.doubted_since is not None,
         )
 
     def describe(self, name: str, now: float) -> dict[str, Data]:
@@ -218,6 +251,7 @@ class Connection:
             "observed_address": str(told.observed_address) if told and told.observed_address else None,
             "identify_failure": self.identify_failure,
             "draining": self.draining,
+            "silent_for": None if self.doubted_since is None else now - self.doubted_since,
         }
 
 
@@ -276,8 +310,21 @@ class ConnectionTable:
         limit = guest_share(self._limit) if guest else self._limit
         if self._count >= limit:
             raise TooManyError(f"{limit} connections are open, the limit")
-        if len(self._by_peer.get(peer, ())) >= self._limit_per_peer:
+        if self._living(peer) >= self._limit_per_peer:
             raise TooManyError(f"{self._limit_per_peer} connections to this peer are open, the limit")
+
+    def make_room(self, peer: PeerId) -> Connection | None:
+        """The connection to this peer that has to end so that there is room for another; None if none has to, or may.
+
+        That is the one that has been silent for longest. A peer that moves from network to network leaves several.
+        """
+        doubted = [one for one in self._by_peer.get(peer, ()) if one.doubted_since is not None and one.link.end is None]
+        if not doubted or self._living(peer) < self._limit_per_peer:
+            return None
+        return min(doubted, key=lambda one: one.doubted_since or 0.0)
+
+    def _living(self, peer: PeerId) -> int:
+        return sum(one.link.end is None for one in self._by_peer.get(peer, ()))
 
     def add(self, connection: Connection, now: float) -> None:
         """Count a connection in, and drain the one that goes if the peer now has two."""
@@ -292,8 +339,7 @@ class ConnectionTable:
                 loser.drained_since = now + DOUBT
                 if now - current.opened > SIMULTANEOUS:
                     self.on_doubt(current)
-        if (found := self._found.pop(connection.peer, None)) is not None:
-            found.set()
+        self._tell_found(connection.peer)
 
     def remove(self, connection: Connection, end: LinkEnd) -> None:
         """Count a connection out; a drained one that is left takes over."""
@@ -312,7 +358,7 @@ class ConnectionTable:
 
     def _inherit(self, known: list[Connection]) -> None:
         """None of these takes new streams: the best of those that the peer still serves does from now on."""
-        heirs = [other for other in known if not other.gone_away]
+        heirs = [other for other in known if not other.gone_away and other.doubted_since is None]
         if not heirs:
             self._tell_lost(known[0].peer)
             return
@@ -333,6 +379,41 @@ class ConnectionTable:
         if connection in known and self.best(connection.peer) is None:
             self._inherit(known)
 
+    def doubt(self, connection: Connection, now: float) -> bool:
+        """It gives no sign of life: new streams go another way. Returns whether it was believed to live until now."""
+        if connection.doubted_since is not None or connection.end is not None:
+            return False
+        connection.doubted_since = now
+        connection.draining = True
+        known = self._by_peer.get(connection.peer, [])
+        if connection in known and self.best(connection.peer) is None:
+            self._inherit(known)
+        return True
+
+    def trust(self, connection: Connection, now: float) -> bool:
+        """It has shown that it lives: if nothing better has replaced it, it is used again.
+
+        Returns whether it was doubted.
+        """
+        if connection.doubted_since is None:
+            return False
+        connection.doubted_since = None
+        if connection.end is not None:
+            return True
+        connection.drained_since = now
+        current = self.best(connection.peer)
+        if connection.gone_away or (current is not None and (connection.relayed or not current.relayed)):
+            return True
+        connection.draining, connection.drained_since = False, None
+        if current is not None:
+            current.draining, current.drained_since = True, now
+        self._tell_found(connection.peer)
+        return True
+
+    def _tell_found(self, peer: PeerId) -> None:
+        if (found := self._found.pop(peer, None)) is not None:
+            found.set()
+
     def _tell_lost(self, peer: PeerId) -> None:
         if (lost := self._lost.pop(peer, None)) is not None:
             lost.set()
@@ -341,8 +422,12 @@ class ConnectionTable:
         """Draining connections that nobody has used for `LINGER` seconds: close these."""
         over = []
         for connection in self:
-            if not connection.draining or connection.drained_since is None:
+            if not connection.draining:
                 continue
+            if connection.doubted_since is not None and self.best(connection.peer) is None:
+                continue  # nothing has replaced it: it may be used again
+            if connection.drained_since is None:
+                connection.drained_since = now
             if connection.link.streams:
                 connection.drained_since = max(connection.drained_since, now)
             elif now - connection.drained_since >= LINGER:

@@ -27,6 +27,13 @@ one's frame.
 The life of a link: alive, until one of the ends of :class:`LinkEnd`; then it resets what is open and tells `on_end`
 from the loop. After `close` its wire goes on until the peer has received what it was sent
 (`actors.switchboard.closing`); after every other end it is closed at once.
+
+Silence. A link that has heard nothing for a while asks for a word, by a ping. The side that dialled does so first, so
+that one ping serves both, and keeps the memory of NATs on the way alive. A link through a relay asks much more rarely:
+the connection below it keeps the way open. What stays unanswered ends a link only after `Patience.silence`; whether
+new streams still use it is decided much earlier (`actors.switchboard.liveness`). Only time in which this process ran
+counts, so neither sleep nor a stopped process is taken for the peer's silence; and as long as the peer's kernel
+acknowledges more than before, or the wire takes more, there is progress, however slow.
 """
 
 from __future__ import annotations
@@ -41,26 +48,37 @@ from actors.reactor import WRITE, Reactor, Timer
 from actors.switchboard.budget import Budget
 from actors.switchboard.channel import Channel, LinkClosedError, SettlingEnd
 from actors.switchboard.closing import Closing, Confirmations
-from actors.switchboard.wire import MAX_FRAME, Acknowledgement, Wire
+from actors.switchboard.wire import MAX_FRAME, Acknowledgement, Wire, network_failed
 from protocol import allowance as costs
 from protocol import yamux
 from protocol.allowance import Allowance
 from protocol.errors import PeerupError, ProtocolError
+from protocol.messages.config import DEFAULT_SILENCE
 from protocol.noise import MAX_PLAINTEXT
 from protocol.noise_cipher import TAG_LENGTH, CipherState, NoiseError
 from protocol.stream_descriptor import MAX_DATA, ResetCode
 from protocol.yamux import GoAwayCode, Role
 
-__all__ = ["Channel", "Link", "LinkClosedError", "LinkEnd"]
+__all__ = ["Channel", "Link", "LinkClosedError", "LinkEnd", "Patience"]
 
-KEEPALIVE_INTERVAL: Final = 15.0
-"""Seconds between pings: shorter than the 30 s after which the least patient NATs forget a TCP connection."""
+KEEPALIVE_INTERVAL: Final = 25.0
+"""Seconds without a word of the peer's after which the side that dialled pings: shorter than the 30 s after which the
+least patient NATs forget a TCP connection."""
 
-KEEPALIVE_TIMEOUT: Final = 20.0
-"""Seconds of silence after a ping that end the link: a few retransmissions of TCP, no longer than a person waits."""
+KEEPALIVE_INTERVAL_RELAYED: Final = 60.0
+"""The same for a link through a relay, which keeps nothing open: it only finds out that the peer has gone."""
 
-SEND_TIMEOUT: Final = 60.0
-"""Seconds in which the wire must take something while something waits: a peer may be slow, but not for ever."""
+KEEPALIVE_GRACE: Final = 10.0
+"""Seconds by which the side that was dialled waits longer, so that it need not ping."""
+
+LOOK: Final = 5.0
+"""Seconds between looks at a link that waits for something."""
+
+MUCH: Final = 64 * 1024
+"""Bytes after which the round trip is measured anew at the next look."""
+
+INTERRUPTED: Final = 4.0
+"""Seconds after which the answer to a ping tells of an interruption, and not of how long a round trip takes."""
 
 CONTAIN_DEFECTS = True
 """Whether an error that nobody foresaw, in what is made of a peer's bytes, costs that peer its connection; otherwise
@@ -95,13 +113,25 @@ class DefectError(PeerupError):
     code = "defect"
 
 
+@dataclasses.dataclass
+class Patience:
+    """How long links wait; all of a node share one, and a change counts at once.
+
+    Attributes:
+        silence: seconds without any progress after which a link that waits for an answer, or to send, is ended.
+    """
+
+    silence: float = DEFAULT_SILENCE
+
+
 @dataclasses.dataclass(frozen=True)
 class LinkEnd:
     """Why a link ended.
 
     Attributes:
-        code: `remote-close`, `remote-go-away`, `connection-lost`, `keepalive-timeout`, `send-timeout`, the code of a
-            protocol error of the peer's, `defect`, or what `close` or `abort` was given.
+        code: `remote-close`, `remote-go-away`, `connection-lost`, `network-lost` (the kernel has given up),
+            `keepalive-timeout`, `send-timeout`, the code of a protocol error of the peer's, `defect`, or what `close`
+            or `abort` was given.
         reason: the same in words.
         defect: the error, if it was one of ours.
     """
@@ -118,7 +148,7 @@ class Link:
     the end of the muxer's negotiation. `on_stream` is called for each stream that the peer opens; `on_end` once, from
     the loop, when the link is gone; `on_gone_away` when the peer takes no more streams on it.
     `on_used_up` when there are few stream ids left on our side, so that no more streams should be opened.
-    `budget` and `allowance` are shared by all links to the peer; `next_id` is for tests.
+    `budget` and `allowance` are shared by all links to the peer, `patience` by all links; `next_id` is for tests.
 
     Attributes:
         reactor, session: what its channels work with.
@@ -149,6 +179,7 @@ class Link:
         budget: Budget | None = None,
         allowance: Allowance | None = None,
         next_id: int | None = None,
+        patience: Patience | None = None,
     ) -> None:
         now = reactor.clock()
         self.reactor = reactor
@@ -183,14 +214,22 @@ class Link:
         self._unsent: memoryview | None = None  # sealed, not taken by the wire yet; within `_unsent_buffer`
         self._unsent_buffer: memoryview | None = None
         self._now = now  # when the last bytes came
-        self._progress_at = now  # when the wire last took something
+        self._patience = Patience() if patience is None else patience
+        self._interval = KEEPALIVE_INTERVAL_RELAYED if wire.depth else KEEPALIVE_INTERVAL
+        if role is Role.SERVER:
+            self._interval += KEEPALIVE_GRACE
+        self._looked_at = now
+        self._next_look = self._interval
+        self._seen = (self.received, 0, 0)  # bytes received, acknowledged, taken by the wire, at the last look
+        self._silent = self._stuck = 0.0  # seconds without progress while we wait to hear, and to send
+        self._measured = 0  # bytes both ways when the last ping was sent
         self._ping_value = 0
         self._ping_at: float | None = None
         self._confirmations = Confirmations(reactor, self._ask, lambda: self.session.ends)
         self._closing: Closing | None = None
         self._shut = False  # nothing is sent any more
         wire.start(self._wire_ready, self._take, self._failed)
-        self._timer: Timer = reactor.call_later(KEEPALIVE_INTERVAL, self._tick)
+        self._timer: Timer = reactor.call_later(self._next_look, self._tick)
         self._ping()
         self._losing = False  # the wire broke; what it holds is yet to be read
         self._unopened = bool(received or plaintext)
@@ -234,6 +273,16 @@ class Link:
     def acknowledgement(self) -> Acknowledgement | None:
         """How the peer's machine acknowledges what is sent; None where nobody knows."""
         return self._wire.acknowledgement()
+
+    @property
+    def asking(self) -> bool:
+        """Whether a word of the peer's is waited for."""
+        return self._ping_at is not None
+
+    def ask(self) -> None:
+        """Have the peer say a word, unless it was asked already. Whatever comes, `received` tells."""
+        if self._ping_at is None and self.end is None:
+            self._ping()
 
     def close(self, code: str = "local-close", reason: str = "closed by this node") -> None:
         """Reset what is open, say go away, and close the wire when the peer has received what it was sent.
@@ -544,7 +593,6 @@ class Link:
         if taken == end:
             return True
         self._unsent, self._unsent_buffer = buffer[taken:end], buffer
-        self._progress_at = self._clock()
         self._wire.want_write(wanted=True)
         return False
 
@@ -556,7 +604,6 @@ class Link:
         except BlockingIOError:
             return
         self.sent += taken
-        self._progress_at = self._clock()
         if taken < len(unsent):
             self._unsent = unsent[taken:]
             return
@@ -646,6 +693,8 @@ class Link:
         if self._ping_at is not None and value == self._ping_value:
             sample = self._now - self._ping_at
             self._ping_at = None
+            if sample >= INTERRUPTED and self.rtt is not None:
+                return
             self.rtt = sample if self.rtt is None else 0.875 * self.rtt + 0.125 * sample
             self.session.rtt = self.rtt
 
@@ -666,6 +715,7 @@ class Link:
     def _ping(self) -> None:
         self._ping_value = (self._ping_value + 1) & 0xFFFF_FFFF
         self._ping_at = self._clock()
+        self._measured = self.sent + self.received
         self.session.ping(self._ping_value)
         self.plan_flush()
 
@@ -675,15 +725,35 @@ class Link:
 
     def _tick(self) -> None:
         now = self._clock()
-        if self._ping_at is not None and now - max(self._ping_at, self._now) >= KEEPALIVE_TIMEOUT:
-            self._finish(LinkEnd("keepalive-timeout", "the peer is silent"), ResetCode.CONNECTION_LOST, None)
+        # What is more than was planned is time in which this process did not run.
+        passed, self._looked_at = min(now - self._looked_at, 2 * self._next_look), now
+        received, acknowledged, sent = self._seen
+        told = self._wire.acknowledgement()
+        self._seen = (self.received, 0 if told is None else told.acknowledged, self.sent)
+        progress = self._seen[1] > acknowledged
+        waits = self._ping_at is not None
+        self._silent = self._silent + passed if waits and self.received == received and not progress else 0.0
+        stuck = self._unsent is not None and self.sent == sent and not progress
+        self._stuck = self._stuck + passed if stuck else 0.0
+        limit = self._patience.silence
+        if self._silent >= limit:
+            reason = f"the peer has been silent for {limit:g} s"
+            self._finish(LinkEnd("keepalive-timeout", reason), ResetCode.CONNECTION_LOST, None)
             return
-        if self._unsent is not None and now - self._progress_at >= SEND_TIMEOUT:
-            self._finish(LinkEnd("send-timeout", "the peer takes no bytes"), ResetCode.CONNECTION_LOST, None)
+        if self._stuck >= limit:
+            reason = f"the peer has taken no bytes for {limit:g} s"
+            self._finish(LinkEnd("send-timeout", reason), ResetCode.CONNECTION_LOST, None)
             return
-        if self._ping_at is None:
+        # A ping that nothing has been heard after is on its way, or TCP sends it again: another one would say no more.
+        heard = self._ping_at is None or self._now > self._ping_at
+        much = not waits and self.sent + self.received - self._measured > MUCH
+        if much or (heard and now - self._now >= self._interval):
             self._ping()
-        self._timer = self.reactor.call_later(KEEPALIVE_INTERVAL, self._tick)
+        if self._ping_at is None and self._unsent is None:
+            self._next_look = max(LOOK, self._now + self._interval - now)
+        else:
+            self._next_look = min(LOOK, limit / 4)
+        self._timer = self.reactor.call_later(self._next_look, self._tick)
 
     def _failed(self, error: Exception) -> None:
         if isinstance(error, DefectError):
@@ -716,7 +786,8 @@ class Link:
                     self._failed(unreadable)
                 if self.received == received or self.closed:
                     break
-        self._finish(LinkEnd("connection-lost", str(error)), ResetCode.CONNECTION_LOST, None)
+        code = "network-lost" if network_failed(error) else "connection-lost"
+        self._finish(LinkEnd(code, str(error)), ResetCode.CONNECTION_LOST, None)
 
     def _conclude(self, end: LinkEnd, code: ResetCode, *, at_once: bool) -> None:
         """Nobody uses the link any more: reset what is open, tell `on_end`."""

@@ -1,26 +1,28 @@
-"""After a change of network: which connections are dead, though nobody has told them?
+"""Which connections live: the one judge of that in the node.
 
-Theory of operation. TCP hears nothing when this machine is in another network now, or has slept: what it sends goes
-nowhere, and silence is noticed by keepalives after half a minute. So when the monitor of networks tells of a change
-each connection is asked for a sign of life, and one that gives none within `SIGN_OF_LIFE` seconds is ended, so that it
-is dialled anew. Any byte of the peer's is a sign, and so is an acknowledgement by its kernel: an answer may have to
-wait behind a lot of data on a slow line. Three things are known without asking:
+Theory of operation. TCP hears nothing when the way to a peer is interrupted: a cable is out, this machine or the peer
+is in another network now, or asleep, or a NAT has forgotten. Nobody can tell such an interruption from an end while it
+lasts. So two things are decided apart:
 
-- a connection whose own address this machine does not have any more is dead at once, if the peer can be reached from
-  another one;
-- where the peer cannot be reached at all (there is no network at the moment) nothing is ended: with the network the
-  connection may come back, and that is another change;
-- a connection through a relay depends on this machine's networks only as far as the one to the relay does.
+- *New streams* avoid a connection that gives no sign of life. It is doubted, after `DOUBT` seconds if the peer's
+  kernel has not acknowledged what was sent, after `DOUBT_UNANSWERED` if nobody answers, and it drains; the peer is
+  dialled anew beside it, and every view of the node says so. So is what runs over it through a relay.
+- *Existing streams* stay where they are for as long as the configuration wants (`Patience.silence`, judged by the
+  link) and the kernel's TCP has not heard that the connection is gone. When a doubted connection shows life it is
+  trusted again, and used again unless something better has replaced it.
 
-Needed peers that are not connected are dialled at once, whatever their back-off says.
+Signs of life are bytes of the peer's and, where there is a kernel at the other end, that it acknowledges more of what
+was sent: an answer may have to wait behind a lot of data on a slow line. A connection through a relay has no kernel at
+its other end, so where it says something and hears nothing it is asked.
 
-When it is the peer that has moved, nobody tells us; but it comes back over a new connection, and the old one, which
-takes no new streams from then on, is asked for a sign of life as well. A relay so ends the circuits that lead nowhere.
+After a change of network each direct connection is asked at once, and doubted `SIGN_OF_LIFE` seconds later; likewise
+one that its peer has left: who comes back over a new connection may have lost the old one. A connection whose own
+address this machine no longer has is doubted without being asked, if the peer is reached from another one. Even that
+address may come back, with the same lease when a cable is plugged in again; only where it stays away for `MOVED`
+seconds, and the peer has another connection that lives, is the connection ended.
 
-Where nothing tells of a change at all (a NAT was restarted, a relay's line was cut), the kernel still knows whether
-what is sent is acknowledged. A connection where that has not been so for `DOUBT` seconds takes no new streams, nor does
-what runs over it through a relay: the peer is dialled anew, another way if need be. Nothing is ended by that; TCP's own
-patience and keepalives decide.
+Time counts only while this process looks: a node that was stopped, or a machine that slept, has missed signs of life
+which may still come.
 """
 
 from __future__ import annotations
@@ -30,14 +32,13 @@ import dataclasses
 import errno
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import trio
 
 from actors.switchboard.connections import Connection, ConnectionTable
 from actors.switchboard.keeper import Keeper
-from protocol.errors import PeerupError
 from protocol.messages.network import WatchNetwork
 from supervisor.actor import Context
 from supervisor.errors import ActorRestartingError, AskError, NoSuchActorError
@@ -46,13 +47,21 @@ MONITOR: Final = "nat/monitor"
 """Who tells of changes."""
 
 SIGN_OF_LIFE: Final = 3.0
-"""Seconds: a lost packet is sent again within one, and a person waits no longer."""
+"""Seconds after a change of network: a lost packet is sent again within one, and a person waits no longer."""
 
-SIGN_OF_LIFE_RELAYED: Final = 10.0
-"""The same through a relay, where nobody knows what waits before an answer."""
+DOUBT: Final = 4.0
+"""Seconds without an acknowledgement of what was sent. Even where one packet in three is lost, TCP needs more than this
+only once in hundreds of times."""
 
-AT_ONCE: Final = 256
-"""Connections that are asked side by side."""
+DOUBT_UNANSWERED: Final = 10.0
+"""Seconds without a word of a peer that was asked for one: nobody knows what waits before the answer, at a relay most
+of all."""
+
+MOVED: Final = 120.0
+"""Seconds for which this machine must be without the address of a connection before that is ended."""
+
+FROZEN: Final = 5.0
+"""Seconds between two looks that show that this process did not run."""
 
 SUBSCRIBE_DEADLINE: Final = 2.0
 """Seconds for the monitor to answer."""
@@ -60,30 +69,42 @@ SUBSCRIBE_DEADLINE: Final = 2.0
 ASK_AGAIN: Final = 5.0
 """Seconds after which a monitor that did not answer, though it is there, is asked again."""
 
-CODE: Final = "no-sign-of-life"
-
-
-DOUBT: Final = 4.0
-"""Seconds without an acknowledgement of what was sent, after which new streams go another way. Even where one packet in
-three is lost, TCP needs more than this only once in hundreds of times."""
-
-CLOCK_SLACK: Final = 0.01
-"""Seconds by which the kernel's account of one and the same acknowledgement may differ between two looks."""
+CODE: Final = "address-lost"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Waiting:
-    """What was seen of a connection at the last look.
+class _Signs:
+    """What a connection has shown so far: bytes sent, heard, acknowledged (-1: nobody knows), and what is awaited.
 
     Attributes:
-        sent: bytes.
-        last: when the last acknowledgement had come.
-        since: since when another one has been waited for; None if nothing waits.
+        outstanding: an acknowledgement.
+        asking: a word.
     """
 
     sent: int
-    last: float
-    since: float | None
+    received: int
+    acknowledged: int
+    outstanding: bool
+    asking: bool
+
+    def shows_life_since(self, earlier: _Signs) -> bool:
+        """Whether it has shown life since then.
+
+        Where an acknowledgement is due only that counts: what is heard says nothing of the way to the peer.
+        """
+        if self.acknowledged > earlier.acknowledged:
+            return True
+        return self.received > earlier.received and not (self.outstanding and earlier.outstanding)
+
+
+@dataclasses.dataclass(slots=True)
+class _Watched:
+    """One connection: the signs at the last look, and since when more are awaited; None if none are."""
+
+    signs: _Signs
+    since: float | None = None
+    deadline: float | None = None  # of a sign of life that was asked for
+    why: str = ""
 
 
 class Liveness:
@@ -91,23 +112,20 @@ class Liveness:
 
     Args:
         table: all live connections.
-        ping: one round trip to the peer of a connection; raises a :class:`PeerupError` if there is none.
+        judged: told of each connection that is doubted, or trusted again.
     """
 
     def __init__(
-        self,
-        context: Context,
-        keeper: Keeper,
-        table: ConnectionTable,
-        ping: Callable[[Connection], Awaitable[object]],
+        self, context: Context, keeper: Keeper, table: ConnectionTable, judged: Callable[[Connection], None]
     ) -> None:
         self._context = context
         self._keeper = keeper
         self._table = table
-        self._waiting: dict[Connection, _Waiting] = {}
-        self._ping = ping
-        self._checks: dict[Connection, trio.CancelScope] = {}
-        self._room = trio.CapacityLimiter(AT_ONCE)
+        self._judged = judged
+        self._watched: dict[Connection, _Watched] = {}
+        self._moved: dict[Connection, float] = {}
+        self._looked_at = context.now()
+        table.on_doubt = lambda connection: self._expect(connection, "its peer came through a relay")
 
     async def follow(self) -> None:
         """Ask the monitor to tell of changes; when it is not there, ActorUp says when to call this again."""
@@ -125,99 +143,133 @@ class Liveness:
     def network_changed(self) -> None:
         """Find out about every connection anew, and dial who is missing."""
         for connection in self._table:
-            if connection.relayed:
+            # a circuit depends on this machine's networks only as far as the connection to its relay does
+            if connection.relayed or connection.end is not None:
                 continue
-            # What was asked before this change proves nothing now.
-            if (earlier := self._checks.pop(connection, None)) is not None:
-                earlier.cancel()
-            self._begin(connection, "after the network has changed")
+            verdict = path_of(connection)
+            if verdict == "moved":
+                self._moved.setdefault(connection, self._context.now())
+                self._doubt(connection, "this machine no longer has the address that it was made from")
+                continue
+            self._moved.pop(connection, None)
+            # where no way leads to the peer at all nothing can be said; when there is one, that is another change
+            if verdict == "unknown":
+                self._expect(connection, "after the network has changed")
         for peer in self._keeper.peers():
             self._keeper.retry(peer)
 
     def superseded(self, connections: Iterable[Connection]) -> None:
         """A new connection of a peer is there; these are all of its connections."""
         for connection in connections:
-            # one that either side is leaving takes no stream to ask over
-            if connection.draining and not connection.parting and connection not in self._checks:
-                self._begin(connection, "after the peer has made another connection")
+            watched = self._watched.get(connection)
+            if connection.draining and not connection.parting and (watched is None or watched.deadline is None):
+                self._expect(connection, "after the peer has made another connection")
 
     def tick(self) -> None:
         """Look at every connection; call it about once a second."""
         now = self._context.now()
-        for gone in [connection for connection in self._waiting if connection.end is not None]:
-            del self._waiting[gone]
+        frozen, self._looked_at = now - self._looked_at >= FROZEN, now
+        for gone in [connection for connection in self._watched if connection.end is not None]:
+            del self._watched[gone]
         for connection in self._table:
-            if connection.relayed or connection.gone_away:
-                continue
-            waiting = self._waiting.get(connection)
-            if waiting is not None and waiting.since is None and waiting.sent == connection.link.sent:
-                continue  # everything was acknowledged, and nothing has been sent since
-            acknowledgement = connection.link.acknowledgement()
-            if acknowledgement is None:
-                continue
-            last = now - acknowledgement.ago
-            if not acknowledgement.outstanding:
-                since = None
-            elif waiting is None or waiting.since is None or last > waiting.last + CLOCK_SLACK:
-                since = now
-            else:
-                since = waiting.since
-            self._waiting[connection] = _Waiting(connection.link.sent, last, since)
-            if since is not None and now - since >= DOUBT:
-                self._doubt(connection, now)
+            if connection.end is None:
+                self._look(connection, now, frozen=frozen)
+        for connection, since in list(self._moved.items()):
+            if connection.end is not None:
+                del self._moved[connection]
+            elif now - since >= MOVED and self._table.best(connection.peer) is not None:
+                del self._moved[connection]
+                if path_of(connection) == "moved":
+                    self._end(connection, f"this machine has been without its address for {MOVED:g} s")
 
-    def _doubt(self, connection: Connection, now: float) -> None:
+    def _look(self, connection: Connection, now: float, *, frozen: bool) -> None:
+        watched = self._watched.get(connection)
+        if (
+            watched is not None
+            and watched.since is None
+            and watched.deadline is None
+            and connection.doubted_since is None
+            and watched.signs.sent == connection.link.sent
+        ):
+            return  # nothing is awaited, and nothing has been sent since
+        signs = _signs(connection)
+        if watched is None:
+            watched = self._watched[connection] = _Watched(signs)
+        before, watched.signs = watched.signs, signs
+        if signs.shows_life_since(before):
+            watched.since = now if signs.outstanding or signs.asking else None
+            watched.deadline = None
+            self._trust(connection)
+        elif connection.doubted_since is None:
+            self._wait(connection, watched, before, now, frozen=frozen)
+
+    def _wait(self, connection: Connection, watched: _Watched, before: _Signs, now: float, *, frozen: bool) -> None:
+        signs = watched.signs
+        if signs.acknowledged < 0 and signs.sent > before.sent:
+            connection.link.ask()
+        if not signs.outstanding and not connection.link.asking:
+            watched.since = None
+        elif watched.since is None or frozen or (signs.outstanding and not before.outstanding):
+            watched.since = now
+        if frozen and watched.deadline is not None:
+            watched.deadline = now + _patience(connection)
+        if watched.deadline is not None and now >= watched.deadline:
+            self._doubt(connection, f"no sign of life {watched.why}")
+        elif watched.since is not None and now - watched.since >= (DOUBT if signs.outstanding else DOUBT_UNANSWERED):
+            what = "nothing that is sent is acknowledged" if signs.outstanding else "nobody answers"
+            self._doubt(connection, what)
+
+    def _expect(self, connection: Connection, why: str) -> None:
+        """Have it show that it lives, soon."""
+        if connection.end is not None:
+            return
+        connection.link.ask()
+        if connection.doubted_since is None:
+            watched = self._watched[connection] = _Watched(_signs(connection))
+            watched.deadline, watched.why = self._context.now() + _patience(connection), why
+
+    def _doubt(self, connection: Connection, why: str) -> None:
         """Let new streams go another way; what runs goes on if the connection lives after all."""
-        del self._waiting[connection]
-        self._context.log.info(
-            "nothing that was sent to {} is acknowledged; streams go another way from now on", connection.peer
-        )
-        self._table.gone_away(connection, now)
+        now = self._context.now()
+        watched = self._watched.setdefault(connection, _Watched(_signs(connection)))
+        watched.since = watched.deadline = None
+        if not self._table.doubt(connection, now):
+            return
+        self._context.log.info("the connection to {} is in doubt, and new streams avoid it: {}", connection.peer, why)
+        self._judged(connection)
         for other in self._table:
-            if other.via.relay == connection.peer:
-                self._table.gone_away(other, now)
-                self._keeper.retry(other.peer)
+            if connection.carries(other):
+                self._doubt(other, f"its relay {connection.peer} is silent")
         self._keeper.retry(connection.peer)
 
-    def _begin(self, connection: Connection, when: str) -> None:
-        scope = self._checks[connection] = trio.CancelScope()
-        self._context.nursery.start_soon(self._check, connection, scope, when)
-
-    async def _check(self, connection: Connection, scope: trio.CancelScope, when: str) -> None:
-        with scope:
-            async with self._room:
-                verdict = path_of(connection)
-                if verdict == "moved":
-                    self._end(connection, "this machine no longer has the address that it was made from")
-                elif verdict == "unknown" and not await self._alive(connection):
-                    self._end(connection, f"no sign of life {when}")
-        if self._checks.get(connection) is scope:
-            del self._checks[connection]
-
-    async def _alive(self, connection: Connection) -> bool:
-        link = connection.link
-        received = link.received
-        began = self._context.now()
-        patience = SIGN_OF_LIFE_RELAYED if connection.relayed else SIGN_OF_LIFE
-        with trio.move_on_after(patience):
-            try:
-                await self._ping(connection)
-            except PeerupError:
-                # A refusal is a sign of life. What says nothing leaves the time for one, or the connection has ended.
-                while connection.end is None and link.received == received:
-                    with trio.move_on_after(SIGN_OF_LIFE / 10):
-                        await connection.ended.wait()
-            return True
-        if connection.end is not None or link.received != received:
-            return True
-        acknowledgement = link.acknowledgement()
-        return acknowledgement is not None and acknowledgement.ago < self._context.now() - began
+    def _trust(self, connection: Connection) -> None:
+        since = connection.doubted_since
+        if since is None or not self._table.trust(connection, self._context.now()):
+            return
+        seconds = self._context.now() - since
+        self._context.log.info("the connection to {} lives, after {:.0f} s in doubt", connection.peer, seconds)
+        self._judged(connection)
+        for other in self._table:
+            if connection.carries(other) and other.doubted_since is not None:
+                other.link.ask()
 
     def _end(self, connection: Connection, reason: str) -> None:
-        if connection.end is None:
-            self._context.log.info("connection to {} is dead: {}", connection.peer, reason)
-            connection.link.abort(CODE, reason)
-            self._keeper.retry(connection.peer)
+        self._context.log.info("connection to {} is dead: {}", connection.peer, reason)
+        connection.link.abort(CODE, reason)
+        self._keeper.retry(connection.peer)
+
+
+def _patience(connection: Connection) -> float:
+    """Seconds for a sign of life that was asked for."""
+    return DOUBT_UNANSWERED if connection.relayed else SIGN_OF_LIFE
+
+
+def _signs(connection: Connection) -> _Signs:
+    link = connection.link
+    told = None if connection.relayed else link.acknowledgement()
+    if told is None:
+        return _Signs(link.sent, link.received, -1, outstanding=False, asking=link.asking)
+    return _Signs(link.sent, link.received, told.acknowledged, told.outstanding, link.asking)
 
 
 def path_of(connection: Connection) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 import trio
@@ -11,7 +10,7 @@ from actors.events import until_any
 from actors.switchboard.addresses import AddressBook
 from actors.switchboard.admittance import Admittance
 from actors.switchboard.circuit_pipes import DialledCircuit
-from actors.switchboard.connections import DOUBT, Connection, ConnectionTable
+from actors.switchboard.connections import Connection, ConnectionTable
 from actors.switchboard.departures import Departures
 from actors.switchboard.dialer import Dialed, Dialer
 from actors.switchboard.errors import (
@@ -28,7 +27,6 @@ from actors.switchboard.keeper import Keeper
 from actors.switchboard.link import LinkClosedError
 from actors.switchboard.numbers import Numbers
 from actors.switchboard.own_machine import OwnMachine
-from actors.switchboard.ping import ping
 from actors.switchboard.pipes import Pipes
 from actors.switchboard.refusals import Rare
 from actors.switchboard.relays import RelayBook
@@ -105,7 +103,6 @@ class Reach:
         self._here = here
         self._failures: Rare[PeerId] = Rare(context.now)
         self.improver = Improver(context.nursery, table, self._dial_direct, context.random)
-        table.on_doubt = self._doubt
 
     def configure(self, addresses: Iterable[AddressEntry], relays: Sequence[Multiaddr]) -> None:
         """Take the configuration's addresses and relays in place of the ones before."""
@@ -277,7 +274,7 @@ class Reach:
             if connection.leaving:
                 raise _leaving(relay) from error
             gone = connection.link.end is not None
-            if gone and connection.outbound and not connection.heard:
+            if connection.refused_us:
                 raise RelayRefusedError(
                     f"the relay {relay} hung up when it knew who we are; most likely it does not list this node"
                     " (there: peerup relay authorize, with the id that peerup whoami shows here)"
@@ -309,17 +306,6 @@ class Reach:
         if direct:
             await self.dialer.dial(peer, direct)
 
-    def _doubt(self, connection: Connection) -> None:
-        self._context.nursery.start_soon(self._prove, connection)
-
-    async def _prove(self, connection: Connection) -> None:
-        """End a connection whose peer does not answer."""
-        with trio.move_on_after(DOUBT), contextlib.suppress(PeerupError):
-            await ping(connection, self._context.now, self._context.random)
-            return
-        if connection.end is None:
-            connection.link.abort("connection-lost", "the peer came back through a relay, and is silent here")
-
 
 def _relay_of(address: Multiaddr) -> PeerId | None:
     relay = address.relay
@@ -331,5 +317,5 @@ def _leaving(relay: PeerId) -> RelayRefusedError:
 
 
 def why_lost(connection: Connection, error: SwitchboardError) -> SwitchboardError:
-    """What the end of a connection means: a peer that never said a word does not let us in."""
-    return not_authorised() if connection.outbound and not connection.heard else error
+    """What the end of a connection means: a peer that hung up without a word does not let us in."""
+    return not_authorised() if connection.refused_us else error

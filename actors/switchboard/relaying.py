@@ -333,6 +333,8 @@ class Relaying:
         connection = self._direct(circuit.destination)
         if connection is None:
             raise UnreachableError("it is not connected")
+        if connection.doubted_since is not None:
+            raise UnreachableError("it gives no sign of life at the moment")
         return connection.link.open_stream()
 
     def opened(self, exchange: HopExchange, source: Channel, destination: Channel, early: int) -> Splice:

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from actors.switchboard.ciphers import better_ciphers
 from actors.switchboard.errors import HandshakeError, NotAuthorisedError, WrongPeerError
 from actors.switchboard.turns import Account, Nobody, Turns
-from actors.switchboard.wire import Pipe
+from actors.switchboard.wire import Pipe, network_failed
 from protocol import noise
 from protocol.errors import ProtocolError
 from protocol.multistream import HEADER, Initiator, Responder
@@ -282,7 +282,7 @@ class _Exchange:
         try:
             data = await self._pipe.receive()
         except OSError as error:
-            raise _HungUpError(self._stage, _words(error)) from error
+            raise self._broken(error) from error
         if not data:
             raise _HungUpError(self._stage, "the other side closed the connection")
         return data
@@ -293,7 +293,11 @@ class _Exchange:
             try:
                 await self._pipe.send(data)
             except OSError as error:
-                raise _HungUpError(self._stage, _words(error)) from error
+                raise self._broken(error) from error
+
+    def _broken(self, error: OSError) -> HandshakeError:
+        """Who hangs up says something by it; a network that fails does not."""
+        return (HandshakeError if network_failed(error) else _HungUpError)(self._stage, _words(error))
 
 
 def _words(error: OSError) -> str:

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from actors.switchboard.connections import Connection
 from actors.switchboard.link import LinkEnd
 from protocol.messages import Message
-from protocol.messages.reachability import ConnectionClosed, ConnectionLeaving, ConnectionOpened
+from protocol.messages.reachability import (
+    ConnectionClosed,
+    ConnectionJudged,
+    ConnectionLeaving,
+    ConnectionOpened,
+)
 from protocol.peer_id import PeerId
 
 
@@ -37,6 +42,10 @@ class ConnectionWatchers:
         self._tell_all(
             connection.peer, lambda: ConnectionOpened(connection.info(), connection.identified.is_set(), observed)
         )
+
+    def judged(self, connection: Connection) -> None:
+        """A connection gives no sign of life, or has given one again."""
+        self._tell_all(connection.peer, lambda: ConnectionJudged(connection.info()))
 
     def leaving(self, connection: Connection) -> None:
         """The peer of a connection has said that it goes away."""

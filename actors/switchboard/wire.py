@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import select
 import socket
 import struct
@@ -40,26 +41,35 @@ __all__ = [
     "SocketWire",
     "Way",
     "Wire",
+    "network_failed",
 ]
 
 MAX_FRAME: Final = 2 + MAX_MESSAGE
 """Bytes of the longest Noise message with its length before it."""
 
-UNACKNOWLEDGED: Final = 20.0
-"""Seconds in which what was sent must be acknowledged by the other end's kernel: as long as a link waits for the
-answer to a ping, so that a dead way that is used is noticed no later than one that is not."""
+BACKSTOP: Final = 25 * 3600.0
+"""Seconds without an acknowledgement, or with a receiver that takes nothing, after which the kernel itself gives up:
+more than the longest silence that can be configured. The kernel counts a slow receiver's full window as silence, so it
+must not be the judge; the link is, by what progresses."""
+
+LAST_WORDS: Final = 20.0
+"""Seconds in which the other end's kernel must acknowledge what is on its way when a connection is closed."""
+
+LONGEST_RETRY: Final = 5.0
+"""Seconds between two retransmissions at most, where the kernel lets us choose (Linux 6.15). Left to itself TCP doubles
+the time up to two minutes, and a network that was away for one minute would be used again only after another."""
+
+_TCP_RTO_MAX_MS: Final = 44
 
 _READ_SIZE = 4096
 """More than any honest handshake message; what a stranger can make us keep in one read."""
 
 
-_UNACKNOWLEDGED: Final = 24  # within `struct tcp_info`: the segment count; eight numbers on, the milliseconds
-_TCP_INFO_END: Final = struct.Struct("=9I")
-_TCP_INFO: Final = _UNACKNOWLEDGED + _TCP_INFO_END.size
-_ACKED: Final = 120  # further on: the bytes that were acknowledged
-_ACKED_BYTES: Final = struct.Struct("=Q")
-_NOT_SENT: Final = 144  # and the bytes that wait in the socket
-_NOT_SENT_BYTES: Final = struct.Struct("=I")
+_TCP_INFO: Final = struct.Struct("=24xI28xI60xQ16xI")
+"""Of `struct tcp_info`: segments not acknowledged, milliseconds since the last acknowledgement, bytes acknowledged, and
+bytes that wait in the socket."""
+
+_NETWORK: Final = frozenset((errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,11 +79,13 @@ class Acknowledgement:
     Attributes:
         ago: seconds since the last one.
         outstanding: something that was sent has not been acknowledged.
+        acknowledged: bytes of what was sent, since the beginning.
         waiting: something could not even be sent yet.
     """
 
     ago: float
     outstanding: bool
+    acknowledged: int
     waiting: bool = False
 
     @property
@@ -218,6 +230,11 @@ class Wire(Protocol):
         """End it in both directions; what was taken is still sent as far as that is possible without waiting."""
 
 
+def network_failed(error: Exception) -> bool:
+    """Whether the network, and not the peer, is the cause of an error of a pipe or wire."""
+    return isinstance(error, OSError) and (error.errno in _NETWORK or isinstance(error, ConnectionAbortedError))
+
+
 class SocketWire:
     """A connected, non-blocking stream socket, which it owns. The socket's own methods do the work."""
 
@@ -228,8 +245,8 @@ class SocketWire:
     def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
         sock.setblocking(False)
         send_at_once(sock)
-        with contextlib.suppress(OSError):  # not a TCP socket
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNACKNOWLEDGED * 1000))
+        _set(sock, socket.TCP_USER_TIMEOUT, BACKSTOP)
+        _set(sock, _TCP_RTO_MAX_MS, LONGEST_RETRY)
         self.soon = reactor.call_soon
         self._reactor = reactor
         self._socket = sock
@@ -262,22 +279,18 @@ class SocketWire:
     def acknowledgement(self) -> Acknowledgement | None:
         """See `Wire`."""
         try:
-            told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _NOT_SENT + _NOT_SENT_BYTES.size)
+            told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         except OSError:
             return None
-        if len(told) < _TCP_INFO:
+        if len(told) < _TCP_INFO.size:
             return None
-        outstanding, *_, ago = _TCP_INFO_END.unpack_from(told, _UNACKNOWLEDGED)
-        waits = len(told) >= _NOT_SENT + _NOT_SENT_BYTES.size and _NOT_SENT_BYTES.unpack_from(told, _NOT_SENT)[0] > 0
-        return Acknowledgement(ago / 1000, outstanding=bool(outstanding), waiting=waits)
+        outstanding, ago, acknowledged, waiting = _TCP_INFO.unpack(told)
+        return Acknowledgement(ago / 1000, bool(outstanding), acknowledged, bool(waiting))
 
     def progress(self) -> int:
         """See `Wire`."""
-        try:
-            told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED + _ACKED_BYTES.size)
-        except OSError:
-            return 0
-        return int(_ACKED_BYTES.unpack_from(told, _ACKED)[0]) if len(told) >= _ACKED + _ACKED_BYTES.size else 0
+        told = self.acknowledgement()
+        return 0 if told is None else told.acknowledged
 
     def shut_down(self) -> None:
         """See `Wire`."""
@@ -287,7 +300,14 @@ class SocketWire:
     def close(self) -> None:
         """See `Wire`."""
         self._reactor.unregister(self._fd)
+        _set(self._socket, socket.TCP_USER_TIMEOUT, LAST_WORDS)
         self._socket.close()
+
+
+def _set(sock: socket.socket, option: int, seconds: float) -> None:
+    """Set a time of a TCP socket, where the kernel has it; other sockets have none."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, option, int(seconds * 1000))
 
 
 class SocketPipe:

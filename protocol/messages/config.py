@@ -8,6 +8,9 @@ from protocol.messages.system import Ok
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 
+DEFAULT_SILENCE = 900.0
+"""Seconds that a connection may be silent unless the configuration says otherwise: about as long as TCP tries."""
+
 
 @record
 class ServiceEntry:
@@ -51,7 +54,7 @@ class ConfigSnapshot(Message):
     """What the running node needs of its configuration; told to each subscriber when it changes.
 
     `relays` are those where this node keeps reservations, each address with its relay's `/p2p/…`. `relay_service` is
-    None unless this node serves as a relay itself.
+    None unless this node serves as a relay itself. `silence` is how many seconds a connection may be silent.
     """
 
     version: int
@@ -61,6 +64,7 @@ class ConfigSnapshot(Message):
     addresses: tuple[AddressEntry, ...]
     relays: tuple[Multiaddr, ...] = ()
     relay_service: RelayService | None = None
+    silence: float = DEFAULT_SILENCE
 
 
 @message("config.subscribe")

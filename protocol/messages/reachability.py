@@ -49,6 +49,13 @@ class ConnectionLeaving(Message):
     connection: ConnectionInfo
 
 
+@message("switchboard.connection-judged")
+class ConnectionJudged(Message):
+    """This connection gives no sign of life (`in_doubt`), or has given one again. What runs on it goes on."""
+
+    connection: ConnectionInfo
+
+
 @message("switchboard.watched-connections")
 class WatchedConnections(Message):
     """The connections at this moment, identified or not."""
@@ -58,7 +65,8 @@ class WatchedConnections(Message):
 
 @message("switchboard.watch-connections")
 class WatchConnections(Request[WatchedConnections]):
-    """Tell me (the sender) `ConnectionOpened`, `ConnectionLeaving` and `ConnectionClosed`, of these peers or of all.
+    """Tell me (the sender) `ConnectionOpened`, `ConnectionJudged`, `ConnectionLeaving` and `ConnectionClosed`, of these
+    peers or of all.
 
     Asking again replaces the peers. Ends with the sender or the switchboard: ask again when it is up.
     """

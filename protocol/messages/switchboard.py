@@ -32,6 +32,7 @@ class ConnectionInfo:
         protocols: what the peer said in identify that it serves.
         relay: through whom, if relayed.
         limit_seconds, limit_bytes: what the relay grants to this circuit, each way; None without limit.
+        in_doubt: it gives no sign of life at the moment, and new streams look for another way.
     """
 
     id: str
@@ -51,6 +52,7 @@ class ConnectionInfo:
     relay: PeerId | None = None
     limit_seconds: int | None = None
     limit_bytes: int | None = None
+    in_doubt: bool = False
 
 
 @message("switchboard.stream-opened")

@@ -361,41 +361,11 @@ async def test_bytes_that_came_with_the_handshake_are_not_lost():
             near.close()
 
 
-async def test_a_peer_that_vanishes_is_noticed(monkeypatch):
-    monkeypatch.setattr(link_module, "KEEPALIVE_INTERVAL", 0.05)
-    monkeypatch.setattr(link_module, "KEEPALIVE_TIMEOUT", 0.1)
-    async with no_leaks(), running() as reactor:
-        near, far = tcp_pair()
-        ended = []
-        link_module.Link(
-            reactor,
-            SocketWire(reactor, near),
-            role=Role.CLIENT,
-            send_cipher=CipherState(b"1" * 32),
-            receive_cipher=CipherState(b"2" * 32),
-            received=b"",
-            on_stream=lambda _: None,
-            on_end=ended.append,
-        )
-        await until(lambda: ended)
-        assert ended[0].code == "keepalive-timeout"
-        far.close()
-
-
-async def test_a_peer_that_answers_stays(monkeypatch):
-    monkeypatch.setattr(link_module, "KEEPALIVE_INTERVAL", 0.02)
-    monkeypatch.setattr(link_module, "KEEPALIVE_TIMEOUT", 0.2)
-    async with linked() as ends:
-        sent = ends.client.sent
-        await until(lambda: ends.client.sent > sent + 10 * 30)
-        assert ends.client.end is None
-        assert ends.client.rtt is not None
-        assert 0 < ends.client.rtt < 1
-
-
-async def test_a_peer_that_takes_nothing_is_given_up(monkeypatch):
-    monkeypatch.setattr(link_module, "KEEPALIVE_INTERVAL", 0.05)
-    monkeypatch.setattr(link_module, "SEND_TIMEOUT", 0.2)
+@contextlib.asynccontextmanager
+async def lonely(monkeypatch, *, silence, interval=0.05):
+    """A link whose other end is a socket of the test's: (link, that socket, how the link ended)."""
+    monkeypatch.setattr(link_module, "KEEPALIVE_INTERVAL", interval)
+    monkeypatch.setattr(link_module, "LOOK", 0.02)
     async with no_leaks(), running() as reactor:
         near, far = tcp_pair()
         far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -409,13 +379,88 @@ async def test_a_peer_that_takes_nothing_is_given_up(monkeypatch):
             received=b"",
             on_stream=lambda _: None,
             on_end=ended.append,
+            patience=link_module.Patience(silence),
         )
-        streams = [link.open_stream() for _ in range(60)]
-        for stream in streams:
+        yield link, far, ended
+        link.abort()
+        await until(lambda: ended)
+        far.close()
+
+
+async def test_a_peer_that_vanishes_is_noticed(monkeypatch):
+    async with lonely(monkeypatch, silence=0.3) as (_, _, ended):
+        await until(lambda: ended)
+        assert ended[0].code == "keepalive-timeout"
+
+
+async def test_patience_that_changes_counts_at_once(monkeypatch):
+    patience = link_module.Patience(3600.0)
+    monkeypatch.setattr(link_module, "Patience", lambda _: patience)
+    async with lonely(monkeypatch, silence=3600.0) as (link, _, ended):
+        await until(lambda: link.asking)
+        patience.silence = 0.1
+        await until(lambda: ended)
+        assert ended[0].code == "keepalive-timeout"
+
+
+async def test_time_in_which_this_process_did_not_run_is_no_silence_of_the_peers(monkeypatch):
+    clock = {"ahead": 0.0}
+    honest = link_module.Reactor.__init__
+
+    def begin(reactor, now, **options):
+        honest(reactor, lambda: now() + clock["ahead"], **options)
+
+    monkeypatch.setattr(link_module.Reactor, "__init__", begin)
+    async with lonely(monkeypatch, silence=60.0) as (link, _, ended):
+        await until(lambda: link.asking)
+        for _ in range(10):  # all timers are due at once after it
+            clock["ahead"] += 3600.0
+            await trio.sleep(0.05)
+        assert not ended
+
+
+async def test_a_peer_that_answers_stays(monkeypatch):
+    monkeypatch.setattr(link_module, "KEEPALIVE_INTERVAL", 0.02)
+    monkeypatch.setattr(link_module, "LOOK", 0.02)
+    async with linked() as ends:
+        sent = ends.client.sent
+        await until(lambda: ends.client.sent > sent + 10 * 30)
+        assert ends.client.end is None
+        assert ends.client.rtt is not None
+        assert 0 < ends.client.rtt < 1
+
+
+async def test_one_ping_serves_both_sides(monkeypatch):
+    monkeypatch.setattr(link_module, "KEEPALIVE_INTERVAL", 0.02)
+    monkeypatch.setattr(link_module, "LOOK", 0.02)
+    async with linked() as ends:
+        await until(lambda: not ends.client.asking and not ends.server.asking, "the first round trips")
+        sent = ends.client.sent
+        asked = 0
+        while ends.client.sent < sent + 30 * 30:
+            asked += ends.server.asking
+            await trio.sleep(0.001)
+        assert asked == 0
+
+
+async def test_a_peer_that_takes_nothing_is_given_up(monkeypatch):
+    async with lonely(monkeypatch, silence=0.5) as (link, _, ended):
+        for stream in [link.open_stream() for _ in range(60)]:
             stream.send(bytes(250_000))
         await until(lambda: ended)
-        assert ended[0].code == "send-timeout"
-        far.close()
+        assert ended[0].code in ("send-timeout", "keepalive-timeout")
+
+
+async def test_a_peer_that_takes_little_by_little_stays(monkeypatch):
+    async with lonely(monkeypatch, silence=0.5) as (link, far, ended):
+        for stream in [link.open_stream() for _ in range(60)]:
+            stream.send(bytes(250_000))
+        began = trio.current_time()
+        while trio.current_time() < began + 2.0:  # four times what silence may take
+            with contextlib.suppress(BlockingIOError):
+                far.recv(4096)
+            assert not ended
+            await trio.sleep(0.02)
 
 
 async def test_stream_limits_are_told_apart_from_a_closed_link():

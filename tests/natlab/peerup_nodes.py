@@ -32,6 +32,9 @@ STOP = 40.0
 
 PATIENCE = 60.0
 
+CHECKOUT = Path(__file__).parents[2]
+"""Whose nodes run; a measurement may name another checkout to compare with."""
+
 
 def wait_for(condition: Callable[[], Any], what: str, within: float = PATIENCE) -> Any:
     """The first true value of the condition; what it raises of `ClientError` and `OSError` counts as false."""
@@ -303,8 +306,7 @@ def _send(sock: socket.socket, content: bytes) -> None:
 
 def _environment() -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PEERUP")}
-    root = str(Path(__file__).parents[2])
-    environment["PYTHONPATH"] = root
+    environment["PYTHONPATH"] = str(CHECKOUT)
     return environment
 
 

@@ -23,7 +23,6 @@ from protocol.keeper import (
     LONGEST_LIFETIME,
     LONGEST_PAUSE,
     PLAUSIBLE_LIFETIME,
-    PROBE_TIMEOUT,
     RESERVE_TIMEOUT,
     RETURN_PAUSE,
     SHORTEST_LIFETIME,
@@ -111,7 +110,7 @@ def act_on(world, event):
     match event:
         case "start" | "stop" | "network_changed" | "leaving":
             return world.do(event)
-        case "disconnected":
+        case "disconnected" | "silent":
             world.now += 60
             return world.do(event)
         case "connected":
@@ -170,7 +169,7 @@ def test_answers_to_what_was_given_up_are_ignored(state, event):
 def test_from_nothing_to_a_reservation_and_back():
     world = World()
     assert world.keeper.next_wakeup is None
-    assert world.do("start") == [Connect(1, False)]
+    assert world.do("start") == [Connect(1)]
     assert world.do("start") == []
     assert world.answer("connected") == [Reserve(2)]
     world.now += 0.04
@@ -261,7 +260,7 @@ def test_a_refused_renewal_keeps_the_reservation_while_it_lasts():
         said = world.wake()
         if world.keeper.state == "renewing":
             world.answer("refused", FULL)
-    assert said == [Withdraw("the reservation has expired"), Connect(world.keeper.attempt, False)]
+    assert said == [Withdraw("the reservation has expired"), Connect(world.keeper.attempt)]
     assert world.now == expires
 
 
@@ -293,7 +292,7 @@ def test_a_relay_that_shuts_down_has_not_failed_and_is_asked_again_when_it_has_e
     assert world.sleep(25) == [], "it is still there, and told us not to ask"
     assert world.do("disconnected") == []
     assert world.keeper.due == pytest.approx(world.now + RETURN_PAUSE[1])
-    assert world.sleep(2) == [Connect(world.keeper.attempt, False)]
+    assert world.sleep(2) == [Connect(world.keeper.attempt)]
     assert world.keeper.health.failures == failures
     world.answer("failed", "connection refused")  # it takes some time until it is back
     assert world.keeper.due - world.now <= ALWAYS_ALLOWED_PAUSE
@@ -310,7 +309,7 @@ def test_a_relay_that_says_as_it_refuses_that_it_shuts_down_is_one_that_leaves(s
     assert world.keeper.health.failures == 0
     assert world.keeper.health.departures == 1
     assert world.keeper.due == pytest.approx(world.now + LEAVING_PAUSE)
-    assert world.sleep(LEAVING_PAUSE) == [Connect(world.keeper.attempt, False)]
+    assert world.sleep(LEAVING_PAUSE) == [Connect(world.keeper.attempt)]
 
 
 def test_a_relay_that_is_always_about_to_leave_is_asked_ever_less_often():
@@ -335,7 +334,7 @@ def test_a_relay_that_is_always_about_to_leave_is_asked_ever_less_often():
 def test_a_change_of_network_ends_the_wait_for_a_relay_that_leaves():
     world = World().reach("held")
     world.do("leaving")
-    assert world.do("network_changed") == [Connect(world.keeper.attempt, False)]
+    assert world.do("network_changed") == [Connect(world.keeper.attempt)]
     assert world.do("disconnected") == []
     assert world.keeper.state == "connecting"
 
@@ -346,11 +345,11 @@ def test_a_connection_that_does_not_answer_is_replaced():
     (withdrawn, connect) = world.wake()
     assert world.now - asked == RESERVE_TIMEOUT
     assert isinstance(withdrawn, Withdraw)
-    assert connect == Connect(world.keeper.attempt, True)
+    assert connect == Connect(world.keeper.attempt)
     world.answer("connected")
     world.grant()
     world.now += 60
-    assert world.do("disconnected")[-1] == Connect(world.keeper.attempt, False)
+    assert world.do("disconnected")[-1] == Connect(world.keeper.attempt)
 
 
 def test_a_dial_that_hangs_is_given_up():
@@ -364,23 +363,21 @@ def test_a_dial_that_hangs_is_given_up():
 def test_a_change_of_network_is_acted_on_at_once():
     for _ in range(20):
         world = World().reach("waiting")
-        assert world.do("network_changed") == [Connect(world.keeper.attempt, False)]
+        assert world.do("network_changed") == [Connect(world.keeper.attempt)]
     world = World().reach("reserving")
-    assert world.do("network_changed") == [Connect(world.keeper.attempt, True)]
+    assert world.do("network_changed") == [Connect(world.keeper.attempt)]
     world = World().reach("connecting")
-    assert world.do("network_changed") == [Connect(2, False)]
+    assert world.do("network_changed") == [Connect(2)]
     world = World().reach("held")
     assert world.do("network_changed") == [Reserve(world.keeper.attempt)]
     asked = world.now
     world.now = world.keeper.next_wakeup
-    assert world.now - asked == PROBE_TIMEOUT
+    assert world.now - asked == RESERVE_TIMEOUT
     world.do("tick")
-    assert world.keeper.state == "waiting"  # the reservation was young; an old one connects at once
+    assert world.said[-1] == Connect(world.keeper.attempt)
     world = World().reach("held")
-    world.now += 100
-    world.do("network_changed")
-    world.now += PROBE_TIMEOUT
-    assert world.do("tick")[-1] == Connect(world.keeper.attempt, True)
+    assert world.do("silent")
+    assert world.keeper.state == "waiting"  # the reservation was young; an old one connects at once
 
 
 def test_a_change_of_network_forgets_back_off():
@@ -413,7 +410,7 @@ def test_a_machine_that_slept_asks_at_once():
     world.answer("failed", "x")
     world.now += 1
     world.offset += 8 * 3600
-    assert world.do("tick") == [Connect(world.keeper.attempt, False)]
+    assert world.do("tick") == [Connect(world.keeper.attempt)]
 
 
 def test_a_clock_that_is_adjusted_slowly_is_no_jump():
@@ -523,9 +520,8 @@ class Relay:
         queue = list(commands)
         while queue:
             match queue.pop(0):
-                case Connect(attempt, fresh):
+                case Connect(attempt):
                     self.connects += 1
-                    self.connected = self.connected and not fresh
                     if self.mood == "down":
                         queue += self.world.do("failed", attempt, "connection refused")
                     elif self.mood != "black hole":
@@ -539,7 +535,7 @@ class Relay:
                     elif self.mood == "full":
                         queue += self.world.do("refused", attempt, FULL)
                     elif self.mood == "down":
-                        queue += self.world.do("failed", attempt, "reset", fresh=True)
+                        queue += self.world.do("failed", attempt, "reset")
                 case Withdraw():
                     self.reserved_until = None
 

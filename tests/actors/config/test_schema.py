@@ -103,7 +103,8 @@ def test_every_default_that_the_template_only_mentions_is_the_default():
     for name, value in dataclasses.asdict(read("version: 1\n").limits).items():
         assert f"#   {name}: {value} " in text
     for name, value in dataclasses.asdict(read("version: 1\n").network).items():
-        assert name in {"listen_addresses", "tls"} or f"# {name}: {str(value).lower()}\n" in text
+        told = f"{value / 60:.0f}m" if name == "silence_timeout" else str(value).lower()
+        assert name in {"listen_addresses", "tls"} or f"# {name}: {told}\n" in text
 
 
 def test_the_template_names_files_where_addresses_need_a_certificate(tmp_path):

@@ -4,6 +4,7 @@ Messages, streams and state machines are real; only the network is missing. Noth
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import socket
 import unittest.mock
@@ -21,6 +22,7 @@ from protocol.messages.network import NetworkChanged, WatchNetwork
 from protocol.messages.reachability import (
     AnnounceAddresses,
     ConnectionClosed,
+    ConnectionJudged,
     ConnectionLeaving,
     ConnectionOpened,
     WatchConnections,
@@ -130,6 +132,14 @@ class Surroundings:
         if mode == "down":
             self.simulated.actor("switchboard").lose(relay.peer)
 
+    def doubt(self, relay):
+        """The switchboard notices that the connection to it gives no sign of life."""
+        self.simulated.actor("switchboard").doubt(relay.peer)
+
+    def trust(self, relay):
+        """It has given one again."""
+        self.simulated.actor("switchboard").trust(relay.peer)
+
     def leave(self, relay):
         """The relay is told to stop, and says so; its connections stay for the time being."""
         relay.mode = "leaving"
@@ -215,6 +225,7 @@ class Surroundings:
         class Switchboard(Actor):
             def __init__(self):
                 self.connections = {}  # peer to info
+                self.doubted = {}  # likewise
                 self.streams = {}  # peer to sockets of ours
                 self.count = 0
                 self.watchers = {}
@@ -237,6 +248,16 @@ class Surroundings:
                 """The peer says go away."""
                 if peer in self.connections:
                     self._tell(peer, ConnectionLeaving(self.connections[peer]))
+
+            def doubt(self, peer):
+                info = dataclasses.replace(self.connections.pop(peer), in_doubt=True, rtt=None)
+                self.doubted[peer] = info
+                self._tell(peer, ConnectionJudged(info))
+
+            def trust(self, peer):
+                info = dataclasses.replace(self.doubted.pop(peer), in_doubt=False)
+                self.connections.setdefault(peer, info)
+                self._tell(peer, ConnectionJudged(info))
 
             def replace(self, peer):
                 """A second connection takes the place of the first, which ends."""
@@ -280,7 +301,10 @@ class Surroundings:
                 if peer not in self.connections:
                     relay = around.relays[peer]
                     relay.dialled.append(self.context.now())
-                    await trio.sleep(DIAL_DEADLINE if relay.mode == "hole" else 3 * ROUND_TRIP)
+                    with trio.move_on_after(DIAL_DEADLINE if relay.mode == "hole" else 3 * ROUND_TRIP):
+                        while peer not in self.connections:  # noqa: ASYNC110  # whoever makes it
+                            await trio.sleep(ROUND_TRIP)
+                        return self.connections[peer]
                     if relay.mode in ("down", "hole"):
                         raise RefusedError("unreachable", f"{relay.address}: {relay.mode}")
                     if relay.mode == "stranger":
@@ -352,7 +376,7 @@ class Surroundings:
                 sender = self.context.current_sender
                 self.watchers[sender] = request.peers
                 self.context.watch(sender)
-                return WatchedConnections(tuple(self.connections.values()))
+                return WatchedConnections((*self.connections.values(), *self.doubted.values()))
 
             @handles(AnnounceAddresses)
             async def announce(self, request):

@@ -22,6 +22,7 @@ class FakeLink:
         self.sent = self.received = 0
         self.rtt = None
         self.streams = 0
+        self.end = None
 
 
 DIRECT = Way("direct", "tcp", ADDRESS, ADDRESS)

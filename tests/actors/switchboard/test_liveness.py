@@ -1,4 +1,4 @@
-"""Which connections are ended when the network has changed."""
+"""Which connections are in doubt, and which live again."""
 
 import dataclasses
 import random
@@ -8,10 +8,12 @@ import loguru
 import pytest
 import trio
 
+from actors.switchboard import liveness as module
+from actors.switchboard.connections import Connection, ConnectionTable
 from actors.switchboard.errors import StreamRefusedError
 from actors.switchboard.keeper import Keeper
 from actors.switchboard.link import LinkEnd
-from actors.switchboard.liveness import DOUBT, SIGN_OF_LIFE, Liveness, path_of
+from actors.switchboard.liveness import DOUBT, DOUBT_UNANSWERED, MOVED, SIGN_OF_LIFE, Liveness, path_of
 from actors.switchboard.wire import Acknowledgement, Way
 from protocol.multiaddr import Multiaddr
 from tests.actors.switchboard.support import peer_of
@@ -20,253 +22,293 @@ FAR = Multiaddr("/ip4/127.0.0.1/tcp/4001")  # loopback: what this machine's addr
 
 
 class FakeLink:
-    """What a check uses of a link."""
+    """What is used of a link. Its peer answers after `answers` seconds, or not at all."""
 
-    def __init__(self, connection):
-        self.received = 1000
-        self.connection = connection
-        self.aborted = None
-        self.acknowledged = None
+    def __init__(self, nursery):
+        self.nursery = nursery
+        self.answers = None
+        self.kernel = True  # whether anybody knows of acknowledgements
+        self.acknowledged = 0
         self.outstanding = False
-        self.sent = 1000
+        self.sent = self.received = 1000
+        self.streams = 1
+        self.rtt = None
+        self.asking = False
+        self.asked = 0
+        self.end = None
+        self.session = types.SimpleNamespace(local_gone=False)
 
     def acknowledgement(self):
-        if self.acknowledged is None:
-            return None
-        return Acknowledgement(trio.current_time() - self.acknowledged, outstanding=self.outstanding)
+        return Acknowledgement(0.0, self.outstanding, self.acknowledged) if self.kernel else None
+
+    def ask(self):
+        if not self.asking:
+            self.asking = True
+            self.asked += 1
+            self.send()
+            if self.answers is not None:
+                self.nursery.start_soon(self._answer)
+
+    async def _answer(self):
+        await trio.sleep(self.answers)
+        self.hear()
+
+    def send(self):
+        self.sent += 28
+        self.outstanding = True
+
+    def acknowledge(self):
+        self.acknowledged, self.outstanding = self.sent, False
+
+    def hear(self):
+        self.acknowledge()
+        self.received += 28
+        self.asking = False
 
     def abort(self, code, reason):
-        self.aborted = code, reason
-        self.connection.end = LinkEnd(code, reason)
-        self.connection.ended.set()
-
-
-class FakeConnection:
-    """What a check uses of a connection."""
-
-    path = "direct"
-    relayed = False
-    draining = gone_away = parting = False
-    via = Way("direct", "tcp", FAR, FAR)
-
-    def __init__(self, name, local=FAR, remote=FAR):
-        self.id = name
-        self.peer = peer_of(name)
-        self.local_address = local
-        self.remote_address = remote
-        self.end = None
-        self.ended = trio.Event()
-        self.link = FakeLink(self)
-
-
-class FakeTable(list):
-    """What is used of a table of connections."""
-
-    def gone_away(self, connection, now):
-        connection.gone_away = True
+        self.end = LinkEnd(code, reason)
 
 
 class World:
-    """Connections, and how pings to them go: an awaitable function by the connection's id."""
+    """A table of connections, and its judge."""
 
     def __init__(self, nursery):
+        self.nursery = nursery
         context = types.SimpleNamespace(nursery=nursery, log=loguru.logger, now=trio.current_time)
-        self.connections = FakeTable()
-        self.pings = {}
+        self.table = ConnectionTable(peer_of("us"))
         self.dials = []
-        keeper = Keeper(nursery, self._dial, self._until_lost, trio.current_time, random.Random(1))
-        self.keeper = keeper
-        self.liveness = Liveness(context, keeper, self.connections, self._ping)
+        self.judged = []
+        self.keeper = Keeper(nursery, self._dial, self.table.until_lost, trio.current_time, random.Random(1))
+        self.liveness = Liveness(context, self.keeper, self.table, self._judge)
+
+    def _judge(self, connection):
+        self.judged.append((connection.id, connection.doubted_since is not None))
 
     async def _dial(self, peer):
         self.dials.append((trio.current_time(), peer))
         await trio.lowlevel.checkpoint()
-        if not any(connection.peer == peer for connection in self.connections):
+        if self.table.best(peer) is None:
             raise StreamRefusedError("nobody there")
 
-    async def _until_lost(self, peer):
-        for connection in self.connections:
-            if connection.peer == peer:
-                await connection.ended.wait()
+    def add(self, name, *, peer=None, answers=None, relay=None, local=FAR):
+        via = Way("direct", "tcp", local, FAR)
+        if relay is not None:
+            via = dataclasses.replace(relay.via, path="relayed", relay=relay.peer)
+        now = trio.current_time()
+        made = Connection(name, peer_of(peer or name), True, via, now, 1_000_000.0 + now)
+        made.link = FakeLink(self.nursery)
+        made.link.answers = answers
+        made.link.kernel = relay is None
+        self.table.add(made, now)
+        return made
 
-    async def _ping(self, connection):
-        await self.pings.get(connection.id, trio.sleep_forever)()
-
-    def add(self, name, ping=None):
-        connection = FakeConnection(name)
-        self.connections.append(connection)
-        if ping is not None:
-            self.pings[name] = ping
-        return connection
+    async def pass_time(self, seconds, meanwhile=lambda: None):
+        for _ in range(round(seconds)):
+            await trio.sleep(1)
+            meanwhile()
+            self.liveness.tick()
 
 
 @pytest.fixture
 async def world(nursery):
-    return World(nursery)
+    made = World(nursery)
+    await made.pass_time(1)
+    return made
 
 
-async def answers():
-    await trio.sleep(0.5)
-
-
-async def refuses():
-    await trio.sleep(0.5)
-    raise StreamRefusedError("pings are not for you")
-
-
-async def test_only_what_gives_no_sign_of_life_is_ended(world, autojump_clock):
-    well = world.add("well", answers)
-    silent = world.add("silent")
-    busy = world.add("busy")  # its ping waits behind a lot of data
-    refusing = world.add("refusing")
-
-    async def answered_by_refusal():
-        await trio.sleep(0.5)
-        refusing.link.received += 30
-        raise StreamRefusedError("pings are not for you")
-
-    world.pings["refusing"] = answered_by_refusal
+async def test_after_a_change_of_network_only_what_gives_no_sign_of_life_is_in_doubt_and_nothing_ends(
+    world, autojump_clock
+):
+    well, silent, slow = world.add("well", answers=0.5), world.add("silent"), world.add("slow")
     world.liveness.network_changed()
-    await trio.sleep(1)
-    busy.link.received += 1
-    await trio.sleep(SIGN_OF_LIFE - 1.01)
-    assert silent.link.aborted is None
-    await trio.sleep(0.02)
-    assert silent.link.aborted[0] == "no-sign-of-life"
-    assert "no sign of life" in silent.link.aborted[1]
-    await trio.sleep(60)
-    assert [each.link.aborted for each in (well, busy, refusing)] == [None] * 3
+    await world.pass_time(2)
+    slow.link.acknowledge()  # its answer waits behind a lot of data
+    slow.link.send()
+    await world.pass_time(SIGN_OF_LIFE - 1, slow.link.acknowledge)
+    assert [one.doubted_since is not None for one in (well, silent, slow)] == [False, True, False]
+    slow.link.hear()
+    assert world.judged == [("silent", True)]
+    assert world.table.best(silent.peer) is None
+    await world.pass_time(3600)
+    assert [one.link.end for one in (well, silent, slow)] == [None] * 3
+    assert world.table.drained(trio.current_time()) == []
 
 
-async def test_a_ping_that_cannot_be_sent_proves_nothing_by_itself(world, autojump_clock):
-    async def fails():
-        raise StreamRefusedError("too many streams")
-
-    silent, busy = world.add("silent", fails), world.add("busy", fails)
+async def test_what_was_in_doubt_is_used_again_when_it_lives(world, autojump_clock):
+    connection = world.add("far")
+    connection.link.streams = 0
     world.liveness.network_changed()
-    await trio.sleep(1)
-    busy.link.received += 1
-    await trio.sleep(10)
-    assert silent.link.aborted is not None
-    assert busy.link.aborted is None
+    await world.pass_time(60)
+    assert world.table.best(connection.peer) is None
+    connection.link.hear()
+    await world.pass_time(1)
+    assert world.table.best(connection.peer) is connection
+    assert world.judged == [("far", True), ("far", False)]
+    assert world.table.drained(trio.current_time() + 60) == []
 
 
-async def test_a_peer_whose_kernel_acknowledges_is_alive_however_long_its_answer_waits(world, autojump_clock):
-    slow, dead = world.add("slow"), world.add("dead")
-    dead.link.acknowledged = trio.current_time() - 0.1  # just before the change
+async def test_what_was_replaced_meanwhile_keeps_its_streams_and_takes_no_new_ones(world, autojump_clock):
+    old = world.add("old", peer="far")
     world.liveness.network_changed()
-    await trio.sleep(1)
-    slow.link.acknowledged = trio.current_time()
-    await trio.sleep(60)
-    assert slow.link.aborted is None
-    assert dead.link.aborted is not None
+    await world.pass_time(10)
+    new = world.add("new", peer="far")
+    world.liveness.superseded(world.table.of(new.peer))
+    await world.pass_time(300)
+    assert old.link.end is None
+    old.link.hear()
+    await world.pass_time(300)
+    assert (old.doubted_since, old.link.end) == (None, None)
+    assert world.table.best(new.peer) is new
+    old.link.streams = 0
+    assert old in world.table.drained(trio.current_time() + 60)
 
 
-async def test_what_is_relayed_depends_on_the_connection_to_the_relay_alone(world, autojump_clock):
-    relayed = world.add("far")
-    relayed.relayed, relayed.path = True, "relayed"
-    world.liveness.network_changed()
-    await trio.sleep(60)
-    assert relayed.link.aborted is None
-    relayed.draining = True
-    world.liveness.superseded([relayed])
-    await trio.sleep(9.9)
-    assert relayed.link.aborted is None
-    await trio.sleep(0.2)
-    assert relayed.link.aborted is not None
+async def test_what_is_relayed_shares_the_fate_of_the_connection_to_its_relay(world, autojump_clock):
+    relay, other = world.add("relay"), world.add("relay too", local=Multiaddr("/ip4/127.0.0.1/tcp/4002"))
+    far, near = world.add("far", relay=relay), world.add("near", relay=other)
+    far.link.answers = 0.5
+    relay.link.send()
+    await world.pass_time(DOUBT + 2)
+    assert [one.doubted_since is not None for one in (relay, far, other, near)] == [True, True, False, False]
+    relay.link.hear()
+    await world.pass_time(3)
+    assert [one.doubted_since is not None for one in (relay, far)] == [False, False]
+    assert world.table.best(far.peer) is far
 
 
-async def ticks(world, seconds):
-    for _ in range(seconds):
-        await trio.sleep(1)
-        world.liveness.tick()
+async def test_a_peer_behind_a_relay_that_does_not_answer_is_in_doubt_though_the_relay_lives(world, autojump_clock):
+    relay = world.add("relay")
+    far, idle = world.add("far", relay=relay), world.add("idle", relay=relay)
+    await world.pass_time(1)
+    far.link.send()
+    await world.pass_time(2)
+    assert far.link.asked == 1
+    await world.pass_time(DOUBT_UNANSWERED)
+    assert [one.doubted_since is not None for one in (relay, far, idle)] == [False, True, False]
+    assert idle.link.asked == 0
 
 
 async def test_new_streams_go_another_way_where_nothing_is_acknowledged(world, autojump_clock):
-    relay, well, far = world.add("relay"), world.add("well"), world.add("far")
-    far.relayed, far.path = True, "relayed"
-    far.via = dataclasses.replace(far.via, path="relayed", relay=relay.peer)
-    idle = world.add("idle")
-    for each in (relay, well, idle):
-        each.link.acknowledged = trio.current_time()
-    await ticks(world, 100)  # long since nothing had to be acknowledged
-    for each in (relay, well):
-        each.link.sent += 1
-        each.link.outstanding = True
-    began = trio.current_time()
-    while not relay.gone_away:
-        well.link.acknowledged = trio.current_time()  # there is always something outstanding, but it goes on
-        assert trio.current_time() - began < DOUBT + 2.1
-        await ticks(world, 1)
-    assert trio.current_time() - began >= DOUBT
-    assert far.gone_away
-    well.link.outstanding = False
-    await ticks(world, 60)
-    assert not well.gone_away
-    assert not idle.gone_away
-    assert [each.link.aborted for each in world.connections] == [None] * 4
+    silent, well, idle = world.add("silent"), world.add("well"), world.add("idle")
+    await world.pass_time(100)
+    for each in (silent, well):
+        each.link.send()
+
+    def goes_on():  # there is always something outstanding, but it goes on
+        well.link.acknowledged += 1
+
+    await world.pass_time(DOUBT, goes_on)
+    assert silent.doubted_since is None
+    await world.pass_time(2, goes_on)
+    assert silent.doubted_since is not None
+    well.link.acknowledge()
+    await world.pass_time(60)
+    assert [one.doubted_since for one in (well, idle)] == [None, None]
 
 
-async def test_an_acknowledgement_ends_the_doubt(world, autojump_clock):
-    connection = world.add("slow")
-    connection.link.acknowledged = trio.current_time()
-    connection.link.sent += 1
-    connection.link.outstanding = True
-    for _ in range(20):
-        await ticks(world, 3)
-        connection.link.acknowledged = trio.current_time()
-    assert not connection.gone_away
+async def test_words_of_the_peers_do_not_show_that_ours_arrive(world, autojump_clock):
+    connection = world.add("half")
+    connection.link.send()
+
+    def says_something():
+        connection.link.received += 100
+
+    await world.pass_time(DOUBT + 2, says_something)
+    assert connection.doubted_since is not None
+    await world.pass_time(60, says_something)
+    assert connection.doubted_since is not None
+
+
+async def test_time_in_which_this_process_did_not_run_counts_for_nothing(world, autojump_clock):
+    connection = world.add("far")
+    connection.link.send()
+    await world.pass_time(2)
+    await trio.sleep(3600)
+    world.liveness.tick()
+    assert connection.doubted_since is None
+    await world.pass_time(DOUBT - 1)
+    assert connection.doubted_since is None
+    await world.pass_time(2)
+    assert connection.doubted_since is not None
 
 
 async def test_another_change_asks_anew(world, autojump_clock):
     connection = world.add("silent")
     world.liveness.network_changed()
-    await trio.sleep(2)
+    await world.pass_time(2)
     world.liveness.network_changed()
-    await trio.sleep(2)
-    assert connection.link.aborted is None
-    await trio.sleep(1.01)
-    assert connection.link.aborted is not None
+    await world.pass_time(1)
+    assert connection.doubted_since is None
+    await world.pass_time(2)
+    assert connection.doubted_since is not None
 
 
-async def test_only_connections_that_were_superseded_are_asked_when_another_one_comes(world, autojump_clock):
-    new, old, well = world.add("new"), world.add("old"), world.add("well", answers)
-    old.draining = well.draining = True
-    world.liveness.superseded([new, old, well])
-    await trio.sleep(2)
-    world.liveness.superseded([new, old, well])  # does not begin anew
-    await trio.sleep(SIGN_OF_LIFE - 1.99)
-    assert old.link.aborted is not None
-    assert "another connection" in old.link.aborted[1]
-    await trio.sleep(60)
-    assert new.link.aborted is None
-    assert well.link.aborted is None
+async def test_a_direct_connection_whose_peer_comes_through_a_relay_is_doubted_and_not_ended(world, autojump_clock):
+    direct = world.add("direct", peer="far")
+    relay = world.add("relay", answers=0.1)
+    await world.pass_time(10)
+    relayed = world.add("relayed", peer="far", relay=relay)
+    assert relayed.draining  # outbound: nothing is concluded from it
+    came = dataclasses.replace(relayed.via)
+    inbound = Connection("inbound", direct.peer, False, came, trio.current_time(), 0.0)
+    inbound.link = FakeLink(world.nursery)
+    inbound.link.answers, inbound.link.kernel = 0.1, False
+    world.table.add(inbound, trio.current_time())
+    await world.pass_time(SIGN_OF_LIFE + 1)
+    assert direct.doubted_since is not None
+    assert direct.link.end is None
+    assert world.table.best(direct.peer) in (inbound, relayed)
+    direct.link.hear()
+    await world.pass_time(1)
+    assert world.table.best(direct.peer) is direct
 
 
-async def test_needed_peers_are_dialled_at_once(world, nursery, autojump_clock):
+async def test_an_address_that_is_gone_ends_a_connection_only_if_it_stays_away(world, autojump_clock, monkeypatch):
+    where = {"lost": "moved", "back": "moved", "alone": "moved"}
+    monkeypatch.setattr(module, "path_of", lambda connection: where.get(connection.id, "unknown"))
+    lost, back, alone = (world.add(name) for name in where)
+    world.liveness.network_changed()
+    assert all(one.doubted_since is not None for one in (lost, back, alone))
+    for one in (lost, back):
+        world.add(f"new {one.id}", peer=one.id, answers=0.1)
+    await world.pass_time(60)
+    where["back"] = "unknown"
+    world.liveness.network_changed()
+    back.link.hear()
+    await world.pass_time(MOVED - 61)
+    assert lost.link.end is None
+    await world.pass_time(3)
+    assert lost.link.end.code == "address-lost"
+    await world.pass_time(600)
+    assert (back.link.end, alone.link.end) == (None, None)
+    assert back.doubted_since is None
+
+
+async def test_needed_peers_are_dialled_at_once(world, autojump_clock):
     missing, dead = peer_of("missing"), world.add("dead")
     world.keeper.need("test", missing)
     world.keeper.need("test", dead.peer)
-    await trio.sleep(3600)
+    await world.pass_time(3600)
     world.dials.clear()
     began = trio.current_time()
     world.liveness.network_changed()
     await trio.sleep(0.1)
     assert [(round(when - began, 1), peer) for when, peer in world.dials] == [(0.0, missing)]
-    await trio.sleep(SIGN_OF_LIFE)
-    assert any(peer == dead.peer and when - began < SIGN_OF_LIFE + 0.1 for when, peer in world.dials)
+    await world.pass_time(SIGN_OF_LIFE + 1)
+    assert any(peer == dead.peer and when - began < SIGN_OF_LIFE + 1.1 for when, peer in world.dials)
     world.keeper.release_all("test")
 
 
-async def test_a_dead_connection_is_dialled_anew_at_once_even_if_it_was_young(world, autojump_clock):
-    dead = world.add("dead")
-    world.keeper.need("test", dead.peer)
-    await trio.sleep(1)
-    world.dials.clear()
+async def test_silent_connections_of_a_peer_make_room_for_new_ones(world, autojump_clock):
+    silent = [world.add(f"silent {n}", peer="far") for n in range(3)]
     world.liveness.network_changed()
-    await trio.sleep(SIGN_OF_LIFE + 0.01)
-    assert len(world.dials) >= 1
-    world.keeper.release_all("test")
+    await world.pass_time(SIGN_OF_LIFE + 1)
+    assert all(one.doubted_since is not None for one in silent)
+    assert world.table.make_room(silent[0].peer) is None
+    world.add("living", peer="far", answers=0.1)
+    assert world.table.make_room(silent[0].peer) is silent[0]
+    silent[0].link.abort("superseded", "")
+    world.table.check_room(silent[0].peer)
 
 
 def test_what_addresses_and_routes_tell(natlab):
@@ -276,9 +318,8 @@ def test_what_addresses_and_routes_tell(natlab):
     old = host.address
 
     def path():
-        made_at_home = FakeConnection(
-            "server", Multiaddr(f"/ip4/{old}/tcp/40000"), Multiaddr(f"/ip4/{server.address}/tcp/4001")
-        )
+        via = Way("direct", "tcp", Multiaddr(f"/ip4/{old}/tcp/40000"), Multiaddr(f"/ip4/{server.address}/tcp/4001"))
+        made_at_home = Connection("server", peer_of("server"), True, via, 0.0, 0.0)
         with host.enter():
             return path_of(made_at_home)
 
