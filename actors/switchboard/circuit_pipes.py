@@ -14,7 +14,7 @@ import trio
 from actors.reactor import Reactor
 from actors.switchboard.circuits import CircuitEnd
 from actors.switchboard.connections import Connection
-from actors.switchboard.errors import CircuitCutError, RelayRefusedError
+from actors.switchboard.errors import CircuitCutError, CircuitLostError, RelayRefusedError
 from actors.switchboard.wire import Way, Wire
 from protocol import multistream
 from protocol.circuit.hop_client import ConnectClient
@@ -40,6 +40,11 @@ _REFUSALS = {
 
 
 _ENDED_BY_RELAY = frozenset((ResetCode.SHUTDOWN, ResetCode.CONNECTION_LOST))
+
+
+def _broken(error: CircuitCutError) -> OSError:
+    """The error as one of a pipe; a way that was lost is not the peer's doing."""
+    return (ConnectionAbortedError if isinstance(error, CircuitLostError) else ConnectionResetError)(str(error))
 
 
 class CircuitPipe:
@@ -68,7 +73,7 @@ class CircuitPipe:
         try:
             return await self._held().receive()
         except CircuitCutError as error:
-            raise self._broken(error) from error
+            raise _broken(error) from error
 
     async def send(self, data: bytes) -> None:
         """See `Pipe`."""
@@ -76,7 +81,7 @@ class CircuitPipe:
         try:
             self._held().push(data)
         except CircuitCutError as error:
-            raise self._broken(error) from error
+            raise _broken(error) from error
 
     def detach(self, reactor: Reactor) -> Wire:
         """See `Pipe`."""
@@ -88,11 +93,6 @@ class CircuitPipe:
         end, self._end = self._end, None
         if end is not None:
             end.close()
-
-    def _broken(self, error: CircuitCutError) -> OSError:
-        """The error as one of a pipe: if the way to the relay is gone, that is not the peer's doing."""
-        kind = ConnectionResetError if self._connection.link.end is None else ConnectionAbortedError
-        return kind(str(error))
 
     def _held(self) -> CircuitEnd:
         if self._end is None:

@@ -29,7 +29,7 @@ import trio
 
 from actors.reactor import READ, WRITE, Timer
 from actors.switchboard.channel import Channel
-from actors.switchboard.errors import CircuitCutError
+from actors.switchboard.errors import CircuitCutError, CircuitLostError
 from actors.switchboard.wire import Acknowledgement
 from protocol.errors import PeerupError
 from protocol.stream_descriptor import ResetCode
@@ -282,7 +282,7 @@ class CircuitEnd:
         self._queue.clear()
         self._queued = 0
         if self._cut is None:
-            self._cut = CircuitCutError(self._words(code))
+            self._cut = (CircuitLostError if code == ResetCode.CONNECTION_LOST else CircuitCutError)(self._words(code))
         if self._ready is None:
             self._tell()
         elif not self._closed:

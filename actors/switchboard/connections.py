@@ -42,7 +42,7 @@ from protocol.reservations import guest_share
 
 SIMULTANEOUS = 5.0
 """Seconds within which two connections count as one accident. Longer than any dial takes to notice the other's."""
-HUNG_UP = frozenset(("remote-close", "remote-go-away", "connection-lost"))
+HUNG_UP = frozenset(("remote-close", "remote-go-away", "connection-lost", "circuit-cut"))
 """How a connection that we made looks when the peer ended it."""
 LINGER = 1.0
 """Seconds without a stream before a drained connection is closed: more than a round trip, for streams on their way."""

@@ -84,6 +84,12 @@ class CircuitCutError(ConnectionLostError):
     code: ClassVar[str] = "circuit-cut"
 
 
+class CircuitLostError(CircuitCutError):
+    """A circuit has ended because one of the connections that it ran over has: the peer itself has said nothing."""
+
+    code: ClassVar[str] = "circuit-lost"
+
+
 class RelayRefusedError(SwitchboardError):
     """A relay refused a circuit, or is none. The reason has its status and what it said."""
 

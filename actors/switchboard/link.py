@@ -221,6 +221,7 @@ class Link:
         self._looked_at = now
         self._next_look = self._interval
         self._seen = (self.received, 0, 0)  # bytes received, acknowledged, taken by the wire, at the last look
+        self._waits = False  # for a word or an acknowledgement, at the last look
         self._silent = self._stuck = 0.0  # seconds without progress while we wait to hear, and to send
         self._measured = 0  # bytes both ways when the last ping was sent
         self._ping_value = 0
@@ -718,6 +719,10 @@ class Link:
         self._measured = self.sent + self.received
         self.session.ping(self._ping_value)
         self.plan_flush()
+        if self._next_look > LOOK:
+            self._timer.cancel()
+            self._next_look = self._clock() - self._looked_at + LOOK
+            self._timer = self.reactor.call_later(LOOK, self._tick)
 
     def _ask(self, value: int) -> None:
         self.session.ping(value)
@@ -731,8 +736,9 @@ class Link:
         told = self._wire.acknowledgement()
         self._seen = (self.received, 0 if told is None else told.acknowledged, self.sent)
         progress = self._seen[1] > acknowledged
-        waits = self._ping_at is not None
-        self._silent = self._silent + passed if waits and self.received == received and not progress else 0.0
+        waited, self._waits = self._waits, self._ping_at is not None or (told is not None and told.outstanding)
+        silent = waited and self._waits and self.received == received and not progress
+        self._silent = self._silent + passed if silent else 0.0
         stuck = self._unsent is not None and self.sent == sent and not progress
         self._stuck = self._stuck + passed if stuck else 0.0
         limit = self._patience.silence
@@ -746,10 +752,10 @@ class Link:
             return
         # A ping that nothing has been heard after is on its way, or TCP sends it again: another one would say no more.
         heard = self._ping_at is None or self._now > self._ping_at
-        much = not waits and self.sent + self.received - self._measured > MUCH
+        much = self._ping_at is None and self.sent + self.received - self._measured > MUCH
         if much or (heard and now - self._now >= self._interval):
             self._ping()
-        if self._ping_at is None and self._unsent is None:
+        if not self._waits and self._ping_at is None and self._unsent is None:
             self._next_look = max(LOOK, self._now + self._interval - now)
         else:
             self._next_look = min(LOOK, limit / 4)

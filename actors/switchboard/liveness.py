@@ -105,6 +105,7 @@ class _Watched:
     since: float | None = None
     deadline: float | None = None  # of a sign of life that was asked for
     why: str = ""
+    word: bool = False  # only a word of the peer's counts until then
 
 
 class Liveness:
@@ -125,7 +126,8 @@ class Liveness:
         self._watched: dict[Connection, _Watched] = {}
         self._moved: dict[Connection, float] = {}
         self._looked_at = context.now()
-        table.on_doubt = lambda connection: self._expect(connection, "its peer came through a relay")
+        # Somebody on the way may acknowledge, while the peer knows better and comes another way.
+        table.on_doubt = lambda connection: self._expect(connection, "its peer came through a relay", word=True)
 
     async def follow(self) -> None:
         """Ask the monitor to tell of changes; when it is not there, ActorUp says when to call this again."""
@@ -196,7 +198,8 @@ class Liveness:
         if watched is None:
             watched = self._watched[connection] = _Watched(signs)
         before, watched.signs = watched.signs, signs
-        if signs.shows_life_since(before):
+        silent = watched.word and watched.deadline is not None and signs.received == before.received
+        if not silent and signs.shows_life_since(before):
             watched.since = now if signs.outstanding or signs.asking else None
             watched.deadline = None
             self._trust(connection)
@@ -219,7 +222,7 @@ class Liveness:
             what = "nothing that is sent is acknowledged" if signs.outstanding else "nobody answers"
             self._doubt(connection, what)
 
-    def _expect(self, connection: Connection, why: str) -> None:
+    def _expect(self, connection: Connection, why: str, *, word: bool = False) -> None:
         """Have it show that it lives, soon."""
         if connection.end is not None:
             return
@@ -227,6 +230,7 @@ class Liveness:
         if connection.doubted_since is None:
             watched = self._watched[connection] = _Watched(_signs(connection))
             watched.deadline, watched.why = self._context.now() + _patience(connection), why
+            watched.word = word
 
     def _doubt(self, connection: Connection, why: str) -> None:
         """Let new streams go another way; what runs goes on if the connection lives after all."""
@@ -235,6 +239,7 @@ class Liveness:
         watched.since = watched.deadline = None
         if not self._table.doubt(connection, now):
             return
+        connection.link.ask()  # whatever answers shows that it lives
         self._context.log.info("the connection to {} is in doubt, and new streams avoid it: {}", connection.peer, why)
         self._judged(connection)
         for other in self._table:

@@ -185,23 +185,37 @@ def ways(laptop: Peerup) -> dict[str, tuple[Callable[[], None], Callable[[], Non
     }
 
 
-def measure(way: str, seconds: float, directory: Path) -> dict[str, str]:
-    """One network, one silence: what became of each stream."""
+def measure(
+    way: str,
+    seconds: float,
+    directory: Path,
+    *,
+    ssh: bool = True,
+    prepare: Callable[[Pair], None] = lambda _: None,
+    finish: Callable[[Pair], None] = lambda _: None,
+) -> dict[str, str]:
+    """One network, one silence: what became of each stream. Without `ssh` there is none beside ours.
+
+    `prepare` is called before the nodes start, `finish` when all is over.
+    """
     with Lab() as lab, contextlib.ExitStack() as stack:
         relay = Peerup(lab.host("relay", link=lab.link(delay=0.02)), directory / "relay")
         relay.serve_as_relay()
         nat = lab.nat("laptop-nat", PORT_RESTRICTED)
         laptop = Peerup(lab.host("laptop", behind=nat, link=lab.link(delay=0.005)), directory / "laptop")
         home = Peerup(lab.host("home", behind=lab.nat("home-nat", SYMMETRIC)), directory / "home")
-        pair = stack.enter_context(running(Pair(laptop, home, [relay])))
+        made = Pair(laptop, home, [relay])
+        prepare(made)
+        pair = stack.enter_context(running(made))
         echo = Echo(relay.host)
         stack.callback(echo.close)
         relay("service", "add", "echo", echo.address)
         laptop("names", "add", "office", relay.peer_id, "--address", relay_address(relay))
         addresses = {"direct": laptop.proxy("office", "echo"), "relayed": laptop.proxy("home", "echo")}
-        ssh = directory / "ssh"
-        ssh.mkdir()
-        addresses["ssh -L"] = stack.enter_context(ssh_forward(ssh, relay.host, laptop.host, echo.address))
+        if ssh:
+            (directory / "ssh").mkdir()
+            forward = ssh_forward(directory / "ssh", relay.host, laptop.host, echo.address)
+            addresses["ssh -L"] = stack.enter_context(forward)
         for address in addresses.values():
             wait_for(lambda address=address: pair.greeting(address, 5), "a first connection", 60)  # type: ignore[misc]
         streams = [
@@ -217,7 +231,9 @@ def measure(way: str, seconds: float, directory: Path) -> dict[str, str]:
         for stream in streams:
             stream.mended()
         until = time.monotonic() + AFTER + 5
-        return {f"{each.kind}, {'busy' if each.busy else 'idle'}": each.result(until) for each in streams}
+        result = {f"{each.kind}, {'busy' if each.busy else 'idle'}": each.result(until) for each in streams}
+        finish(pair)
+        return result
 
 
 def main() -> None:

@@ -166,11 +166,12 @@ async def test_what_was_replaced_meanwhile_keeps_its_streams_and_takes_no_new_on
 async def test_what_is_relayed_shares_the_fate_of_the_connection_to_its_relay(world, autojump_clock):
     relay, other = world.add("relay"), world.add("relay too", local=Multiaddr("/ip4/127.0.0.1/tcp/4002"))
     far, near = world.add("far", relay=relay), world.add("near", relay=other)
-    far.link.answers = 0.5
     relay.link.send()
     await world.pass_time(DOUBT + 2)
     assert [one.doubted_since is not None for one in (relay, far, other, near)] == [True, True, False, False]
+    assert far.link.asking
     relay.link.hear()
+    far.link.hear()
     await world.pass_time(3)
     assert [one.doubted_since is not None for one in (relay, far)] == [False, False]
     assert world.table.best(far.peer) is far
