@@ -124,6 +124,31 @@ class Patience:
     silence: float = DEFAULT_SILENCE
 
 
+class _Vigil:
+    """What a link has seen of its peer at the last look.
+
+    Attributes:
+        interval: seconds of silence after which it asks for a word.
+        looked_at: when that was; `next_look` is how many seconds later the next one is planned.
+        seen: bytes received, acknowledged, and taken by the wire.
+        waits: for a word or an acknowledgement.
+        silent, stuck: seconds without progress while it waits to hear, and to send.
+        measured: bytes both ways when the last ping was sent.
+    """
+
+    __slots__ = ("interval", "looked_at", "measured", "next_look", "seen", "silent", "stuck", "waits")
+
+    def __init__(self, received: int, now: float, wire: Wire, role: Role) -> None:
+        interval = KEEPALIVE_INTERVAL_RELAYED if wire.depth else KEEPALIVE_INTERVAL
+        self.interval = interval + (KEEPALIVE_GRACE if role is Role.SERVER else 0.0)
+        self.looked_at = now
+        self.next_look = self.interval
+        self.seen = received, 0, 0
+        self.waits = False
+        self.silent = self.stuck = 0.0
+        self.measured = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class LinkEnd:
     """Why a link ended.
@@ -215,22 +240,14 @@ class Link:
         self._unsent_buffer: memoryview | None = None
         self._now = now  # when the last bytes came
         self._patience = Patience() if patience is None else patience
-        self._interval = KEEPALIVE_INTERVAL_RELAYED if wire.depth else KEEPALIVE_INTERVAL
-        if role is Role.SERVER:
-            self._interval += KEEPALIVE_GRACE
-        self._looked_at = now
-        self._next_look = self._interval
-        self._seen = (self.received, 0, 0)  # bytes received, acknowledged, taken by the wire, at the last look
-        self._waits = False  # for a word or an acknowledgement, at the last look
-        self._silent = self._stuck = 0.0  # seconds without progress while we wait to hear, and to send
-        self._measured = 0  # bytes both ways when the last ping was sent
+        self._vigil = _Vigil(self.received, now, wire, role)
         self._ping_value = 0
         self._ping_at: float | None = None
         self._confirmations = Confirmations(reactor, self._ask, lambda: self.session.ends)
         self._closing: Closing | None = None
         self._shut = False  # nothing is sent any more
         wire.start(self._wire_ready, self._take, self._failed)
-        self._timer: Timer = reactor.call_later(self._next_look, self._tick)
+        self._timer: Timer = reactor.call_later(self._vigil.interval, self._tick)
         self._ping()
         self._losing = False  # the wire broke; what it holds is yet to be read
         self._unopened = bool(received or plaintext)
@@ -716,12 +733,13 @@ class Link:
     def _ping(self) -> None:
         self._ping_value = (self._ping_value + 1) & 0xFFFF_FFFF
         self._ping_at = self._clock()
-        self._measured = self.sent + self.received
+        vigil = self._vigil
+        vigil.measured = self.sent + self.received
         self.session.ping(self._ping_value)
         self.plan_flush()
-        if self._next_look > LOOK:
+        if vigil.next_look > LOOK:
             self._timer.cancel()
-            self._next_look = self._clock() - self._looked_at + LOOK
+            vigil.next_look = self._clock() - vigil.looked_at + LOOK
             self._timer = self.reactor.call_later(LOOK, self._tick)
 
     def _ask(self, value: int) -> None:
@@ -729,37 +747,37 @@ class Link:
         self.plan_flush()
 
     def _tick(self) -> None:
-        now = self._clock()
+        now, vigil = self._clock(), self._vigil
         # What is more than was planned is time in which this process did not run.
-        passed, self._looked_at = min(now - self._looked_at, 2 * self._next_look), now
-        received, acknowledged, sent = self._seen
+        passed, vigil.looked_at = min(now - vigil.looked_at, 2 * vigil.next_look), now
+        received, acknowledged, sent = vigil.seen
         told = self._wire.acknowledgement()
-        self._seen = (self.received, 0 if told is None else told.acknowledged, self.sent)
-        progress = self._seen[1] > acknowledged
-        waited, self._waits = self._waits, self._ping_at is not None or (told is not None and told.outstanding)
-        silent = waited and self._waits and self.received == received and not progress
-        self._silent = self._silent + passed if silent else 0.0
+        vigil.seen = (self.received, 0 if told is None else told.acknowledged, self.sent)
+        progress = vigil.seen[1] > acknowledged
+        waited, vigil.waits = vigil.waits, self._ping_at is not None or (told is not None and told.outstanding)
+        silent = waited and vigil.waits and self.received == received and not progress
+        vigil.silent = vigil.silent + passed if silent else 0.0
         stuck = self._unsent is not None and self.sent == sent and not progress
-        self._stuck = self._stuck + passed if stuck else 0.0
+        vigil.stuck = vigil.stuck + passed if stuck else 0.0
         limit = self._patience.silence
-        if self._silent >= limit:
+        if vigil.silent >= limit:
             reason = f"the peer has been silent for {limit:g} s"
             self._finish(LinkEnd("keepalive-timeout", reason), ResetCode.CONNECTION_LOST, None)
             return
-        if self._stuck >= limit:
+        if vigil.stuck >= limit:
             reason = f"the peer has taken no bytes for {limit:g} s"
             self._finish(LinkEnd("send-timeout", reason), ResetCode.CONNECTION_LOST, None)
             return
         # A ping that nothing has been heard after is on its way, or TCP sends it again: another one would say no more.
         heard = self._ping_at is None or self._now > self._ping_at
-        much = self._ping_at is None and self.sent + self.received - self._measured > MUCH
-        if much or (heard and now - self._now >= self._interval):
+        much = self._ping_at is None and self.sent + self.received - vigil.measured > MUCH
+        if much or (heard and now - self._now >= vigil.interval):
             self._ping()
-        if not self._waits and self._ping_at is None and self._unsent is None:
-            self._next_look = max(LOOK, self._now + self._interval - now)
+        if not vigil.waits and self._ping_at is None and self._unsent is None:
+            vigil.next_look = max(LOOK, self._now + vigil.interval - now)
         else:
-            self._next_look = min(LOOK, limit / 4)
-        self._timer = self.reactor.call_later(self._next_look, self._tick)
+            vigil.next_look = min(LOOK, limit / 4)
+        self._timer = self.reactor.call_later(vigil.next_look, self._tick)
 
     def _failed(self, error: Exception) -> None:
         if isinstance(error, DefectError):
