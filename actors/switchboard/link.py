@@ -771,6 +771,7 @@ class Link:
         # A ping that nothing has been heard after is on its way, or TCP sends it again: another one would say no more.
         heard = self._ping_at is None or self._now > self._ping_at
         much = self._ping_at is None and self.sent + self.received - vigil.measured > MUCH
+        vigil.next_look = 0.0  # it is planned below
         if much or (heard and now - self._now >= vigil.interval):
             self._ping()
         if not vigil.waits and self._ping_at is None and self._unsent is None:
