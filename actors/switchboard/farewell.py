@@ -4,7 +4,9 @@ Theory of operation. Clients are told by yamux's go away on their connections. B
 then; peerup nodes do so, ask for nothing more here, and close what runs through this relay as soon as it carries
 nothing (`actors.switchboard.departures`). Other implementations end the whole connection (go-libp2p, rust-libp2p) or
 reset all of its streams (js-libp2p). So a peer that is no peerup node, or has not said yet what it is, is told only
-when no stream is open on its connection any more. Until then it hears it when it asks for something.
+when no stream is open on its connection any more. Until then it hears it when it asks for something. A peerup node is
+known by a protocol that nothing else serves (`PROOF`), and not by its agent version, which anybody may choose: the
+agents of other programs begin with `peerup/`, too.
 
 Who was connected when it began is told; who comes later is told when it asks. Else a client that dials again
 whenever it is told would be told again and again.
@@ -22,6 +24,7 @@ from typing import Final
 from actors.switchboard.connections import Connection, ConnectionTable
 from actors.switchboard.protocols import CancellableTimer
 from protocol.peer_id import PeerId
+from protocol.protocol_ids import DELIVERY
 from protocol.reservations import Circuit
 
 LOOK: Final = 0.25
@@ -35,8 +38,9 @@ TRICKLE: Final = 2048
 """Bytes, both ways together, that keepalives may take in this time: js-libp2p pings every ten seconds, with a stream
 for each, which is some hundred bytes."""
 
-OURS: Final = "peerup/"
-"""How the agent version of a peerup node begins."""
+PROOF: Final = DELIVERY
+"""A protocol that every peerup node serves to every peer, and no other program. Those of our nodes that are too old to
+serve it are treated like others, which does no harm."""
 
 
 class Farewell:
@@ -114,4 +118,4 @@ class Farewell:
 def _stays(connection: Connection) -> bool:
     """Whether a go away ends nothing that runs on this connection."""
     told = connection.identification
-    return told is not None and (told.agent_version or "").startswith(OURS)
+    return told is not None and PROOF in told.protocols

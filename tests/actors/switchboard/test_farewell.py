@@ -2,12 +2,19 @@
 
 import types
 
-from actors.switchboard.farewell import IDLE, LOOK, TRICKLE, Farewell
+from actors.switchboard.farewell import IDLE, LOOK, PROOF, TRICKLE, Farewell
 from protocol.identify import Identification
 from protocol.stream_descriptor import ResetCode
 from tests.actors.dataplane import until
 from tests.actors.switchboard.relay_world import relaying, rules
 from tests.actors.switchboard.support import peer_of
+
+OURS, FOREIGN = (PROOF, "/ipfs/ping/1.0.0"), ("/ipfs/ping/1.0.0",)
+"""What identify tells of a peerup node, and of another program, whose agent may well begin with `peerup/`."""
+
+
+def told(protocols):
+    return Identification(agent_version="peerup/1.0", protocols=protocols)
 
 
 class World:
@@ -20,11 +27,11 @@ class World:
         self.cut = []
         self.timers = []
 
-    def connection(self, name, agent, *, relayed=False):
+    def connection(self, name, protocols, *, relayed=False):
         made = types.SimpleNamespace(
             peer=peer_of(name),
             relayed=relayed,
-            identification=None if agent is None else types.SimpleNamespace(agent_version=agent),
+            identification=None if protocols is None else told(protocols),
             link=types.SimpleNamespace(streams=0, end=None),
             parting=False,
         )
@@ -76,16 +83,16 @@ class World:
 def test_our_nodes_are_told_at_once_and_others_when_nothing_would_break():
     world = World()
     ours, foreign, silent = (
-        world.connection(name, agent) for name, agent in (("a", "peerup/1.0"), ("b", "go-libp2p/0.40"), ("c", None))
+        world.connection(name, protocols) for name, protocols in (("a", OURS), ("b", FOREIGN), ("c", None))
     )
-    elsewhere = world.connection("d", "peerup/1.0", relayed=True)
+    elsewhere = world.connection("d", OURS, relayed=True)
     for each in (ours, foreign, silent):
         each.link.streams = 1
     world.begin()
     assert ours.parting
     assert not foreign.parting
     assert not silent.parting
-    silent.identification = types.SimpleNamespace(agent_version="peerup/1.1")  # it was only slow
+    silent.identification = told(OURS)  # it was only slow
     foreign.link.streams = 0
     world.sleep(LOOK)
     assert silent.parting
@@ -95,11 +102,11 @@ def test_our_nodes_are_told_at_once_and_others_when_nothing_would_break():
 
 def test_who_comes_later_is_not_told_and_who_has_gone_is_forgotten():
     world = World()
-    gone = world.connection("gone", "go-libp2p")
+    gone = world.connection("gone", FOREIGN)
     gone.link.streams = 1
     world.begin()
     gone.link.end, gone.link.streams = "lost", 0
-    late = world.connection("late", "peerup/1.0")
+    late = world.connection("late", OURS)
     world.sleep(10 * LOOK)
     assert not gone.parting
     assert not late.parting
@@ -107,7 +114,7 @@ def test_who_comes_later_is_not_told_and_who_has_gone_is_forgotten():
 
 def test_a_circuit_of_others_is_cut_when_it_has_been_silent_for_some_time():
     world = World()
-    a, b = world.connection("a", "go-libp2p"), world.connection("b", "js-libp2p")
+    a, b = world.connection("a", FOREIGN), world.connection("b", FOREIGN)
     a.link.streams = b.link.streams = 2
     silent, pinging, busy, slow = (world.circuit(a, b) for _ in range(4))
     world.begin()
@@ -129,7 +136,7 @@ def test_a_circuit_of_others_is_cut_when_it_has_been_silent_for_some_time():
 
 def test_a_circuit_of_our_nodes_is_theirs_to_close():
     world = World()
-    ours, foreign = world.connection("a", "peerup/1.0"), world.connection("b", "go-libp2p")
+    ours, foreign = world.connection("a", OURS), world.connection("b", FOREIGN)
     ours.link.streams = foreign.link.streams = 1
     circuit = world.circuit(foreign, ours)
     world.begin()
@@ -158,9 +165,9 @@ def test_it_can_be_ended_also_by_what_a_cut_leads_to():
 # ---- with the relay's room and real links
 
 
-def identify(peer, agent):
+def identify(peer, protocols):
     for connection in peer.connections:
-        connection.identification = Identification(agent_version=agent)
+        connection.identification = told(protocols)
 
 
 async def test_a_drain_is_said_on_the_wire_and_open_circuits_go_on():
@@ -168,7 +175,8 @@ async def test_a_drain_is_said_on_the_wire_and_open_circuits_go_on():
         home, laptop = world.connect("home"), world.connect("laptop")
         assert (await home.reserve()).grant is not None
         near, far = await laptop.circuit(home)
-        identify(home, "peerup/1.0")
+        identify(home, OURS)
+        identify(laptop, FOREIGN)
         drained = []
         world.room.drain(lambda: drained.append(True))
         await until(lambda: home.links[0].session.remote_gone, "go away")

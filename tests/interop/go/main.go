@@ -32,7 +32,8 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
 )
 
-const agent = "peerup-interop-go"
+// As the other program of that name says it; nothing may be concluded from it.
+const agent = "peerup/0.4.1"
 
 type request struct {
 	ID        int     `json:"id"`

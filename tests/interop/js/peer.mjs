@@ -23,7 +23,8 @@ import { describeCircuit, reserve, serveRelay } from './relay.mjs'
 import { exchange, newProgress, serve } from './streams.mjs'
 import { webSocketOptions, webSocketTransport } from './websocket.mjs'
 
-const AGENT = 'peerup-interop-js'
+// As programs on js-libp2p say it.
+const AGENT = 'js-libp2p/3.3.0 node/24.9.0'
 const { values: options } = parseArgs({
   options: {
     key: { type: 'string', default: 'ed25519' },

@@ -17,7 +17,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
 
-const AGENT: &str = "peerup-interop-rust";
+/// As programs on rust-libp2p say it.
+const AGENT: &str = "rust-libp2p/0.57.0";
 const LONG: Duration = Duration::from_secs(24 * 3600);
 const MANY: usize = 1000;
 
