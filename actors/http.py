@@ -10,6 +10,11 @@ its answer, begin again while both sides keep the connection alive. Three kinds 
 - :class:`Upgrade`: `101 Switching Protocols`, after which the bare stream, and the bytes that the client sent
   too early, belong to the upgrade's own function. The stream is closed when that function returns.
 
+Who waits holds no place. A connection without a request under way (idle, slow in sending one or in taking its answer)
+only rests; when there are too many of those, the one that has rested for longest is closed. A request is answered in
+one of the places of its kind of work (:class:`Work`), so that those that wait for something outside never keep one from
+being answered that does not, and what must always be answered has places of its own.
+
 A handler refuses with :class:`HttpError`. Any other exception is a defect: the client gets status 500 and the
 exception goes up to whoever serves. What the client does wrong never reaches the server: it costs the client
 its own connection.
@@ -17,12 +22,14 @@ its own connection.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import enum
 import json
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
@@ -74,7 +81,10 @@ class HttpLimits:
         request_seconds: from the first byte of a request to its last.
         idle_seconds: how long a kept-alive connection may say nothing.
         write_seconds: how long a single write may be stuck because the client does not read.
-        connections: served at once; one more gets status 503.
+        connections: how many may rest, and how many requests of the kind `BRIEF` are answered at once.
+        waiting: how many requests of the kind `WAITING` there may be, and how many others may wait for a place. One
+            more gets status 503.
+        reserved: how many requests of the kind `RESERVED` are answered at once.
     """
 
     head_bytes: int = 16 * 1024
@@ -83,6 +93,25 @@ class HttpLimits:
     idle_seconds: float = 60.0
     write_seconds: float = 30.0
     connections: int = 64
+    waiting: int = 256
+    reserved: int = 16
+
+
+class Work(enum.Enum):
+    """What kind of work a request is, which decides whose place it takes.
+
+    Attributes:
+        BRIEF: answered from memory or within seconds. Waits for a place for as long as a request may take.
+        WAITING: may wait for something outside, such as another machine, or goes on until the client leaves. Ends when
+            the client goes away. One too many is refused at once.
+        RESERVED: brief, and in places of its own, because it must always be answered.
+        AT_ONCE: takes no time at all, and so no place.
+    """
+
+    BRIEF = "brief"
+    WAITING = "waiting"
+    RESERVED = "reserved"
+    AT_ONCE = "at-once"
 
 
 class HttpError(PeerupError):
@@ -191,30 +220,24 @@ async def serve_http(
     *,
     limits: HttpLimits | None = None,
     allowed_uids: frozenset[int] | None = None,
+    work_of: Callable[[HttpRequest], Work] | None = None,
     task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve on these listening sockets until cancelled; close them at the end.
 
     With `allowed_uids` only processes of these users are served (Unix sockets only); others get status 403 before a
-    byte of theirs is read.
+    byte of theirs is read. `work_of` tells what kind of work a request is; without it all are brief.
     """
     limits = limits or HttpLimits()
-    live = 0
+    places = _Places(limits, work_of)
 
     async def serve(stream: trio.SocketStream) -> None:
-        nonlocal live
-        live += 1
-        try:
-            credentials = peer_credentials(stream.socket)
-            refusal = None
-            if allowed_uids is not None and (credentials is None or credentials.uid not in allowed_uids):
-                who = "unknown user" if credentials is None else f"user {credentials.uid}"
-                refusal = HttpError(403, "wrong-user", f"this socket does not serve {who}")
-            elif live > limits.connections:
-                refusal = HttpError(503, "too-many-connections", f"{limits.connections} clients are already connected")
-            await serve_connection(stream, handler, limits=limits, credentials=credentials, refusal=refusal)
-        finally:
-            live -= 1
+        credentials = peer_credentials(stream.socket)
+        refusal = None
+        if allowed_uids is not None and (credentials is None or credentials.uid not in allowed_uids):
+            who = "unknown user" if credentials is None else f"user {credentials.uid}"
+            refusal = HttpError(403, "wrong-user", f"this socket does not serve {who}")
+        await _serve(_Connection(stream, limits, credentials, places), handler, refusal)
 
     await trio.serve_listeners(serve, list(listeners), task_status=task_status)
 
@@ -231,17 +254,102 @@ async def serve_connection(
 
     Raises: what the handler raises, other than :class:`HttpError`.
     """
-    connection = _Connection(stream, limits or HttpLimits(), credentials)
+    limits = limits or HttpLimits()
+    await _serve(_Connection(stream, limits, credentials, _Places(limits, None)), handler, refusal)
+
+
+async def _serve(connection: _Connection, handler: Handler, refusal: HttpError | None) -> None:
     try:
-        if refusal is None:
-            while await connection.serve_one(handler):
-                pass
-        else:
-            await connection.refuse(refusal)
+        with trio.CancelScope() as scope:
+            connection.places.rest(connection, scope)
+            if refusal is None:
+                while await connection.serve_one(handler):
+                    pass
+            else:
+                await connection.refuse(refusal)
     except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
         pass  # the client went away or stopped reading; there is nobody left to tell
     finally:
-        await trio.aclose_forcefully(stream)
+        connection.places.gone(connection)
+        await trio.aclose_forcefully(connection.stream)
+
+
+class _Places:
+    """Who rests, and the places in which requests are answered; shared by all connections of a server."""
+
+    def __init__(self, limits: HttpLimits, work_of: Callable[[HttpRequest], Work] | None) -> None:
+        self._limits = limits
+        self._work_of = work_of
+        self._scopes: dict[_Connection, trio.CancelScope] = {}
+        self._resting: dict[_Connection, None] = {}  # in the order in which they came to rest
+        self._places = {
+            Work.BRIEF: trio.CapacityLimiter(limits.connections),
+            Work.WAITING: trio.CapacityLimiter(limits.waiting),
+            Work.RESERVED: trio.CapacityLimiter(limits.reserved),
+        }
+        self._queued = 0
+
+    def kind(self, request: HttpRequest) -> Work:
+        """What kind of work this request is."""
+        return Work.BRIEF if self._work_of is None else self._work_of(request)
+
+    def rest(self, connection: _Connection, scope: trio.CancelScope | None = None) -> None:
+        """This connection has no request under way. If too many have none, the one that rests longest is closed."""
+        if scope is not None:
+            self._scopes[connection] = scope
+        self._resting.pop(connection, None)
+        self._resting[connection] = None
+        if len(self._resting) > self._limits.connections:
+            longest = next(iter(self._resting))
+            del self._resting[longest]
+            self._scopes[longest].cancel()
+
+    def gone(self, connection: _Connection) -> None:
+        """This connection is over."""
+        self._resting.pop(connection, None)
+        self._scopes.pop(connection, None)
+
+    @contextlib.asynccontextmanager
+    async def work(self, connection: _Connection, kind: Work) -> AsyncGenerator[None]:
+        """Have a place for a request of this connection while the block runs; afterwards it rests again.
+
+        Raises:
+            HttpError: 503, there is no place and none gets free in time.
+        """
+        self._resting.pop(connection, None)
+        place = self._places.get(kind)
+        try:
+            if place is not None:
+                await self._enter(place, connection, may_wait=kind is not Work.WAITING)
+            try:
+                yield
+            finally:
+                if place is not None:
+                    place.release_on_behalf_of(connection)
+        finally:
+            if connection in self._scopes:
+                self.rest(connection)
+
+    async def _enter(self, place: trio.CapacityLimiter, connection: _Connection, *, may_wait: bool) -> None:
+        try:
+            place.acquire_on_behalf_of_nowait(connection)
+        except trio.WouldBlock:
+            if not may_wait:
+                text = f"{self._limits.waiting} requests are waiting already"
+                raise HttpError(503, "too-many-waiting", text, "end one of them, or try again later") from None
+        else:
+            return
+        if self._queued >= self._limits.waiting:
+            raise HttpError(503, "too-many-requests", f"{self._queued} requests wait for their turn already")
+        self._queued += 1
+        try:
+            with trio.fail_after(self._limits.request_seconds):
+                await place.acquire_on_behalf_of(connection)
+        except trio.TooSlowError:
+            text = f"no place got free within {self._limits.request_seconds:g} seconds"
+            raise HttpError(503, "too-many-requests", text, "try again later") from None
+        finally:
+            self._queued -= 1
 
 
 def peer_credentials(sock: trio.socket.SocketType) -> PeerCredentials | None:
@@ -255,11 +363,15 @@ def peer_credentials(sock: trio.socket.SocketType) -> PeerCredentials | None:
 class _Connection:
     """One client's connection: h11's state machine and the stream that it speaks through."""
 
-    def __init__(self, stream: trio.abc.Stream, limits: HttpLimits, credentials: PeerCredentials | None) -> None:
-        self._stream = stream
+    def __init__(
+        self, stream: trio.abc.Stream, limits: HttpLimits, credentials: PeerCredentials | None, places: _Places
+    ) -> None:
+        self.stream = stream
+        self.places = places
         self._limits = limits
         self._credentials = credentials
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head_bytes)
+        self._left = False  # the client went away while it waited for an answer
         self._head_only = False  # the present request takes no body with its answer
 
     async def refuse(self, error: HttpError) -> None:
@@ -267,13 +379,13 @@ class _Connection:
         with trio.move_on_after(self._limits.write_seconds):
             answer = dataclasses.replace(json_error(error), headers=(("connection", "close"),))
             await self._respond(answer, head_only=self._head_only)
-            if isinstance(self._stream, trio.abc.HalfCloseableStream):
+            if isinstance(self.stream, trio.abc.HalfCloseableStream):
                 # Closing while bytes of the client are unread would reset the connection under the answer.
-                await self._stream.send_eof()
+                await self.stream.send_eof()
                 with trio.move_on_after(_LINGER_SECONDS):
                     unread = 0
                     while unread <= self._limits.body_bytes:
-                        data = await self._stream.receive_some(_CHUNK)
+                        data = await self.stream.receive_some(_CHUNK)
                         if not data:
                             break
                         unread += len(data)
@@ -288,31 +400,74 @@ class _Connection:
         if request is None:
             return False
         try:
-            answer = await handler(request)
-        except HttpError as error:
-            answer = json_error(error)
-        except Exception:
-            failure = HttpError(500, "internal-error", "the node failed to answer", "see the node's log")
-            with trio.move_on_after(1, shield=True):
-                await self._respond(json_error(failure), head_only=self._head_only)
-            raise
-        if isinstance(answer, Upgrade):
-            if self._h11.their_state not in (h11.DONE, h11.MUST_CLOSE):  # it waits, as the client has asked for it
-                await self._upgrade(answer)
-                return False
-            answer = json_error(
-                HttpError(
-                    426,
-                    "upgrade-required",
-                    f"this is only served with the header Upgrade: {answer.protocol}",
-                    headers=(("upgrade", answer.protocol), ("connection", "close")),
-                )
-            )
-        await self._respond(answer, head_only=self._head_only)
+            async with self.places.work(self, kind := self.places.kind(request)):
+                answer = await self._answer(handler, request, watch=kind is Work.WAITING)
+                if isinstance(answer, Upgrade):
+                    if self._h11.their_state not in (h11.DONE, h11.MUST_CLOSE):  # it waits, as the client asked for it
+                        await self._upgrade(answer)
+                        return False
+                    answer = json_error(
+                        HttpError(
+                            426,
+                            "upgrade-required",
+                            f"this is only served with the header Upgrade: {answer.protocol}",
+                            headers=(("upgrade", answer.protocol), ("connection", "close")),
+                        )
+                    )
+                whole = isinstance(answer.body, bytes)
+                if not whole:  # it comes into being while it is sent
+                    await self._respond(answer, head_only=self._head_only)
+        except HttpError as error:  # there is no place
+            answer, whole = json_error(error), True
+        if whole:
+            await self._respond(answer, head_only=self._head_only)
         if self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
             return False
         self._h11.start_next_cycle()
         return True
+
+    async def _answer(self, handler: Handler, request: HttpRequest, *, watch: bool) -> Response | Upgrade:
+        """What the handler answers. With `watch` it is cancelled as soon as the client goes away.
+
+        Raises:
+            trio.BrokenResourceError: the client has gone away.
+            Exception: the handler's, after the client has been told that the node failed.
+        """
+        answer: Response | Upgrade | None = None
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            if watch:
+                nursery.start_soon(self._watch_client, nursery.cancel_scope)
+            try:
+                answer = await handler(request)
+            except HttpError as error:
+                answer = json_error(error)
+            except Exception as error:  # noqa: BLE001  # raised again below, outside of the nursery's exception group
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            told = HttpError(500, "internal-error", "the node failed to answer", "see the node's log")
+            with trio.move_on_after(1, shield=True):
+                await self._respond(json_error(told), head_only=self._head_only)
+            raise failure
+        if answer is None:
+            raise trio.BrokenResourceError("the client left before it had its answer")
+        return answer
+
+    async def _watch_client(self, scope: trio.CancelScope) -> None:
+        """Return and cancel the scope when the client leaves, or sends far more than it should; keep what it sends."""
+        early = 0
+        while early <= self._limits.head_bytes:
+            try:
+                data = await self.stream.receive_some(_CHUNK)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                data = b""
+            if not data:
+                break
+            early += len(data)
+            self._h11.receive_data(bytes(data))
+        self._left = True
+        scope.cancel()
 
     async def _read_request(self) -> HttpRequest | None:
         try:
@@ -381,7 +536,7 @@ class _Connection:
 
     async def _receive(self) -> None:
         try:
-            self._h11.receive_data(bytes(await self._stream.receive_some(_CHUNK)))
+            self._h11.receive_data(bytes(await self.stream.receive_some(_CHUNK)))
         except trio.BrokenResourceError:
             self._h11.receive_data(b"")  # a reset is an end like another one here
 
@@ -389,13 +544,13 @@ class _Connection:
         data = self._h11.send(event)
         if data:
             with trio.fail_after(self._limits.write_seconds):
-                await self._stream.send_all(data)
+                await self.stream.send_all(data)
 
     async def _upgrade(self, answer: Upgrade) -> None:
         headers = [("upgrade", answer.protocol), ("connection", "upgrade")]
         await self._send(h11.InformationalResponse(status_code=101, headers=headers, reason=_REASONS[101]))
         left_over, _ = self._h11.trailing_data
-        await answer.run(self._stream, left_over)
+        await answer.run(self.stream, left_over)
 
     async def _respond(self, response: Response, *, head_only: bool = False) -> None:
         headers = [("content-type", response.content_type), *response.headers]
@@ -423,25 +578,9 @@ class _Connection:
     async def _stream_body(self, body: AsyncIterator[bytes]) -> None:
         """Send the chunks as they come, and stop when the client leaves."""
         gone = False
-
-        async def watch_client(scope: trio.CancelScope) -> None:
-            nonlocal gone
-            early = 0
-            while early <= self._limits.head_bytes:
-                try:
-                    data = await self._stream.receive_some(_CHUNK)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    data = b""
-                if not data:
-                    break
-                early += len(data)
-                self._h11.receive_data(bytes(data))
-            gone = True
-            scope.cancel()
-
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch_client, nursery.cancel_scope)
+            nursery.start_soon(self._watch_client, nursery.cancel_scope)
             try:
                 async for chunk in body:
                     if chunk:
@@ -453,11 +592,11 @@ class _Connection:
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
-        if gone:
+        if gone or self._left:
             raise trio.BrokenResourceError("the client left before the end of the stream")
 
 
-def listen_unix(path: str | os.PathLike[str], *, mode: int = 0o600, backlog: int = 64) -> trio.SocketListener:
+def listen_unix(path: str | os.PathLike[str], *, mode: int = 0o600, backlog: int = 1024) -> trio.SocketListener:
     """A listening Unix socket at this path, which must be free, with this mode from its first moment on.
 
     Raises:

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import socket
+import time
 from array import array
 from collections.abc import Generator
 from pathlib import Path
@@ -28,6 +29,11 @@ must be connected first), so that the node's explanation comes and not ours."""
 
 UPGRADE = "peerup-descriptor"
 """The upgrade token of the stdio route, see `actors/api/routes/proxies.py`."""
+
+BACKLOG_SECONDS = 10.0
+"""Seconds that a crowd of others who connect at the same time may keep us waiting."""
+
+BACKLOG_PAUSE = 0.02
 
 _MAX_DESCRIPTORS = 4
 _LONGEST_PATH = 107
@@ -185,8 +191,16 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(self._seconds)
+        until = time.monotonic() + min(self._seconds, BACKLOG_SECONDS)
         try:
-            sock.connect(os.fspath(self._path))
+            while True:
+                try:
+                    sock.connect(os.fspath(self._path))
+                    break
+                except BlockingIOError:  # its backlog is full; with a timeout the kernel does not wait for it
+                    if time.monotonic() >= until:
+                        raise
+                    time.sleep(BACKLOG_PAUSE)
         except OSError as error:
             sock.close()
             raise self._not_running(error) from error

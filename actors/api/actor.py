@@ -30,7 +30,8 @@ from supervisor.actor import Actor, Checkpoint, handles
 from supervisor.errors import AskError
 
 LIMITS = HttpLimits(body_bytes=64 * 1024, connections=64)
-"""No request of ours has a body above a few hundred bytes. 64 clients are far more than one person's commands."""
+"""No request of ours has a body above a few hundred bytes. 64 at a time are far more than one person's commands; who
+waits is not counted among them, see `actors.http`."""
 
 PROBE_SECONDS = 2.0
 """How long a socket file that is in the way gets to prove that somebody serves it."""
@@ -137,7 +138,13 @@ class ApiActor(Actor):
         return await self._node.tree()
 
     async def _serve(self, listener: trio.SocketListener) -> None:
-        await serve_http([listener], self._answer, limits=LIMITS, allowed_uids=frozenset({os.geteuid()}))
+        await serve_http(
+            [listener],
+            self._answer,
+            limits=LIMITS,
+            allowed_uids=frozenset({os.geteuid()}),
+            work_of=ROUTES.work_of,
+        )
 
     async def _answer(self, request: HttpRequest) -> Response | Upgrade:
         assert self._node is not None

@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from actors.http import HttpError, HttpRequest, Response, Upgrade, json_response
+from actors.http import HttpError, HttpRequest, Response, Upgrade, Work, json_response
 from protocol.errors import PeerupError
 from protocol.messages import Data
 from supervisor.errors import RefusedError
@@ -197,6 +197,7 @@ class Route:
     method: str
     pattern: str
     handler: RouteHandler
+    work: Work = Work.BRIEF
 
     def match(self, segments: tuple[str, ...]) -> dict[str, str] | None:
         """What the placeholders hold if this path is the route's, else None."""
@@ -221,14 +222,21 @@ class Routes:
     def __iter__(self) -> Iterator[Route]:
         return iter(self._routes)
 
-    def on(self, method: str, pattern: str) -> Callable[[RouteHandler], RouteHandler]:
-        """Mark a function as the handler of this method and path."""
+    def on(self, method: str, pattern: str, work: Work = Work.BRIEF) -> Callable[[RouteHandler], RouteHandler]:
+        """Mark a function as the handler of this method and path, which is this kind of work."""
 
         def mark(function: RouteHandler) -> RouteHandler:
-            self._routes.append(Route(method, pattern, function))
+            self._routes.append(Route(method, pattern, function, work))
             return function
 
         return mark
+
+    def work_of(self, request: HttpRequest) -> Work:
+        """What kind of work a request is; to refuse one that nothing answers is brief."""
+        for route in self._routes:
+            if route.method == request.method and route.match(request.segments) is not None:
+                return route.work
+        return Work.BRIEF
 
     def find(self, request: HttpRequest) -> tuple[Route, Call]:
         """The route for this request, and the call to hand to it.

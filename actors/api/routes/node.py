@@ -16,6 +16,7 @@ import trio
 from actors.api.node import ANSWER_DEADLINE, ROOT, Node
 from actors.api.present import plain
 from actors.api.routing import Answer, Call, Routes, data_response, data_then
+from actors.http import Work
 from protocol.messages import Data
 from protocol.messages.config import ReadProxies, ReloadConfig
 from protocol.messages.gate import Reload
@@ -38,7 +39,7 @@ FIRST_LOOK, LAST_LOOK = 0.01, 0.25
 routes = Routes()
 
 
-@routes.on("GET", "/v1/status")
+@routes.on("GET", "/v1/status", Work.RESERVED)
 async def status(node: Node, call: Call) -> Answer:
     """Who and how the node is.
 
@@ -99,7 +100,7 @@ async def _connections(node: Node, result: dict[str, Data], problems: list[str])
     result["protocols"] = plain(board.protocols)
 
 
-@routes.on("POST", "/v1/config/reload")
+@routes.on("POST", "/v1/config/reload", Work.RESERVED)
 async def reload_config(node: Node, call: Call) -> Answer:
     """Read the configuration again; with problems, which are told, only what it takes away counts.
 
@@ -137,7 +138,7 @@ async def reload_config(node: Node, call: Call) -> Answer:
     return data_response(told)
 
 
-@routes.on("POST", "/v1/auth/reload")
+@routes.on("POST", "/v1/auth/reload", Work.RESERVED)
 async def reload_authorized_keys(node: Node, call: Call) -> Answer:
     """Read authorized_keys again; with problems, which are told, only what it takes away counts.
 
@@ -181,7 +182,7 @@ async def resolve(node: Node, call: Call) -> Answer:
     return data_response({"name": name, "peer_id": str(found.peer), "source": found.source})
 
 
-@routes.on("POST", "/v1/shutdown")
+@routes.on("POST", "/v1/shutdown", Work.AT_ONCE)
 async def shutdown(node: Node, call: Call) -> Answer:
     """End the node, once the client has been told so."""
     return data_then({"stopping": True, "pid": node.launch.service_pid}, node.end)

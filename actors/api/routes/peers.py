@@ -17,6 +17,7 @@ import trio
 from actors.api.node import Node
 from actors.api.present import plain
 from actors.api.routing import Answer, Call, Routes, data_response, error_object, lines_response
+from actors.http import Work
 from protocol.messages import Data
 from protocol.messages.paths import MeasuredPath, MeasurePaths, TracePath
 from protocol.messages.switchboard import Connect, ConnectionInfo, Disconnect, PeerStatus, PingPeer, ReadStatus
@@ -42,7 +43,7 @@ async def peers(node: Node, call: Call) -> Answer:
     return data_response([_peer(node, peer) for peer in status.peers])
 
 
-@routes.on("GET", "/v1/paths")
+@routes.on("GET", "/v1/paths", Work.WAITING)
 async def paths(node: Node, call: Call) -> Answer:
     """One object per live connection, each measured."""
     name = call.optional_text("peer")
@@ -51,7 +52,7 @@ async def paths(node: Node, call: Call) -> Answer:
     return data_response([_measured(node, path) for path in measured.paths])
 
 
-@routes.on("GET", "/v1/peers/{peer}/traceroute")
+@routes.on("GET", "/v1/peers/{peer}/traceroute", Work.WAITING)
 async def traceroute(node: Node, call: Call) -> Answer:
     """The hops to this peer, each measured."""
     found = await node.resolve(call.text("peer"))
@@ -72,7 +73,7 @@ async def traceroute(node: Node, call: Call) -> Answer:
     return data_response({"path": traced.path, "connected_in_ms": _milliseconds(traced.connected_in), "hops": hops})
 
 
-@routes.on("POST", "/v1/peers/{peer}/connect")
+@routes.on("POST", "/v1/peers/{peer}/connect", Work.WAITING)
 async def connect(node: Node, call: Call) -> Answer:
     """Be connected to this peer."""
     found = await node.resolve(call.text("peer"))
@@ -89,7 +90,7 @@ async def disconnect(node: Node, call: Call) -> Answer:
     return data_response({"peer_id": str(found.peer), "disconnected": True})
 
 
-@routes.on("GET", "/v1/peers/{peer}/ping")
+@routes.on("GET", "/v1/peers/{peer}/ping", Work.WAITING)
 async def ping(node: Node, call: Call) -> Answer:
     """Measure round trips; `count` 0 goes on until the client leaves."""
     count = call.whole("count", 4, low=0, high=1_000_000)

@@ -25,7 +25,7 @@ import trio
 
 from actors.api.node import Node
 from actors.api.routing import Answer, Call, Routes, data_response
-from actors.http import HttpError, Upgrade
+from actors.http import HttpError, Upgrade, Work
 from protocol.messages import Data, Descriptor
 from protocol.messages.config import AddProxy, ProxyEntry, ReadProxies, RemoveProxy
 from protocol.messages.proxy import Attach
@@ -63,7 +63,7 @@ async def list_proxies(node: Node, call: Call) -> Answer:
     return data_response([present_proxy(proxy) for proxy in answer.proxies])
 
 
-@routes.on("POST", "/v1/proxies")
+@routes.on("POST", "/v1/proxies", Work.WAITING)
 async def add_proxy(node: Node, call: Call) -> Answer:
     """Have a proxy, now and after restarts."""
     request = AddProxy(call.text("peer"), call.text("service"), call.text("listen"))
@@ -71,7 +71,7 @@ async def add_proxy(node: Node, call: Call) -> Answer:
     return data_response(present_proxy(added.proxy) | {"created": added.created})
 
 
-@routes.on("DELETE", "/v1/proxies/{actor}")
+@routes.on("DELETE", "/v1/proxies/{actor}", Work.WAITING)
 async def remove_proxy(node: Node, call: Call) -> Answer:
     """Stop and forget a proxy."""
     actor = call.text("actor")
@@ -79,7 +79,7 @@ async def remove_proxy(node: Node, call: Call) -> Answer:
     return data_response({"name": actor, "removed": True})
 
 
-@routes.on("GET", "/v1/stdio")
+@routes.on("GET", "/v1/stdio", Work.WAITING)
 async def stdio(node: Node, call: Call) -> Answer:
     """One tunnelled connection to a peer's service, handed to the client as a descriptor."""
     if call.request.headers.get("upgrade", "").lower() != UPGRADE:

@@ -15,6 +15,7 @@ from actors.api.node import Node
 from actors.api.present import body_of, plain
 from actors.api.routing import Answer, Call, Routes, data_response, lines_response
 from actors.api.watchers import Tap
+from actors.http import Work
 from protocol.messages import Data, Envelope
 from protocol.messages.system import EdgeFilter, JournalEntry, Ping, Pong, ReadJournal, ReadTree, Tapped, Tree
 from supervisor.errors import RefusedError
@@ -32,7 +33,7 @@ tap itself causes."""
 routes = Routes()
 
 
-@routes.on("GET", "/v1/tap")
+@routes.on("GET", "/v1/tap", Work.WAITING)
 async def tap(node: Node, call: Call) -> Answer:
     """Copies of the messages that match, as they pass."""
     match = EdgeFilter(call.optional_text("from"), call.optional_text("to"), call.optional_text("kind"))

@@ -15,6 +15,7 @@ from actors.http import (
     HttpRequest,
     Response,
     Upgrade,
+    Work,
     json_response,
     listen_unix,
     serve_connection,
@@ -320,22 +321,110 @@ async def test_another_user_is_refused_before_it_is_read(tmp_path):
         nursery.cancel_scope.cancel()
 
 
-async def test_one_client_too_many_is_told_so(tmp_path):
+async def serve(nursery, path, handler, **options):
+    await nursery.start(
+        lambda task_status: serve_http([listen_unix(path)], handler, task_status=task_status, **options)
+    )
+
+
+GET = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
+CLOSE = b"GET /%s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+async def test_of_too_many_that_rest_the_one_that_rests_longest_is_closed(tmp_path):
     async with trio.open_nursery() as nursery:
-        await nursery.start(
-            lambda task_status: serve_http(
-                [listen_unix(tmp_path / "s")], echo, limits=HttpLimits(connections=2), task_status=task_status
-            )
-        )
-        first = await trio.open_unix_socket(tmp_path / "s")
-        second = await trio.open_unix_socket(tmp_path / "s")
-        for client in (first, second):
-            await client.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert b" 200 " in await client.receive_some(1000)
+        await serve(nursery, tmp_path / "s", echo, limits=HttpLimits(connections=2))
+        silent, slow = [await trio.open_unix_socket(tmp_path / "s") for _ in range(2)]
+        request = GET % b""
+        await slow.send_all(request[:10])
         third = await trio.open_unix_socket(tmp_path / "s")
-        status, _, body = split(await read_all(third))
-        assert (status, json.loads(body)["error"]["code"]) == (503, "too-many-connections")
-        for client in (first, second, third):
+        await third.send_all(request)
+        assert b" 200 " in await third.receive_some(1000)
+        assert await read_all(silent) == b""
+        await slow.send_all(request[10:])
+        assert b" 200 " in await slow.receive_some(1000)
+        for client in (silent, slow, third):
+            await client.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_does_not_take_an_answer_rests(tmp_path):
+    async def large(request):
+        return Response(body=bytes(8_000_000))
+
+    async with trio.open_nursery() as nursery:
+        await serve(nursery, tmp_path / "s", large, limits=HttpLimits(connections=2))
+        lazy = []
+        for _ in range(5):
+            lazy.append(await trio.open_unix_socket(tmp_path / "s"))
+            await lazy[-1].send_all(GET % b"")
+            await trio.testing.wait_all_tasks_blocked()
+        brisk = await trio.open_unix_socket(tmp_path / "s")
+        await brisk.send_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert len(await read_all(brisk)) > 8_000_000
+        for client in (*lazy, brisk):
+            await client.aclose()
+        nursery.cancel_scope.cancel()
+
+
+def kind(request):
+    return Work(request.segments[0])
+
+
+async def test_each_kind_of_work_has_places_of_its_own(tmp_path):
+    free, begun = trio.Event(), []
+
+    async def handler(request):
+        begun.append(request.segments[0])
+        if request.segments[1:] == ("stuck",):
+            await free.wait()
+        return json_response(None)
+
+    limits = HttpLimits(connections=2, waiting=2, reserved=2)
+    async with trio.open_nursery() as nursery:
+        await serve(nursery, tmp_path / "s", handler, limits=limits, work_of=kind)
+
+        async def ask(path):
+            client = await trio.open_unix_socket(tmp_path / "s")
+            await client.send_all(CLOSE % path)
+            return client
+
+        stuck = [await ask(path) for path in (b"waiting/stuck", b"brief/stuck") for _ in range(2)]
+        while len(begun) < 4:
+            await trio.testing.wait_all_tasks_blocked()
+        queued = await ask(b"brief/")
+        for path in (b"reserved/", b"at-once/"):
+            client = await ask(path)
+            assert b" 200 " in await client.receive_some(1000)
+            await client.aclose()
+        refused = await ask(b"waiting/")
+        status, _, body = split(await read_all(refused))
+        assert (status, json.loads(body)["error"]["code"]) == (503, "too-many-waiting")
+        await stuck[0].aclose()  # whoever leaves makes room, without waiting for the end
+        await trio.testing.wait_all_tasks_blocked()
+        late = await ask(b"waiting/")
+        assert b" 200 " in await late.receive_some(1000)
+        free.set()
+        assert b" 200 " in await queued.receive_some(1000)
+        for client in (*stuck[1:], queued, refused, late):
+            await client.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_request_that_gets_no_place_in_time_is_told_so(tmp_path):
+    async def stuck(request):
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        limits = HttpLimits(connections=1, waiting=1, request_seconds=0.1)
+        await serve(nursery, tmp_path / "s", stuck, limits=limits)
+        clients = [await trio.open_unix_socket(tmp_path / "s") for _ in range(2)]
+        for client in clients:
+            await client.send_all(CLOSE % b"")
+            await trio.testing.wait_all_tasks_blocked()
+        status, _, body = split(await read_all(clients[1]))
+        assert (status, json.loads(body)["error"]["code"]) == (503, "too-many-requests")
+        for client in clients:
             await client.aclose()
         nursery.cancel_scope.cancel()
 
