@@ -70,3 +70,12 @@ def unacknowledged(sock: socket.socket) -> int:
     except OSError:
         return 0
     return int.from_bytes(told, sys.byteorder)
+
+
+def unread(sock: socket.socket) -> int:
+    """Bytes that lie in a connected socket to be read; 0 where nobody knows."""
+    try:
+        told = fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(told, sys.byteorder)

@@ -16,7 +16,7 @@ FINISH_ON_CLOSE: Final = struct.pack("ii", 0, 0)
 _UNPACED: Final = b"reno"
 """A congestion control that never waits: always there, and free for everybody to choose."""
 
-_LOOPBACK_BUFFER: Final = 2 * 1024 * 1024
+LARGE_BUFFER: Final = 2 * 1024 * 1024
 """Bytes that may be under way each way between two processes of this machine: some milliseconds of a bulk tunnel, so
 that one works while the other waits for a processor. Memory is taken only as far as it is filled."""
 
@@ -32,8 +32,26 @@ def fit_for_loopback(sock: socket.socket, host: str) -> None:
     if host == "::1" or host.startswith("127."):
         with contextlib.suppress(OSError):  # a kernel without the choice
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _UNPACED)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOOPBACK_BUFFER)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LOOPBACK_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGE_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LARGE_BUFFER)
+
+
+SMALL_BUFFER: Final = 64 * 1024
+"""Bytes that may be under way each way until much has gone through: more than a terminal or a web page needs."""
+
+
+def is_within_machine(sock: socket.socket) -> bool:
+    """Whether both ends of a connected TCP socket are at a loopback address, as far as its own address tells."""
+    try:
+        host = str(sock.getsockname()[0])
+    except OSError:
+        return False
+    return host == "::1" or host.startswith(("127.", "::ffff:127."))
+
+
+def buffer_is_larger(sock: socket.socket, option: int, size: int) -> bool:
+    """Whether a buffer (SO_SNDBUF, SO_RCVBUF) is larger than asking for `size` bytes makes it."""
+    return sock.getsockopt(socket.SOL_SOCKET, option) > 2 * size  # the kernel counts its bookkeeping, as much again
 
 
 def send_at_once(sock: socket.socket) -> None:

@@ -32,6 +32,7 @@ from protocol.circuit.messages import Limit, Refusal, Status
 from protocol.errors import InvalidValueError
 from protocol.peer_id import PeerId
 from protocol.policy import Decision
+from protocol.shares import share
 from protocol.token_bucket import Key, Scoped, ScopedBuckets, TokenBucket
 
 Ip: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -48,7 +49,7 @@ GUEST_RULE: Final = "gating-off"
 
 def guest_share(limit: int) -> int:
     """How much of a limit guests may use together: three quarters, so that no crowd of them keeps listed peers out."""
-    return limit - limit // 4
+    return share(limit)
 
 
 DRAINING: Final = "the relay is shutting down"

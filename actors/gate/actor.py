@@ -30,6 +30,7 @@ import trio
 from actors.files import BusyError
 from actors.gate.audit import AuditLog, sync_and_close
 from actors.gate.authorized_keys_file import Reading, inspect_authorized_keys
+from actors.gate.shares import AuditShares
 from actors.watch import watch_file
 from protocol.messages import Data
 from protocol.messages.config import ConfigSnapshot, SubscribeConfig
@@ -94,6 +95,7 @@ class Gate(Actor):
     def __init__(self, path: str, audit: str | None = None, *, watch: bool = True) -> None:
         self._path = Path(path).absolute()
         self._audit = AuditLog(Path(audit)) if audit is not None else None
+        self._shares = AuditShares()
         self._watch = watch
         self._reading: Reading | None = None  # what the file was when it was last looked at
         self._problems: tuple[LineProblem, ...] = ()
@@ -125,6 +127,7 @@ class Gate(Actor):
     async def stop(self, reason: str) -> None:
         """Bring the audit log to the disk."""
         if self._audit is not None:
+            self._write_sums(everything=True)
             self._audit.close()
 
     def describe(self) -> dict[str, Data]:
@@ -217,36 +220,34 @@ class Gate(Actor):
             rule=message.rule.partition(":")[0],
             subject=subject,
         ).inc(message.count)
-        self._write_audit(
-            "decision",
-            {
-                "peer": str(message.peer) if message.peer is not None else None,
-                "subject": message.subject,
-                "allowed": message.allowed,
-                "rule": message.rule,
-                "path": message.path,
-                "count": message.count,
-                "from": self.context.current_sender,
-            },
-        )
+        fields: dict[str, object] = {
+            "peer": str(message.peer) if message.peer is not None else None,
+            "subject": message.subject,
+            "allowed": message.allowed,
+            "rule": message.rule,
+            "path": message.path,
+            "count": message.count,
+            "from": self.context.current_sender,
+        }
+        if message.peer is None or not message.allowed or self._may_write(message.peer, "decision", fields):
+            self._write_audit("decision", fields)
 
     @handles(TunnelEnded)
     async def tunnel_ended(self, message: TunnelEnded) -> None:
         """Write the end of a tunnelled connection to the audit log."""
-        self._write_audit(
-            "tunnel",
-            {
-                "peer": str(message.peer),
-                "service": message.service,
-                "role": message.role,
-                "path": message.path,
-                "sent": message.sent,
-                "received": message.received,
-                "duration": round(message.duration, 3),
-                "outcome": message.outcome,
-                "from": self.context.current_sender,
-            },
-        )
+        fields: dict[str, object] = {
+            "peer": str(message.peer),
+            "service": message.service,
+            "role": message.role,
+            "path": message.path,
+            "sent": message.sent,
+            "received": message.received,
+            "duration": round(message.duration, 3),
+            "outcome": message.outcome,
+            "from": self.context.current_sender,
+        }
+        if self._may_write(message.peer, "tunnel", fields):
+            self._write_audit("tunnel", fields)
 
     async def _subscribe_config(self, *, publish: bool) -> None:
         try:
@@ -387,10 +388,21 @@ class Gate(Actor):
     async def _sync_audit(self, audit: AuditLog) -> None:
         while True:
             await trio.sleep(SYNC_SECONDS)
+            self._write_sums()
             audit.follow()
             descriptor = audit.unsynced()
             if descriptor is not None:
                 audit.last_error = await trio.to_thread.run_sync(sync_and_close, descriptor) or audit.last_error
+
+    def _may_write(self, peer: PeerId, event: str, fields: dict[str, object]) -> bool:
+        """Whether this event is a line of its own; if not, it will be in a sum."""
+        if self._audit is None:
+            return False
+        return self._shares.take(str(peer), event, fields, now=self.context.now(), wall=self.context.wall())
+
+    def _write_sums(self, *, everything: bool = False) -> None:
+        for event, fields in self._shares.due(self.context.now(), everything=everything):
+            self._write_audit(event, fields)
 
     def _write_audit(self, event: str, fields: dict[str, object]) -> None:
         if self._audit is None:

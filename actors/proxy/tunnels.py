@@ -48,7 +48,9 @@ SWITCHBOARD = "switchboard"
 MEANINGS: dict[int, str] = {
     ResetCode.NEGOTIATION_FAILED: "the peer no longer offers the service to this node",
     ResetCode.GATED: "the peer's policy no longer allows it",
-    ResetCode.LIMIT_EXCEEDED: "the peer serves as many connections, or keeps as many unread bytes, as it may",
+    ResetCode.LIMIT_EXCEEDED: (
+        "the peer serves as many connections, or keeps as many unread bytes, as it may, in all or for this node"
+    ),
     ResetCode.SHUTDOWN: "the other node, or the actor that served the connection, was stopped",
     ResetCode.LOST: "a process that carried the connection ended",
     ResetCode.CONNECTION_LOST: "the connection to the peer ended",

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from actors.switchboard.streams import Negotiation
 from protocol.messages import Descriptor
 from protocol.messages.switchboard import AttachedStream, EndedStream, StreamReport, StreamTraffic
 from protocol.peer_id import PeerId
+from protocol.shares import share
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Context
 from supervisor.errors import AskError
@@ -48,6 +50,8 @@ MAX_OFFERED = 1024
 """Streams that may wait for a socket."""
 MAX_OFFERED_PER_PEER = 512
 """So that one peer cannot take all the room."""
+RESERVED_DESCRIPTORS = 256
+"""Descriptors of the process that are not for streams: listeners, connections to peers, links to other actors."""
 MAX_OFFERED_BYTES = 32 * 1024 * 1024
 """Bytes that may wait together with them."""
 REPORT_DELAY = 0.1
@@ -129,10 +133,13 @@ class AttachedStreams:
         self._owners: dict[str, _Owner] = {}
         self._streams: dict[str, _Stream] = {}
         self._of_channel: dict[Channel, _Stream] = {}
+        self._by_peer: Counter[PeerId | tuple[str, PeerId]] = Counter()
+        self._most = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS)
         self._down: set[str] = set()  # names of actors that are away
         self._count = 0
         self._offered_by: Counter[PeerId] = Counter()
         self._offered_bytes = 0
+        self._offered_bytes_of: Counter[PeerId] = Counter()
         self.offered = 0
 
     def __len__(self) -> int:
@@ -193,6 +200,11 @@ class AttachedStreams:
             owner.ended = [each for each in owner.ended if each[0].id != stream_id]
             for stream in [each for each in owner.finished if each.id == stream_id]:
                 del owner.finished[stream]
+
+    def has_share(self, owner: str, peer: PeerId, limit: int) -> bool:
+        """Whether this peer has fewer of the `limit` streams of an owner than its share, and of all descriptors too."""
+        mine = self._by_peer.get((owner, peer), 0)
+        return mine < share(limit) and self._by_peer.get(peer, 0) < share(self._most)
 
     def has_room(self, owner: str, limit: int) -> bool:
         """Whether fewer than `limit` streams of this owner run or wait for a socket."""
@@ -340,10 +352,12 @@ class AttachedStreams:
             lambda outcome, code: self._ended(stream, outcome, code),
             unread=unread,
             negotiation=negotiation,
-            admit=self._admit,
+            admit=lambda length: self._admit(connection.peer, length),
         )
         self._streams[stream.id] = known.streams[stream.id] = self._of_channel[channel] = stream
         stream.channel = channel
+        for key in (connection.peer, (owner, connection.peer)):
+            self._by_peer[key] += 1
         return stream
 
     def _owner(self, name: str) -> _Owner:
@@ -393,10 +407,14 @@ class AttachedStreams:
         owner.news.set()
         self._plan(owner)
 
-    def _admit(self, length: int) -> bool:
-        if self._offered_bytes + length > MAX_OFFERED_BYTES:
+    def _admit(self, peer: PeerId, length: int) -> bool:
+        of_peer = self._offered_bytes_of[peer] + length
+        if length > 0 and (self._offered_bytes + length > MAX_OFFERED_BYTES or of_peer > share(MAX_OFFERED_BYTES)):
             return False
         self._offered_bytes += length
+        self._offered_bytes_of[peer] = of_peer
+        if not of_peer:
+            del self._offered_bytes_of[peer]
         return True
 
     def _abort(self, stream: _Stream, code: int) -> None:
@@ -427,6 +445,10 @@ class AttachedStreams:
         if stream.channel is not None:
             self._of_channel.pop(stream.channel, None)
             stream.channel = None
+            for key in (stream.connection.peer, (stream.owner.name, stream.connection.peer)):
+                self._by_peer[key] -= 1
+                if not self._by_peer[key]:
+                    del self._by_peer[key]
         stream.owner.streams.pop(stream.id, None)
         stream.owner.unknown.pop(stream, None)
 

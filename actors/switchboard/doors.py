@@ -28,6 +28,7 @@ import socket
 from collections.abc import Callable
 from typing import NamedTuple
 
+from actors.proxy.tunnels import MAX_TUNNELS
 from actors.reactor import READ, Reactor
 from actors.sockets import RESET_ON_CLOSE, fit_for_loopback, send_at_once
 from actors.switchboard.attached import AttachedStreams, socket_of
@@ -41,6 +42,7 @@ from protocol.messages import Descriptor, Message
 from protocol.messages.doors import CallerAccepted, LendListener
 from protocol.peer_id import PeerId
 from protocol.service import ServiceAddress
+from protocol.shares import share
 from protocol.yamux import BacklogError, TooManyStreamsError
 
 BATCH = 16
@@ -53,6 +55,8 @@ PATIENCE = 10.0
 """Seconds of such tries; then the client's proxy finds words for it."""
 FULL = 2.0
 """Seconds to wait for an end when as many streams are open as the peer takes."""
+WARN_SECONDS = 60.0
+"""Seconds between warnings that the same peer has its share of a service."""
 MAX_ADDRESSES = 4
 """Addresses of one service: a host of this machine has two, one of each family."""
 
@@ -117,6 +121,7 @@ class Doors:
         self._warn = warn
         self._doors: dict[str, _Door] = {}
         self._targets: dict[str, _Target] = {}
+        self._quiet_until: dict[tuple[str, PeerId], float] = {}
 
     # ---- listeners
 
@@ -235,7 +240,15 @@ class Doors:
     def _try_again(self, door: _Door, until: float) -> None:
         if self._doors.get(door.owner) is not door or door.waiting is None:
             return
-        if self._serve(door, door.waiting, patient=self._reactor.clock() < until):
+        waiting = door.waiting
+        try:
+            served = self._serve(door, waiting, patient=self._reactor.clock() < until)
+        except OSError as error:  # no descriptor or no memory is left; from a timer that would end the process
+            door.waiting = None
+            waiting.close()
+            self._cannot_accept(door, error)
+            return
+        if served:
             door.waiting = None
             self._reactor.modify(door.listener.fileno(), READ)
         else:
@@ -297,6 +310,7 @@ class Doors:
             LinkClosedError: the stream is over.
             OSError: no descriptor is left.
         """
+        self._check_share(connection.peer, agreed)
         sock = self.connect(agreed.actor, agreed.protocol)
         if sock is None:
             return False
@@ -315,6 +329,27 @@ class Doors:
             sock.close()
             raise
         return True
+
+    def _check_share(self, peer: PeerId, agreed: Agreed) -> None:
+        """Refuse a peer that has its share of the service's connections.
+
+        Raises:
+            TooManyError: it has; a person is told, once a minute for each peer.
+        """
+        owner = agreed.actor
+        target = self._targets.get(agreed.protocol)
+        limit = MAX_TUNNELS if target is None or target.owner != owner else target.limit
+        if not self._attached.has_room(owner, limit) or self._attached.has_share(owner, peer, limit):
+            return
+        now = self._reactor.clock()
+        if now >= self._quiet_until.get((owner, peer), 0.0):
+            self._quiet_until = {key: until for key, until in self._quiet_until.items() if until > now}
+            self._quiet_until[owner, peer] = now + WARN_SECONDS
+            self._warn(
+                f"{peer} has its share of the connections of {owner} ({share(limit)} of {limit}, or of this node's"
+                " descriptors); the rest is kept for others, and more of its own are refused"
+            )
+        raise TooManyError(f"{peer} has its share of the connections of {owner}")
 
     def connect(self, owner: str, protocol: str) -> socket.socket | None:
         """A socket connected to the service, ready to be attached; None: its owner has to be asked.

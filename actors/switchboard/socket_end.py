@@ -34,20 +34,32 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import math
 import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from actors.draining import give_up_without_progress, unacknowledged, when_gone
+from actors.draining import give_up_without_progress, unacknowledged, unread, when_gone
 from actors.pump import Outcome
 from actors.reactor import ERROR, HANG_UP, READ, WRITE
-from actors.sockets import FINISH_ON_CLOSE, RESET_ON_CLOSE, send_at_once
+from actors.sockets import (
+    FINISH_ON_CLOSE,
+    LARGE_BUFFER,
+    RESET_ON_CLOSE,
+    SMALL_BUFFER,
+    buffer_is_larger,
+    is_within_machine,
+    send_at_once,
+)
 from actors.switchboard.channel import Channel
 from protocol.stream_descriptor import ResetCode
 
 _GATHER: Final = 16  # pieces of one send
+_MUCH: Final = 1024 * 1024  # bytes of one direction after which its buffer may be large
+_AGAIN: Final = 8 * 1024 * 1024  # bytes until that is asked for again
 _CONFIRM_PAUSE: Final = 0.02  # seconds between looks whether the other kernel has confirmed everything
+_DIRECTIONS: Final = 2
 _PIECE: Final = 64 * 1024  # up to which small ones are kept as one: else a byte could cost some hundreds
 
 
@@ -82,11 +94,13 @@ class SocketEnd:
         "_fresh",
         "_heard_end",
         "_kept",
+        "_large_at",
         "_on_done",
         "_outcome",
         "_peer_finished",
         "_pending",
         "_registered",
+        "_shrinks",
         "_shut",
         "_socket",
         "_uncounted",
@@ -122,6 +136,8 @@ class SocketEnd:
         self._uncounted = len(unread)  # of its first bytes: those that yamux does not count
         self._peer_finished = False
         self._shut = False  # shut down for writing
+        self._large_at = math.inf  # bytes, both ways, with which it is worth asking for large buffers
+        self._shrinks: dict[int, Callable[[], bool]] = {}  # by which buffer: those that are large
         self._done = False
         self._outcome = Outcome.STREAM_RESET  # what a reset means
         self._broken = False  # the socket is; what it holds has yet to go to the peer
@@ -153,6 +169,7 @@ class SocketEnd:
         self._release()
         self._socket = sock
         self._fd = sock.fileno()
+        self._begin_small(sock)
         self._want(READ)
         if self._pending:
             self._flush()
@@ -201,6 +218,8 @@ class SocketEnd:
             self._channel.finish_now()
             return 0
         self.sent += length
+        if self.sent > self._large_at:
+            self._enlarge(socket.SO_RCVBUF)
         self._drained = length < limit
         return length
 
@@ -256,6 +275,8 @@ class SocketEnd:
             return
         if taken:
             self._channel.consumed(taken, now)
+        if self.received > self._large_at:
+            self._enlarge(socket.SO_SNDBUF)
         for piece in fresh:
             if taken < len(piece) and not self._done:
                 self._keep(piece[taken:])
@@ -300,6 +321,42 @@ class SocketEnd:
         return None if sock is None else sum(map(len, self._pending)) + unacknowledged(sock)
 
     # ---- the socket
+
+    def _begin_small(self, sock: socket.socket) -> None:
+        """Within this machine: no more of the kernel's memory than every stream may have."""
+        if not is_within_machine(sock):
+            return  # the kernel makes the buffers of other sockets as large as their way needs
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            with contextlib.suppress(OSError):  # it is broken already, which reading will tell
+                if buffer_is_larger(sock, option, SMALL_BUFFER):
+                    sock.setsockopt(socket.SOL_SOCKET, option, SMALL_BUFFER)
+                    self._large_at = _MUCH
+
+    def _enlarge(self, option: int) -> None:
+        """Much goes through: ask for a large buffer in this direction."""
+        budget, sock = self._channel.budget, self._socket
+        if sock is None:
+            return
+        if option in self._shrinks or not budget.enlarge(shrink := lambda: self._shrink(option)):
+            self._large_at = max(self.sent, self.received) + _AGAIN
+            return
+        self._shrinks[option] = shrink
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, option, LARGE_BUFFER)
+        if len(self._shrinks) == _DIRECTIONS:
+            self._large_at = math.inf
+
+    def _shrink(self, option: int) -> bool:
+        """Give a large buffer up for another stream, if nothing is in it."""
+        sock = self._socket
+        if sock is not None and (unacknowledged(sock) if option == socket.SO_SNDBUF else unread(sock)):
+            return False
+        self._channel.budget.no_longer_large(self._shrinks.pop(option))
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, option, SMALL_BUFFER)
+        self._large_at = max(self.sent, self.received) + _AGAIN
+        return True
 
     def _keep(self, data: memoryview) -> None:
         length = len(data)
@@ -453,6 +510,9 @@ class SocketEnd:
             return
         self._done = True
         self._keep_nothing()
+        for shrink in self._shrinks.values():
+            self._channel.budget.no_longer_large(shrink)
+        self._shrinks = {}
         self._release()
         sock, self._socket = self._socket, None
         if sock is not None:

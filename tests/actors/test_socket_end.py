@@ -12,6 +12,8 @@ import trio
 from actors import draining
 from actors.draining import unacknowledged
 from actors.pump import Outcome
+from actors.sockets import SMALL_BUFFER
+from actors.switchboard import budget as budget_module
 from actors.switchboard.link import LinkClosedError
 from actors.switchboard.socket_end import SocketEnd
 from protocol import yamux
@@ -297,10 +299,10 @@ async def test_what_this_side_ends_waits_for_nobody():
 async def test_what_a_broken_connection_had_brought_reaches_the_client():
     async with linked() as ends:
         tunnel = await Tunnel(ends).open()
-        await send_tcp(tunnel.server, bytes(1_000_000))
-        await until(lambda: tunnel.near_end.received == 1_000_000)
+        await send_tcp(tunnel.server, bytes(200_000))
+        await until(lambda: tunnel.near_end.received == 200_000)
         ends.server.abort()
-        assert await read_to_the_end(tunnel.client) == (bytes(1_000_000), "reset")
+        assert await read_to_the_end(tunnel.client) == (bytes(200_000), "reset")
         await tunnel.over()
         tunnel.close()
 
@@ -456,6 +458,57 @@ async def test_streams_share_fairly():
             nursery.cancel_scope.cancel()
         shares = [now - then for now, then in zip(received, before, strict=True)]
         assert min(shares) > max(shares) / 4
+        for tunnel in tunnels:
+            tunnel.close()
+            await tunnel.over()
+
+
+def send_buffer(sock):
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+
+@pytest.mark.parametrize("large", [0, 2])
+async def test_the_kernels_buffers_are_large_where_much_goes_through_and_for_a_few(monkeypatch, large):
+    monkeypatch.setattr(budget_module, "LARGE", large)
+    async with tunnelled() as tunnel:
+        assert send_buffer(tunnel.far) <= 2 * SMALL_BUFFER
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def write():
+                await send_tcp(tunnel.client, bytes(3_000_000))
+                tunnel.client.shutdown(socket.SHUT_WR)
+
+            assert len(await receive_tcp(tunnel.server)) == 3_000_000
+        assert (send_buffer(tunnel.far) > 2 * SMALL_BUFFER) is (large > 0)
+
+
+async def test_a_large_buffer_goes_to_who_needs_it_from_who_does_not(monkeypatch):
+    monkeypatch.setattr(budget_module, "LARGE", 1)
+    async with linked() as ends:
+        first, second = await Tunnel(ends).open(), await Tunnel(ends).open()
+        for tunnel, other in ((first, second), (second, first)):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send_tcp, tunnel.client, bytes(3_000_000))
+                got = 0
+                while got < 3_000_000:
+                    got += len(await hears(tunnel.server))
+            assert send_buffer(tunnel.far) > 2 * SMALL_BUFFER
+            assert send_buffer(other.far) <= 2 * SMALL_BUFFER
+        for tunnel in (first, second):
+            tunnel.close()
+            await tunnel.over()
+
+
+async def test_readers_that_do_not_read_cost_little_of_the_kernels_memory():
+    async with linked() as ends:
+        tunnels = [await Tunnel(ends).open() for _ in range(8)]
+        async with trio.open_nursery() as nursery:
+            for tunnel in tunnels:
+                nursery.start_soon(send_tcp, tunnel.client, bytes(2_000_000))
+            await until(lambda: all(tunnel.far_end.received >= yamux.INITIAL_WINDOW for tunnel in tunnels))
+            assert all(unacknowledged(tunnel.far) <= 4 * SMALL_BUFFER for tunnel in tunnels)
+            nursery.cancel_scope.cancel()
         for tunnel in tunnels:
             tunnel.close()
             await tunnel.over()

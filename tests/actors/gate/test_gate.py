@@ -484,3 +484,23 @@ async def test_the_watch_sees_every_way_to_change_the_file(path, tmp_path):
         await becomes(C)
         put(other / "real", f"{B}\n")
         await becomes(B)
+
+
+async def test_a_flood_of_one_peer_leaves_the_audit_log_to_others(path, tmp_path):
+    audit = tmp_path / "audit.jsonl"
+    ended = TunnelEnded(
+        peer=A, service="ssh", role="server", path="direct", sent=1, received=2, duration=0.1, outcome="finished"
+    )
+    refused = Decided(peer=B, subject="connection", allowed=False, rule="not-listed", path="direct")
+    async with Stage() as stage:
+        switchboard, _ = await stand(stage, path, audit=str(audit))
+        for _ in range(3000):
+            await switchboard.ask("gate", ended)
+        for _ in range(700):
+            await switchboard.ask("gate", refused)
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    tunnels = [line for line in lines if line["event"] == "tunnel"]
+    assert len(tunnels) < 700
+    assert sum(line.get("count", 1) for line in tunnels) == 3000
+    assert sum(line["sent"] for line in tunnels) == 3000
+    assert sum(line["event"] == "decision" for line in lines) == 700  # what is refused is never added up here

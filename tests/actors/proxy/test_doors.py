@@ -10,10 +10,14 @@ import pytest
 import trio
 
 from actors.switchboard import doors as doors_module
+from actors.switchboard.doors import Doors
+from protocol.errors import LimitExceededError
 from protocol.messages import Descriptor
 from protocol.messages.doors import LendListener, ServeAt
 from protocol.messages.switchboard import ServeProtocol
+from protocol.yamux import BacklogError
 from supervisor.errors import RefusedError
+from tests.actors.dataplane import running
 from tests.actors.local_node import echo, peer_of, tcp_server, two_nodes, until
 
 ECHO = "/peerup/echo/1.0.0"
@@ -188,6 +192,72 @@ async def test_a_stream_beyond_the_limit_of_the_service_is_reset_and_counted():
         await until(lambda: ended(bob, "limit-exceeded") == 1)
         await until(lambda: alice.gate.ended)
         assert alice.gate.ended[0].outcome == "stream-reset: limit-exceeded"
+
+
+async def test_one_peer_has_no_more_than_its_share_of_a_service():
+    async with tunnel(serve={"limit": 4}) as (alice, _, address), contextlib.AsyncExitStack() as stack:
+        for _ in range(3):
+            client = await stack.enter_async_context(await trio.open_tcp_stream(*address))
+            await client.send_all(b"x")
+            with trio.fail_after(10):
+                assert await client.receive_some(1) == b"x"
+        assert await is_refused(address)  # the fourth is kept for others
+        await until(lambda: alice.gate.ended)
+        assert alice.gate.ended[0].outcome == "stream-reset: limit-exceeded"
+        await client.aclose()
+        await until(lambda: len(alice.gate.ended) == 2)
+        async with await trio.open_tcp_stream(*address) as again:
+            await again.send_all(b"x")
+            with trio.fail_after(10):
+                assert await again.receive_some(1) == b"x"
+
+
+class NoRoom:
+    """A connection to a peer that takes no stream just now; the next time the kernel has no memory."""
+
+    def __init__(self):
+        self.link = self
+        self.errors = [BacklogError("wait"), OSError(errno.ENOBUFS, "no buffer space")]
+
+    def open_stream(self, **_):
+        raise self.errors.pop(0) if self.errors else BacklogError("wait")
+
+
+class Room:
+    """All streams that there are."""
+
+    def has_room(self, owner, limit):
+        return True
+
+
+async def test_a_failure_of_the_kernel_while_a_client_waits_costs_that_client_alone(monkeypatch):
+    monkeypatch.setattr(doors_module, "PAUSE", 0.01)
+    warned, told = [], []
+    async with running() as reactor:
+        connection = NoRoom()
+        doors = Doors(
+            reactor,
+            Room(),
+            speaking=lambda *_: connection,
+            opened=lambda: None,
+            tell=lambda *what: told.append(what),
+            warn=warned.append,
+        )
+        reading, writing = os.pipe()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            address = listener.getsockname()
+            lent = LendListener(Descriptor(os.dup(listener.fileno())), Descriptor(reading), peer_of("bob"), "/x", 10)
+            doors.lend("proxy/x", lent)
+            with socket.create_connection(address), trio.fail_after(10):
+                await until(lambda: warned)
+            assert "no buffer space" in warned[0]
+            connection.errors = [LimitExceededError("left to its actor")]
+            with socket.create_connection(address), trio.fail_after(10):
+                await until(lambda: told)  # it goes on accepting
+        doors.close_all()
+        os.close(writing)
+        for _, message in told:
+            message.socket.close()
 
 
 async def test_a_service_that_does_not_accept_at_once_is_left_to_its_actor(monkeypatch):
