@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from protocol.errors import PeerupError
+from supervisor.lending import open_for_reading
 
 LOCK_SECONDS = 10.0
 """How long an edit waits for another one: far longer than an edit takes, short enough for a person to wait."""
@@ -99,8 +100,7 @@ def read_limited(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
         FileError: it cannot be read, is not a regular file, or is too long.
     """
     try:
-        # O_NONBLOCK so that a named pipe in the file's place cannot hang the reader.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_for_reading(path)
         with open(descriptor, "rb") as file:  # noqa: PTH123  # Path.open cannot take a descriptor
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):

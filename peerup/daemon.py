@@ -20,6 +20,7 @@ from peerup.cli.framework import command as make_command
 
 if TYPE_CHECKING:
     from actors.config.paths import NodeHome
+    from actors.config.schema import NodeConfig
 
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error")
 
@@ -82,6 +83,7 @@ def run(
     if manager.watchdog is not None:
         faulthandler.enable()  # it ends a process that is hung with SIGABRT; then the log says where that stood
     preload(metrics=config.telemetry.metrics_enabled)
+    confined = _check_confinement(config)
     log = LogSettings(
         level=log_level or config.log.level,
         json=(log_format or config.log.format) == "json",
@@ -123,10 +125,30 @@ def run(
         watchdog=manager.watchdog,
         vital=VITAL,
         stop_deadline=within,
+        confined=confined,
     )
     service.run()
     with contextlib.suppress(OSError):
         home.control_socket.unlink()
+
+
+def _check_confinement(config: NodeConfig) -> bool:
+    """Whether the actors are to be confined; what the kernel cannot do for that is said once."""
+    from peerup.confinement import DISABLED, REQUIRED
+    from supervisor.confinement import shortcomings
+
+    wanted = config.security.confinement
+    if wanted == DISABLED:
+        return False
+    for problem in shortcomings():
+        if wanted == REQUIRED:
+            raise Failure(
+                f"security.confinement is `required`, but {problem}",
+                "run it on a newer kernel, or set security.confinement to auto",
+                code="not-confined",
+            )
+        click.echo(f"warning: the parts of this node are not fully confined: {problem}", err=True)
+    return True
 
 
 def _check_not_running(home: NodeHome) -> None:

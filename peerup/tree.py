@@ -21,9 +21,10 @@ import dataclasses
 from actors.config.paths import NodeHome
 from actors.config.schema import NodeConfig
 from peerup import __version__
+from peerup.confinement import Table
 from protocol.messages import Data
 from protocol.messages.system import ChildSpec, Strategy, SupervisorSpec
-from supervisor.overseer import supervisor_arguments
+from supervisor.overseer import FACTORY, supervisor_arguments
 
 INTENSITY = 40
 """So many restarts of root's children within WINDOW are borne. With the back-off below, one child that ends right after
@@ -107,6 +108,7 @@ def build_tree(options: Options) -> SupervisorSpec:
     home, config = options.home, options.config
     audit = str(home.audit_file) if config.telemetry.audit_enabled else None
     limits = config.limits
+    table = Table(home, config, options.service_pid)
     children = [
         _actor("config", "actors.config.actor:Config", path=str(home.config_file), proxies=str(home.proxies_file)),
         _actor("keyring", "actors.keyring.actor:Keyring", path=str(config.key_path)),
@@ -127,7 +129,7 @@ def build_tree(options: Options) -> SupervisorSpec:
         ),
         _actor("nat/monitor", "actors.nat.monitor:NetworkMonitor"),
         *_relay_server(config),
-        _proxies(),
+        _proxies(table),
     ]
     if config.telemetry.metrics_enabled:
         listen = config.telemetry.metrics_listen_address
@@ -142,9 +144,11 @@ def build_tree(options: Options) -> SupervisorSpec:
             service_pid=options.service_pid,
             started_at=options.started_at,
             allow_faults=options.allow_faults,
+            own_session=True,
         )
     )
-    return _supervision(INTENSITY, tuple(children))
+    confined = (dataclasses.replace(child, confinement=table.of(child.name)) for child in children)
+    return _supervision(INTENSITY, tuple(confined))
 
 
 def _tls_files(config: NodeConfig) -> dict[str, Data]:
@@ -171,10 +175,13 @@ def _relay_server(config: NodeConfig) -> list[ChildSpec]:
     return [dataclasses.replace(made, stop_deadline=time_to_drain(config))]
 
 
-def _proxies() -> ChildSpec:
-    supervision = _supervision(PROXIES_INTENSITY, (), STARTERS)
-    arguments = supervisor_arguments(dataclasses.replace(supervision, backoff_limit=TUNNELS_BACKOFF_LIMIT))
-    made = _actor("proxies", "supervisor.supervisor:Supervisor", **arguments)
+def _proxies(table: Table) -> ChildSpec:
+    spec = dataclasses.replace(
+        _supervision(PROXIES_INTENSITY, (), STARTERS),
+        backoff_limit=TUNNELS_BACKOFF_LIMIT,
+        confinements=table.rules_for_proxies(),
+    )
+    made = _actor("proxies", FACTORY, **supervisor_arguments(spec))
     return dataclasses.replace(made, stop_deadline=PROXIES_STOP_DEADLINE)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 
 from protocol.messages.system import ChildSpec, SupervisorSpec
 from supervisor.actor import Checkpoint
+from supervisor.confinement import Prepared
 from supervisor.registry import RunDirectory
 
 SERVICE = "main"
@@ -41,6 +43,7 @@ class Boot:
         operators: names of the actors that may set taps, faults and log levels everywhere.
         factories: prefixes of the modules whose classes may be children.
         incarnations: what each name had come to when the last tree was lost: numbers go on, so ids stay unique.
+        confined: whether the processes of supervisors give up what none of their children needs.
         generation: 1 for the first tree of a service, one more for each that is built after the loss of one.
     """
 
@@ -50,16 +53,23 @@ class Boot:
     log: LogSettings = dataclasses.field(default_factory=LogSettings)
     operators: tuple[str, ...] = ()
     factories: tuple[str, ...] = ("actors.", "supervisor.")
+    confined: bool = False
     generation: int = 1
     incarnations: tuple[tuple[str, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Birth:
-    """What one child is born with; its parent's memory at the fork is how it gets there."""
+    """What one child is born with; its parent's memory at the fork is how it gets there.
+
+    `borrowing` is the child's end of what its supervisor lends it files through (:mod:`supervisor.lending`), `prepared`
+    what is to be enforced on its process.
+    """
 
     spec: ChildSpec
     incarnation: int
     supervisor: str
     checkpoint: Checkpoint | None
     boot: Boot
+    borrowing: socket.socket | None = None
+    prepared: Prepared | None = None

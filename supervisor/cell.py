@@ -99,6 +99,7 @@ class Cell:
             :class:`~supervisor.exchange.Exchange`.
         log: the process's logger, bound to the actor's name.
         on_ready: called with what `start` returned; None: tell the supervisor `Ready`.
+        confinement: what the kernel enforces on the process, for the supervisor to know.
     """
 
     def __init__(
@@ -119,8 +120,10 @@ class Cell:
         allow_faults: bool = False,
         operators: Collection[str] = (),
         on_ready: Callable[[dict[str, Data]], None] | None = None,
+        confinement: str = "",
     ) -> None:
         self.actor = actor
+        self._confinement = confinement
         self.log = log if log is not None else logger.bind(actor=name)
         self._time = TimeKeeper(now)
         self.exchange = Exchange(
@@ -272,7 +275,7 @@ class Cell:
             trio.lowlevel.reschedule(task)
 
     def _tell_ready(self, state: dict[str, Data]) -> None:
-        self.exchange.tell(self.exchange.supervisor, Ready(self.exchange.incarnation, state))
+        self.exchange.tell(self.exchange.supervisor, Ready(self.exchange.incarnation, state, self._confinement))
 
 
 class CellContext:

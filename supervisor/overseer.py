@@ -12,6 +12,8 @@ end of a process with :meth:`Overseer.child_exited`, after it has delivered all 
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
 import functools
 import os
 import random
@@ -49,6 +51,7 @@ from protocol.messages.system import (
 )
 from supervisor.actor import Checkpoint
 from supervisor.authority import Authority
+from supervisor.confinement import for_child
 from supervisor.errors import AskError, NoSuchActorError, RefusedError
 from supervisor.estate import Estate, keep_message
 from supervisor.exchange import Exchange
@@ -157,6 +160,7 @@ class Overseer:
         log: the process's logger.
         last_incarnation: the highest incarnation that a name has had so far, see SupervisorLogic.
         operators: names of those who may look into it and disturb it, see :mod:`supervisor.authority`.
+        confinement: what the kernel enforces on the supervisor's own process.
     """
 
     def __init__(
@@ -172,6 +176,7 @@ class Overseer:
         log: loguru.Logger | None = None,
         last_incarnation: Callable[[str], int] = lambda _: 0,
         operators: Collection[str] = (),
+        confinement: str = "",
     ) -> None:
         self.name = name
         self.logic = SupervisorLogic(name, spec, random, last_incarnation)
@@ -181,6 +186,8 @@ class Overseer:
         self._pid = os.getpid() if pid is None else pid
         self._log = log if log is not None else logger.bind(actor=name)
         self._began = exchange.now()
+        self._confinement = confinement
+        self._confinements: dict[str, str] = {}
         self._published: dict[str, tuple[NameState, int]] = {}
         self._specs: dict[str, ChildSpec] = {}
         self._pids: dict[str, int | None] = {}
@@ -238,6 +245,7 @@ class Overseer:
         self._pids.pop(name, None)
         self._waits.pop(name, None)
         self._doubted.pop(name, None)
+        self._confinements.pop(name, None)
         if failed:
             self._log.warning("{} ended: {}", name, reason)
         else:
@@ -261,6 +269,7 @@ class Overseer:
         doubted = self._doubted.pop(name, None)
         if doubted is not None and self._estate.get(name) is doubted:
             self._drop_checkpoints([name])  # without it all is well
+        self._confinements[name] = message.confinement
         self._do(self.logic.child_ready(name, message.incarnation, self._exchange.now()))
         if self._published.get(name) == (NameState.READY, message.incarnation):
             if self._exchange.taps:
@@ -313,7 +322,23 @@ class Overseer:
             reason = f"{spec.name} is an actor of another supervisor"
             self._exchange.refuse(envelope, RefusedError("already-started", reason))
         else:
+            try:
+                spec = self._confined(spec)
+            except RefusedError as refusal:
+                self._exchange.refuse(envelope, refusal)
+                return
             self._do(self.logic.start_requested(spec, envelope, self._exchange.now()))
+
+    def _confined(self, spec: ChildSpec) -> ChildSpec:
+        """The child as this supervisor's own specification confines it, whatever the request says."""
+        rules = self.logic.spec.confinements
+        for rule in rules:
+            if fnmatch.fnmatchcase(spec.name, rule.pattern):
+                return dataclasses.replace(spec, confinement=for_child(rule, spec.arguments))
+        if rules:
+            reason = f"{self.name} has no rule for what an actor called {spec.name} may do"
+            raise RefusedError("not-allowed", reason)
+        return spec
 
     def _on_stop_child(self, message: StopChild, envelope: Envelope) -> None:
         if any(child.name == message.name for child in self.logic.spec.children):
@@ -360,9 +385,13 @@ class Overseer:
         state = "stopping" if self.logic.ending else "running"
         own = ChildStatus(
             self.name, FACTORY, self._exchange.supervisor, self._pid, state, now - self._began, 0, 0, 0,
-            self._exchange.handled, "",
+            self._exchange.handled, "", confinement=self._confinement,
         )  # fmt: skip
-        return (own, *(_with_pid(status, self._pids.get(status.name)) for status in self.logic.status(now)))
+        return (own, *(self._completed(status) for status in self.logic.status(now)))
+
+    def _completed(self, status: ChildStatus) -> ChildStatus:
+        pid, confined = self._pids.get(status.name), self._confinements.get(status.name, "")
+        return dataclasses.replace(status, pid=pid, confinement=confined)
 
     def supervisors(self) -> list[str]:
         """The names of children that are ready supervisors."""
@@ -490,12 +519,6 @@ class Overseer:
     def exchange(self) -> Exchange:
         """The supervisor's exchange."""
         return self._exchange
-
-
-def _with_pid(status: ChildStatus, pid: int | None) -> ChildStatus:
-    fields = dict(vars(status))
-    fields["pid"] = pid
-    return ChildStatus(**fields)
 
 
 class _TreeReport:

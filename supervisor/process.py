@@ -23,11 +23,12 @@ import trio
 
 from protocol.errors import InvalidValueError
 from protocol.messages.system import LastWords
-from supervisor import forking, linux
+from supervisor import confinement, forking, linux
 from supervisor.actor import Actor
 from supervisor.boot import Birth, Boot, LogSettings
 from supervisor.cell import UNFORESEEN, Cell, failure_text
 from supervisor.exchange import Exchange
+from supervisor.lending import Borrower, borrow_from
 from supervisor.logging import LogControl
 from supervisor.port import NameState
 from supervisor.registry import Entry
@@ -75,6 +76,7 @@ class Leaf(thespian.actors.Actor):
         super().__init__()
         self._birth = birth
         self._cell: Cell | None = None
+        self._confinement = ""
 
     def receiveMessage(self, message: Any, sender: Any) -> None:  # noqa: N802 - Thespian's name
         """Thespian's only message to a leaf: end."""
@@ -116,6 +118,7 @@ class Leaf(thespian.actors.Actor):
             hang=hang,
             allow_faults=boot.allow_faults,
             operators=boot.operators,
+            confinement=self._confinement,
         )
         transport.receiver = cell.exchange
         cell.exchange.refusals = transport.refusals
@@ -138,10 +141,20 @@ class Leaf(thespian.actors.Actor):
     def _make_actor(self) -> Actor:
         spec = self._birth.spec
         factory = load_factory(spec.factory, self._birth.boot.factories)
+        # Everything is imported, and the actor does not exist yet.
+        self._confine()
         actor = factory(**spec.arguments)
         if not isinstance(actor, Actor):
             raise InvalidValueError(f"{spec.factory} is not an actor")
         return actor
+
+    def _confine(self) -> None:
+        prepared, sock = self._birth.prepared, self._birth.borrowing
+        if prepared is None:
+            return
+        if sock is not None:
+            borrow_from(Borrower(sock, prepared.spec.lent))
+        self._confinement = confinement.confine(prepared)
 
     def _report(self, transport: Transport, error: Exception) -> None:
         birth = self._birth

@@ -167,9 +167,16 @@ class RunDirectory:
         """The directory of names, for inotify."""
         return f"/proc/self/fd/{self.names_fd}"
 
+    def places(self) -> tuple[str, str]:
+        """The directories of names and of sockets, by descriptors: the paths that this process can use."""
+        return self.names_path(), f"/proc/self/fd/{self.sockets_fd}"
+
     def remove_socket(self, pid: int) -> None:
-        """Remove what a process that ended has left."""
-        with contextlib.suppress(FileNotFoundError):
+        """Remove what a process that ended has left.
+
+        A confined process cannot remove its own; its supervisor does, once it has ended.
+        """
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             os.unlink(str(pid), dir_fd=self.sockets_fd)
 
     def read(self, name: str) -> Entry | None:

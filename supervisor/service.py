@@ -27,7 +27,7 @@ import random
 import select
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn
 
 from thespian.actors import ActorSystem, ActorSystemException
@@ -36,6 +36,7 @@ from thespian.system.transport import TransmitIntent
 
 from protocol.errors import PeerupError
 from protocol.messages import Envelope
+from protocol.messages.confinement import Confinement
 from protocol.messages.system import (
     DropCheckpoint,
     Hang,
@@ -50,7 +51,7 @@ from protocol.messages.system import (
     Stop,
     SupervisorSpec,
 )
-from supervisor import linux, thespian_base
+from supervisor import confinement, linux, thespian_base
 from supervisor.actor import Checkpoint
 from supervisor.authority import Authority
 from supervisor.boot import ROOT, SERVICE, Boot, LogSettings
@@ -58,6 +59,7 @@ from supervisor.errors import AskError, DeadlineExceededError, RefusedError
 from supervisor.estate import Estate
 from supervisor.exchange import Exchange
 from supervisor.logging import LogControl
+from supervisor.overseer import FACTORY, supervisor_spec
 from supervisor.port import NameState
 from supervisor.process import open_log
 from supervisor.registry import Entry, RunDirectory
@@ -162,6 +164,7 @@ class Service:
         watchdog: seconds; None if nobody wants `on_alive`.
         vital: who must answer besides the admin and the root for the tree to count as alive.
         stop_deadline: seconds for an ordered stop of the whole tree; what is left after it is killed.
+        confined: whether supervisors give up what none of their children needs.
     """
 
     def __init__(
@@ -180,6 +183,7 @@ class Service:
         watchdog: float | None = None,
         vital: Collection[str] = (),
         stop_deadline: float = STOP_DEADLINE,
+        confined: bool = False,
     ) -> None:
         self._path = run_directory
         self._root = root
@@ -194,6 +198,7 @@ class Service:
         self._watchdog = watchdog
         self._vital = (ROOT, *vital)
         self._stop_deadline = stop_deadline
+        self._confined = confined
         self._signals: list[int] = []
         self._wakeup = -1
         self._log: LogControl | None = None
@@ -221,6 +226,7 @@ class Service:
         directory.clear()
         for module in self._preload:
             importlib.import_module(module)
+        confinement.prepare(_confinements(self._root))
         thespian_base.install()
         linux.adopt_orphans()
         linux.raise_descriptor_limit()
@@ -235,7 +241,15 @@ class Service:
     def _keep_running(self, directory: RunDirectory) -> None:
         lost: collections.deque[float] = collections.deque()
         failed_starts = 0
-        boot = Boot(directory, self._root, self._allow_faults, self._log_settings, self._operators, self._factories)
+        boot = Boot(
+            directory,
+            self._root,
+            self._allow_faults,
+            self._log_settings,
+            self._operators,
+            self._factories,
+            self._confined,
+        )
         while True:
             tree = _Tree(boot)
             lost_because = ""
@@ -537,6 +551,16 @@ def _lose(reason: str) -> NoReturn:
 def _empty(fd: int) -> None:
     with contextlib.suppress(BlockingIOError):
         os.read(fd, 4096)
+
+
+def _confinements(spec: SupervisorSpec) -> Iterator[Confinement]:
+    """How any process of this tree is confined."""
+    yield from (rule.confinement for rule in spec.confinements if rule.confinement is not None)
+    for child in spec.children:
+        if child.confinement is not None:
+            yield child.confinement
+        if child.factory == FACTORY:
+            yield from _confinements(supervisor_spec(child))
 
 
 def _ended(pidfd: int) -> bool:

@@ -14,7 +14,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import thespian.actors
@@ -24,7 +24,9 @@ from protocol.messages.system import ChildSpec, LastWords, Ready, Stop
 from supervisor import forking
 from supervisor.actor import Checkpoint
 from supervisor.boot import ROOT, SERVICE, Birth, Boot
+from supervisor.confinement import BASE, Prepared, confine_supervisor
 from supervisor.exchange import Exchange
+from supervisor.lending import Lender
 from supervisor.overseer import FACTORY, GAVE_UP, Overseer, supervisor_spec
 from supervisor.port import NameState, NotDeliveredError
 from supervisor.process import LAST_FLUSH, Leaf, crash, enter, hang
@@ -39,12 +41,13 @@ GAVE_UP_STATUS = 1
 class _Process:
     """A child's process, from its fork until its end has been reported."""
 
-    __slots__ = ("incarnation", "name", "pid", "supervises")
+    __slots__ = ("incarnation", "lender", "name", "pid", "supervises")
 
-    def __init__(self, name: str, incarnation: int, pid: int, *, supervises: bool) -> None:
+    def __init__(self, name: str, incarnation: int, pid: int, lender: Lender | None, *, supervises: bool) -> None:
         self.name = name
         self.incarnation = incarnation
         self.pid = pid
+        self.lender = lender
         self.supervises = supervises
 
 
@@ -82,6 +85,7 @@ class Supervisor(thespian.actors.Actor):
             self._name, self._incarnation = requirements.spec.name, requirements.incarnation
             self._parent = requirements.supervisor
             self._spec = supervisor_spec(requirements.spec)
+        self._own_confinement = requirements.spec.confinement if requirements is not None else None
         self._processes: dict[int, _Process] = {}
         self._by_name: dict[str, _Process] = {}
         self._past: dict[str, int] = {}  # incarnations of children that only a predecessor knew
@@ -89,11 +93,14 @@ class Supervisor(thespian.actors.Actor):
         self._manager: Any = None
         self._overseer: Overseer | None = None
         self._exchange: Exchange | None = None
+        self._lender: Lender | None = None
 
     def live(self, manager: Any) -> int:
         """The life of the process; its exit status."""
         transport = manager.transport.wire
         log = enter(self._name, self._incarnation, self._parent, transport, self._boot)
+        if self._own_confinement is not None:
+            confine_supervisor(self._own_confinement, self._boot.directory.places())
         exchange = Exchange(
             self._name,
             self._incarnation,
@@ -126,6 +133,7 @@ class Supervisor(thespian.actors.Actor):
             log=log.logger,
             last_incarnation=self._last_incarnation,
             operators=self._boot.operators,
+            confinement=self._confinement,
         )
         stop_read, stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(stop_write, warn_on_full_buffer=False)
@@ -137,6 +145,10 @@ class Supervisor(thespian.actors.Actor):
         exchange.close()
         log.close()
         return self._status
+
+    @property
+    def _confinement(self) -> str:
+        return BASE if self._boot.confined else ""
 
     def _take_over(self) -> None:
         """Free the names of children that only a predecessor of this process knew."""
@@ -177,6 +189,7 @@ class Supervisor(thespian.actors.Actor):
         process = self._processes.pop(pid, None)
         if process is None or self._overseer is None:
             return
+        self._stop_lending(process)
         if self._by_name.get(process.name) is process:
             del self._by_name[process.name]
         directory = self._boot.directory
@@ -193,22 +206,58 @@ class Supervisor(thespian.actors.Actor):
 
     def spawn(self, spec: ChildSpec, incarnation: int, checkpoint: Checkpoint | None) -> int | None:
         """See :meth:`supervisor.overseer.Host.spawn`."""
-        birth = Birth(spec, incarnation, self._name, checkpoint, self._boot)
         supervises = spec.factory == FACTORY
-        descriptors: Collection[int] = (
-            [descriptor.fileno() for descriptor in checkpoint.descriptors] if checkpoint is not None else ()
-        )
+        descriptors = [descriptor.fileno() for descriptor in checkpoint.descriptors] if checkpoint is not None else []
+        confinement, lender = None if supervises else spec.confinement, None
+        try:
+            prepared = Prepared(confinement) if confinement is not None else None
+            lender = Lender(confinement.lent) if confinement is not None and confinement.lent else None
+        except OSError as error:
+            self._later(functools.partial(self._not_made, spec.name, incarnation, f"no process: {error.strerror}"))
+            return None
+        if lender is not None:
+            descriptors.append(lender.other.fileno())
+        if prepared is not None:
+            descriptors += prepared.descriptors()
+        # Kept here while the fork is made, so that the child has it as well and never finalises what it closed.
+        self._lender = lender
+        borrowing = lender.other if lender is not None else None
+        birth = Birth(spec, incarnation, self._name, checkpoint, self._boot, borrowing, prepared)
         self._manager.keep_open = lambda: descriptors
         address = self.createActor(Supervisor if supervises else Leaf, targetActorRequirements=birth)
         pid: int | None = self._manager.pid_of_child(address)
+        self._lender = None
+        if prepared is not None:
+            prepared.close()
+        if lender is not None:
+            lender.other.close()
         if pid is None:
+            if lender is not None:
+                lender.close()
             self._later(
                 functools.partial(self._not_made, spec.name, incarnation, f"no process: {os.strerror(errno.EAGAIN)}")
             )
             return None
-        process = _Process(spec.name, incarnation, pid, supervises=supervises)
+        process = _Process(spec.name, incarnation, pid, lender, supervises=supervises)
+        if lender is not None:
+            self._wire.add_reader(lender.socket.fileno(), functools.partial(self._lend, process))
         self._processes[pid] = self._by_name[spec.name] = process
         return pid
+
+    @property
+    def _wire(self) -> Transport:
+        wire: Transport = self._manager.transport.wire
+        return wire
+
+    def _lend(self, process: _Process) -> None:
+        if process.lender is not None:
+            process.lender.serve(functools.partial(self._stop_lending, process))
+
+    def _stop_lending(self, process: _Process) -> None:
+        lender, process.lender = process.lender, None
+        if lender is not None:
+            self._wire.remove_reader(lender.socket.fileno())
+            lender.close()
 
     def _not_made(self, name: str, incarnation: int, reason: str) -> None:
         if self._overseer is not None:
@@ -254,7 +303,7 @@ class Supervisor(thespian.actors.Actor):
     def ready(self) -> None:
         """See :meth:`supervisor.overseer.Host.ready`."""
         if self._exchange is not None:
-            self._exchange.tell(self._parent, Ready(self._incarnation, {}))
+            self._exchange.tell(self._parent, Ready(self._incarnation, {}, self._confinement))
 
     def finished(self, reason: str, *, failed: bool) -> None:
         """See :meth:`supervisor.overseer.Host.finished`."""

@@ -34,7 +34,7 @@ from thespian.system.transport import (
 )
 
 from protocol.messages import MessageError
-from supervisor import control, forking, linux
+from supervisor import confinement, control, forking, linux
 from supervisor.boot import Boot
 from supervisor.control import address_of, pid_of
 from supervisor.port import NotDeliveredError
@@ -253,6 +253,8 @@ class ActorSystemBase(systemBase):
         def live() -> int:
             os.setsid()
             linux.set_process_name("admin")
+            if boot_of(capabilities).confined:
+                confinement.confine_base()  # and so all that it makes
             transport = ThespianTransport(EndpointPreparation(0, directory, starter))
             admin = Admin(transport, transport.myAddress, capabilities, ALLOWED)
             transport.scheduleTransmit(None, TransmitIntent(address_of(starter), EndpointConnected(0)))

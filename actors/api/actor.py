@@ -21,7 +21,7 @@ from actors.api.node import ANSWER_DEADLINE, Launch, Node
 from actors.api.routes import ROUTES
 from actors.api.routing import http_error
 from actors.api.watchers import Watchers
-from actors.http import HttpLimits, HttpRequest, Response, Upgrade, listen_unix, serve_http
+from actors.http import HttpError, HttpLimits, HttpRequest, Response, Upgrade, listen_unix, serve_http
 from protocol.errors import PeerupError
 from protocol.messages import Data
 from protocol.messages.config import ConfigSnapshot, SubscribeConfig
@@ -49,6 +49,8 @@ class ApiActor(Actor):
     Arguments:
         socket_path: where to listen; a left-over socket there is recognised by trying it, and replaced.
         home, version, service_pid, started_at, allow_faults: see :class:`actors.api.node.Launch`.
+        own_session: whether the processes of the node have a session (setsid(2)) of their own, so that they are told
+            from people's by it. They are not served: an actor gone wrong must not give orders here.
     """
 
     mailbox_limit: ClassVar[int] = 4096
@@ -63,7 +65,9 @@ class ApiActor(Actor):
         service_pid: int,
         started_at: float,
         allow_faults: bool = False,
+        own_session: bool = False,
     ) -> None:
+        self._own_session = own_session
         self._path = Path(socket_path)
         self._launch = Launch(home, version, service_pid, started_at, allow_faults)
         self._node: Node | None = None
@@ -148,12 +152,24 @@ class ApiActor(Actor):
 
     async def _answer(self, request: HttpRequest) -> Response | Upgrade:
         assert self._node is not None
+        if self._own_session and _is_in_our_session(request):
+            raise HttpError(403, "wrong-process", "this socket serves people, not the processes of the node")
         self._served += 1
         route, call = ROUTES.find(request)
         try:
             return await route.handler(self._node, call)
         except PeerupError as error:
             raise http_error(error) from error
+
+
+def _is_in_our_session(request: HttpRequest) -> bool:
+    """Whether the client is a process of this node; a confined one cannot leave its session or make processes."""
+    pid = request.credentials.pid if request.credentials is not None else 0
+    if pid <= 0:  # of another PID namespace
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(pid) == os.getsid(0)
+    return False
 
 
 def _inherited(checkpoint: Checkpoint | None, path: Path) -> trio.SocketListener | None:

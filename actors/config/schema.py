@@ -28,6 +28,7 @@ _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 SHORTEST_SILENCE, LONGEST_SILENCE = 30.0, 24 * 3600.0
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
+CONFINEMENTS = ("auto", "required", "disabled")
 
 
 class ConfigError(PeerupError):
@@ -116,10 +117,18 @@ class DiscoveryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SecurityConfig:
-    """Who may connect. The path is as written; see :meth:`NodeConfig.path`."""
+    """Who may connect, and how the node guards itself.
+
+    Attributes:
+        authorized_keys_file: as written; see :meth:`NodeConfig.path`.
+        enable_connection_gating: whether only the peers in that file may connect.
+        confinement: whether each actor's process is limited to what it needs: `auto`, where the kernel can do that;
+            `required`, or the node does not run; `disabled`.
+    """
 
     authorized_keys_file: str = "authorized_keys"
     enable_connection_gating: bool = True
+    confinement: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,6 +382,7 @@ def _security(reader: SectionReader) -> SecurityConfig:
         reader.parsed("authorized_keys_file", "authorized_keys", _path),
         # peer-up takes a missing key for "let everybody in". We do not: who wants that must say so.
         reader.boolean("enable_connection_gating", default=True),
+        reader.parsed("confinement", "auto", _one_of(CONFINEMENTS)),
     )
     reader.finish()
     return made

@@ -105,6 +105,9 @@ security:
   authorized_keys_file: authorized_keys
   # [live] false lets every peer in the world connect and use services without allowed_peers. Default: true
   enable_connection_gating: true
+  # Limit each part of the node to what it needs, by Landlock and seccomp (docs/confinement.md): `auto` where the kernel
+  # can, `required` or do not start, `disabled`. Default: auto
+  # confinement: auto
 
 protocols:
   ping_pong:

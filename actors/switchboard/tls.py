@@ -15,7 +15,7 @@ import contextlib
 import os
 import ssl
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Final, NoReturn, cast
 
@@ -92,11 +92,12 @@ class ServerCertificate:
         _harden(context)
         try:
             chain, _ = read_limited(self._certificate, _MAX_FILE)
-            _, status = read_limited(self._key, _MAX_FILE)
+            key, status = read_limited(self._key, _MAX_FILE)
             _check_key(self._key, status)
             leaf = x509.load_pem_x509_certificates(chain)[0]
             names = _names(leaf)
-            context.load_cert_chain(self._certificate, self._key, password=_refuse_password)
+            with _in_memory(chain) as certificate, _in_memory(key) as private:
+                context.load_cert_chain(certificate, private, password=_refuse_password)
         except ssl.SSLError as error:
             what = "is not the key of" if error.reason == "KEY_VALUES_MISMATCH" else "cannot be used with"
             raise CertificateError(
@@ -320,6 +321,21 @@ def _signature(path: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[str]:
+    """The path of a file in memory with this content.
+
+    OpenSSL only reads by path, and a confined process gets the content of the real file but has no right to its path.
+    """
+    fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(content)
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
 
 
 def _check_key(path: Path, status: os.stat_result) -> None:

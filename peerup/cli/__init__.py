@@ -13,6 +13,7 @@ COMMANDS = {
     "daemon": "peerup.daemon:command",
     "stop": "peerup.cli.node:stop",
     "status": "peerup.cli.node:status",
+    "doctor": "peerup.cli.doctor:doctor",
     "ping": "peerup.cli.peers:ping",
     "paths": "peerup.cli.paths:paths",
     "traceroute": "peerup.cli.paths:traceroute",

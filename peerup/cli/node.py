@@ -34,6 +34,7 @@ def _print(data: dict[str, Any]) -> None:
         ("home", data["home"]),
         ("running", f"{span(data['uptime'])}, pid {data['pid']}, version {data['version']}"),
         ("actors", f"{data.get('actors', '?')}, {data.get('restarts', '?')} restarts lately"),
+        ("confined", _confinement(data)),
         ("peers", f"{data.get('connected_peers', '?')} connected"),
         *(("listening", address) for address in data.get("listen_addresses", [])),
         *(("service", f"{service['name']} -> {service['address']}") for service in services),
@@ -46,6 +47,14 @@ def _print(data: dict[str, Any]) -> None:
     lines.extend(("warning", warning) for warning in data["warnings"])
     for title, text in lines:
         click.echo(f"{title:<12} {text}")
+
+
+def _confinement(data: dict[str, Any]) -> str:
+    told = data.get("confinement")
+    if told is None:
+        return "?"
+    words = {"full": "yes, each actor to what it needs", "none": "no", "partial": "partly"}[told["state"]]
+    return words if told["state"] == "full" else f"{words}; see: peerup doctor"
 
 
 def _goal(proxy: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 
 from protocol.messages.codec import Data, Descriptor, Message, Request, message, record
+from protocol.messages.confinement import Confinement, ConfinementRule
 
 
 class Restart(enum.Enum):
@@ -47,6 +48,7 @@ class ChildSpec:
         stall_warning: seconds in which it may handle nothing though messages wait before the log says so; 0: for ever.
         stall_deadline: seconds after which it is killed then; 0: never.
         backoff_limit: the longest wait in seconds before a restart, where the supervisor's is too long for this child.
+        confinement: what its process may do; None: whatever the user that runs the node may.
     """
 
     name: str
@@ -60,6 +62,7 @@ class ChildSpec:
     stall_warning: float = 10.0
     stall_deadline: float = 60.0
     backoff_limit: float | None = None
+    confinement: Confinement | None = None
 
 
 @record
@@ -74,6 +77,8 @@ class SupervisorSpec:
             between, with jitter. The first restart is immediate.
         children: started in this order, stopped in reverse.
         starters: names of the actors that may have further children started and stopped here.
+        confinements: how those further children are confined, whatever the request says: the first rule that fits.
+            Where there are rules, a child that none fits is refused.
     """
 
     strategy: Strategy
@@ -83,6 +88,7 @@ class SupervisorSpec:
     backoff_limit: float
     children: tuple[ChildSpec, ...]
     starters: tuple[str, ...] = ()
+    confinements: tuple[ConfinementRule, ...] = ()
 
 
 @message("system.ok")
@@ -132,10 +138,11 @@ class Ping(Request[Pong]):
 
 @message("system.ready")
 class Ready(Message):
-    """From a child to its supervisor: `start` has returned this."""
+    """From a child to its supervisor: `start` has returned this. `confinement`: see :class:`ChildStatus`."""
 
     incarnation: int
     state: dict[str, Data]
+    confinement: str = ""
 
 
 @message("system.last-words")
@@ -357,6 +364,8 @@ class ChildStatus:
         restarts_total: restarts since the supervisor started.
         mailbox, handled, work: from the last answered heartbeat.
         last_failure: how it last ended, in words; empty if it never did.
+        confinement: what the kernel enforces on its process, in a word of :mod:`supervisor.confinement`; empty if that
+            was not asked for, or the process is not ready.
     """
 
     name: str
@@ -371,6 +380,7 @@ class ChildStatus:
     handled: int
     last_failure: str
     work: Work | None = None
+    confinement: str = ""
 
 
 @message("system.tree")

@@ -40,6 +40,7 @@ COMMANDS = (
     f"relay deauthorize {PEER}",
     "relay info",
     "relay config validate",
+    "doctor",
 )
 """Each of the table but `init` and `config show`, in an order in which each has something to tell."""
 

@@ -22,8 +22,9 @@ from protocol.messages.config import ReadProxies, ReloadConfig
 from protocol.messages.gate import Reload
 from protocol.messages.keyring import ReadIdentity
 from protocol.messages.switchboard import ReadStatus, SwitchboardStatus
-from protocol.messages.system import Describe
+from protocol.messages.system import ChildStatus, Describe
 from protocol.peer_id import PeerId
+from supervisor.confinement import BASE, FULL
 from supervisor.errors import AskError, NoSuchActorError
 
 RELOAD_DEADLINE = 10.0
@@ -60,6 +61,7 @@ async def status(node: Node, call: Call) -> Answer:
         result["actors"] = len(tree)
         result["actors_not_running"] = [child.name for child in tree if child.state != "running"]
         result["restarts"] = sum(child.restarts for child in tree if child.name != ROOT)
+        result["confinement"] = _confinement(tree)
     except AskError as error:
         problems.append(f"{ROOT}: {error}")
     await _identity(node, result, problems)
@@ -78,6 +80,14 @@ async def status(node: Node, call: Call) -> Answer:
     result["services"] = plain(node.config.services) if node.config is not None else []
     result["problems"] = problems
     return data_response(result)
+
+
+def _confinement(tree: tuple[ChildStatus, ...]) -> dict[str, Data]:
+    """Whether the kernel limits each process to what it needs: `full`, `partial`, or `none`, and where it does not."""
+    running = [child for child in tree if child.state == "running"]
+    lacking = [child.name for child in running if child.confinement not in (FULL, BASE)]
+    state = "full" if not lacking else "none" if not any(child.confinement for child in running) else "partial"
+    return {"state": state, "lacking": lacking}
 
 
 async def _identity(node: Node, result: dict[str, Data], problems: list[str]) -> None:
