@@ -200,18 +200,18 @@ class _Attempt:
             except OSError as error:
                 reason = _words(error.errno)
                 continue
-            fit_for_loopback(local, str(sockaddr[0]))
             try:
+                fit_for_loopback(local, str(sockaddr[0]))
                 number = local.connect_ex(sockaddr)
-            except OSError as error:  # the zone of an IPv6 address is not there
+                if number == errno.EINPROGRESS:
+                    self._wait(local)
+                    return
+            except OSError as error:  # the zone of an IPv6 address is not there, or the kernel has no memory
                 local.close()
                 reason = error.strerror or str(error)
                 continue
             if number == 0:
                 self._owner.connected(local, self._stream_id)
-                return
-            if number == errno.EINPROGRESS:
-                self._wait(local)
                 return
             local.close()
             reason = _words(number)
@@ -219,9 +219,9 @@ class _Attempt:
 
     def _wait(self, local: socket.socket) -> None:
         reactor = self._owner.reactor
+        reactor.register(local.fileno(), WRITE, self._decided, self._failed)
         self._local = local
         self._timer = reactor.call_later(CONNECT_DEADLINE, self._too_slow)
-        reactor.register(local.fileno(), WRITE, self._decided, self._failed)
 
     def _decided(self, _: int) -> None:
         local = self._take()

@@ -299,6 +299,20 @@ async def test_a_service_elsewhere_is_connected_by_its_actor(monkeypatch):
         assert not bob.switchboard._doors.describe()
 
 
+async def test_a_kernel_without_memory_costs_one_client_and_not_the_actor(monkeypatch):
+    def no_memory(*_):
+        raise OSError(errno.ENOBUFS, "no buffer space")
+
+    monkeypatch.setattr("actors.proxy.service.fit_for_loopback", no_memory)
+    async with two_nodes(services={"echo": None}) as (alice, bob):
+        await bob.serve("echo", 9, host="192.0.2.1")
+        address = await alice.proxy("bob", "echo")
+        for number in (1, 2):
+            assert await is_refused(address)
+            await until(lambda number=number: len(alice.gate.ended) == number)
+            assert alice.gate.ended[-1].outcome == "stream-reset: service-unreachable"
+
+
 async def test_the_address_of_a_service_is_known_no_longer_than_its_actor_says_so():
     async with tcp_server(echo) as first, tcp_server(echo) as second, two_nodes(services={"echo": None}) as (_, bob):
         await bob.serve("echo", first)
