@@ -71,9 +71,9 @@ class Peerup:
     def __call__(self, *arguments: str, status: int = 0) -> str:
         """What a command prints. It is run outside of the host: it only touches files and the control socket.
 
-        While the node does not run, commands are run in this process.
+        While the node does not run, commands are run in this process, if it is of this checkout.
         """
-        if self.daemon is None and not status:
+        if self.daemon is None and not status and CHECKOUT == Path(__file__).parents[2]:
             return run_here(self.home, *arguments)
         done = subprocess.run(
             self.command(*arguments), capture_output=True, text=True, timeout=90, check=False, env=_environment()
