@@ -11,7 +11,9 @@ SYN travels with the first frame of whoever opened the stream, ACK with the firs
 SYN at once. Each side may send as many bytes on a stream as the other granted: 256 KiB at the start, more by window
 updates. Who sends more has broken the protocol. Bytes are granted anew only after the consumer reported them delivered
 (:meth:`Session.consumed`), so what waits for a slow reader is never more than one window. A window starts at 256 KiB
-and doubles while its reader empties it quickly, up to a limit for the stream and a budget for all of the session.
+and doubles while its reader empties it quickly, up to a limit for the stream and a budget for all of the session. A
+consumer that would rather have less under way says so (:meth:`Session.resize`); what was granted stays granted, and the
+next grants wait until so much has been consumed.
 
 Reset codes and go-away codes travel in the length field (as go-yamux 5 does it); others send and read 0 there.
 
@@ -52,6 +54,8 @@ PROTOCOL_ID: Final = "/yamux/1.0.0"
 HEADER_LENGTH: Final = 12
 INITIAL_WINDOW: Final = 256 * 1024
 MAX_WINDOW: Final = 0xFFFF_FFFF
+LEAST_WINDOW: Final = 8 * 1024
+"""Bytes that a window is never made smaller than."""
 
 DATA: Final = 0
 WINDOW_UPDATE: Final = 1
@@ -72,6 +76,7 @@ _NO_GREETING: Final = 1 << 62  # bytes; until it is known how many there were
 _PARKED: Final = 512  # streams of the peer's that are refused later
 _CHARGED_AT: Final = 10_000.0  # units that small frames may cost before the allowance is charged
 _UPDATES_AT_FIRST: Final = 16  # window updates that need no data: peers announce their windows, which grow
+_ROUND_TRIPS: Final = 8  # of which the shortest counts as the one without queues; a path may change
 _SMALL_UPDATE: Final = 512  # bytes; a window that moves by less makes more work than it is worth
 _NO_ROOM: Final = frozenset({ResetCode.NONE, ResetCode.LIMIT_EXCEEDED})  # why a stream that got no word is reset
 _UPDATES_DUE: Final = 4096  # small updates that may be waited for: more than frames are under way
@@ -269,6 +274,7 @@ class Session:
 
     Attributes:
         rtt: seconds; whoever measures it keeps it here, it tells how fast a fast reader is.
+        least_rtt: seconds; the same without what waits on the way, as far as is known (:meth:`measured`).
         remote_gone, local_gone: who said go away.
         frames_received: counts headers.
         ends: counts the ends of streams, FIN and RST, that were laid out.
@@ -288,6 +294,8 @@ class Session:
         stream, if not the usual one.
         """
         self.rtt = 0.0
+        self.least_rtt = 0.0
+        self._round_trips: deque[float] = deque(maxlen=_ROUND_TRIPS)
         self.remote_gone = False
         self.local_gone = False
         self.frames_received = 0
@@ -452,7 +460,8 @@ class Session:
         grant = stream.window - stream.receive_window - stream.undelivered
         if stream is self._body_stream:
             grant -= self._body_left  # what has yet to come of the present frame: its header charged all of it
-        if grant < stream.window >> 1:
+        # a window that was made small leaves no room for grants to come late
+        if grant < stream.window >> (1 if stream.window >= INITIAL_WINDOW else 2):
             return False
         elapsed = now - stream.refilled_at
         stream.refilled_at = now
@@ -460,13 +469,21 @@ class Session:
             growth = min(stream.window, self._limits.stream_window - stream.window)
             growth = min(growth, self._limits.session_window - self._grown)
             if growth > 0:
-                self._grown += growth
-                stream.window += growth
+                self._set_window(stream, stream.window + growth)
                 grant += growth
         stream.stalled = False
         stream.receive_window += grant
         self._stream_control(stream, 0, grant)
         return True
+
+    def resize(self, stream: Stream, window: int) -> None:
+        """Let the window be of this size from now on, but no larger than it is, or was at the start.
+
+        A smaller one takes effect as bytes are consumed that are not granted anew. Nothing that the peer may still send
+        is taken back, so it never stands still for good: when all of that has come and been consumed, the grant is a
+        whole window.
+        """
+        self._set_window(stream, min(max(window, LEAST_WINDOW), max(stream.window, INITIAL_WINDOW)))
 
     def charge(self, cost: float) -> None:
         """Charge the peer's allowance, with the next frames that come from it, for work that is not to be seen here."""
@@ -476,6 +493,11 @@ class Session:
         """Charge the peer for this stream until more is sent to it than the `waiting` bytes that are not sent yet."""
         self._small += cost
         stream.deposit, stream.silence = cost, waiting
+
+    def measured(self, rtt: float) -> None:
+        """A ping of ours took so many seconds."""
+        self._round_trips.append(rtt)
+        self.least_rtt = min(self._round_trips)
 
     def ping(self, value: int) -> None:
         """Ask for an answer that carries this 32-bit value back."""
@@ -777,7 +799,11 @@ class Session:
                 self._outbound_unacknowledged -= 1
             if stream.received <= stream.greeting:
                 self._unanswered.take(1, self._now)
-        self._grown -= stream.window - INITIAL_WINDOW
+        self._set_window(stream, INITIAL_WINDOW)
+
+    def _set_window(self, stream: Stream, window: int) -> None:
+        self._grown += max(window, INITIAL_WINDOW) - max(stream.window, INITIAL_WINDOW)
+        stream.window = window
 
     def _flags_sent(self, stream: Stream, flags: int) -> None:
         if flags & ACK and not stream.acknowledged:

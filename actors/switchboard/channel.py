@@ -18,6 +18,7 @@ Likewise what came from the peer before it reset the stream is still passed on t
 
 from __future__ import annotations
 
+import math
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -141,7 +142,8 @@ class Channel:
         id: the yamux stream id.
         inbound: the peer opened it.
         sent, received: bytes of the stream's data.
-        queued: it stands in the link's queue (the link's to change).
+        queued: it stands in one of the link's queues (the link's to change).
+        allowance, allowance_at: bytes that it might send before those that send much, and when that was so (likewise).
         stream: yamux's record of it.
         ended_by: the code that the peer reset it with, or that the end of the link did; None otherwise.
         may_drain: it was not ended from here: what came before its end may still go on to whoever reads it.
@@ -166,6 +168,8 @@ class Channel:
         "_seam_fd",
         "_unsent",
         "_unsent_bytes",
+        "allowance",
+        "allowance_at",
         "ended_by",
         "inbound",
         "may_drain",
@@ -194,6 +198,8 @@ class Channel:
         self.may_drain = False
         self.stream = stream
         self.queued = False
+        self.allowance = 0
+        self.allowance_at = -math.inf
         self.on_data = lambda _: None
         self.on_finish = self.finish
         self.on_reset = lambda _: None
@@ -384,6 +390,17 @@ class Channel:
         """So many delivered bytes have gone on; `behind`: they had to wait. Grants the peer more in due course."""
         if self._link.session.consumed(self.stream, length, now, behind=behind):
             self._link.plan_flush()
+
+    def resize_window(self, rate: float, queue: float, least: int) -> None:
+        """What the peer sends goes on at `rate` bytes a second: grant so much that about `queue` seconds of it wait.
+
+        But no less than `least` bytes.
+
+        Besides that so much is granted as is under way for the least round trip, and a half more, since grants come in
+        pieces and late.
+        """
+        session = self._link.session
+        session.resize(self.stream, max(least, round(rate * (1.5 * session.least_rtt + queue))))
 
     # ---- seam -> peer, called by the link
 

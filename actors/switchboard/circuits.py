@@ -163,6 +163,13 @@ class CircuitEnd:
         if wanted:
             self._channel.enqueue()
 
+    def limit_unsent(self, length: int, /) -> None:
+        """See `Wire`. Nothing waits here: what the inner link seals goes straight into the outer one's batch."""
+
+    def unsent(self) -> int:
+        """See `Wire`. What the outer link has taken is in its hands."""
+        return 0
+
     def acknowledgement(self) -> Acknowledgement | None:
         """See `Wire`. The relay acknowledges what we send, and that says nothing of the peer."""
         return None

@@ -53,6 +53,14 @@ class LayeredWire:
     def filled(self, length: int, /) -> None:
         """See `Wire`."""
 
+    def limit_unsent(self, length: int, /) -> None:
+        """See `Wire`."""
+        self._below.limit_unsent(length)
+
+    def unsent(self) -> int:
+        """See `Wire`."""
+        return len(self._unsent) + self._below.unsent()
+
     def acknowledgement(self) -> Acknowledgement | None:
         """See `Wire`."""
         return self._below.acknowledgement()

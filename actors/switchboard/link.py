@@ -9,9 +9,12 @@ The plaintext lies in one piece on both sides of the ciphers, which cut it into 
 they may be, whatever the length of a message, and a call of a channel, of yamux or of the kernel serves four messages.
 Besides the ciphers only the kernel copies a byte, unless somebody does not keep up.
 
-Sending. Channels that have something to send stand in a queue. Once a round the link goes round that queue, one
-frame of each at a time, until about four Noise messages are full, and all goes out with one `send`. A channel that is
-alone gets one long frame; where there are several each gets at most one message's worth at its turn. What the wire
+Sending. Channels that have something to send stand in one of two queues. Once a round the link goes round them, one
+frame of each at a time, until a batch is full, and all goes out with one `send`. A batch is about four Noise messages,
+but no more than a slow wire takes in a few milliseconds (`actors.switchboard.batch`), since what is sealed cannot be
+overtaken. Control frames come first, then the channels that have sent little of late (`SPARSE`): a keystroke does not
+wait behind bulk. They get no more than three quarters of a batch while others wait, so nobody starves. A channel that
+is alone gets one long frame; where there are several each gets at most one message's worth at its turn. What the wire
 does not take is kept with its buffer, and nothing more is read from any descriptor until it has gone. A stream whose
 window is used up leaves the queue until the peer grants more.
 
@@ -45,6 +48,7 @@ from collections.abc import Callable
 from typing import Final
 
 from actors.reactor import WRITE, Reactor, Timer
+from actors.switchboard.batch import LEAST, Ahead
 from actors.switchboard.budget import Budget
 from actors.switchboard.channel import Channel, LinkClosedError, SettlingEnd
 from actors.switchboard.closing import Closing, Confirmations
@@ -80,6 +84,12 @@ MUCH: Final = 64 * 1024
 INTERRUPTED: Final = 4.0
 """Seconds after which the answer to a ping tells of an interruption, and not of how long a round trip takes."""
 
+SPARSE: Final = 8 * 1024
+"""Bytes that a channel may send at once before those that send much: a full screen of a terminal."""
+
+SPARSE_RATE: Final = 32 * 1024
+"""Bytes a second that it may go on sending so."""
+
 CONTAIN_DEFECTS = True
 """Whether an error that nobody foresaw, in what is made of a peer's bytes, costs that peer its connection; otherwise
 it ends the process, and with it all connections. Tests want the latter."""
@@ -90,6 +100,8 @@ _FRAME: Final = MAX_FRAME
 _SHARE: Final = _HEADER + MAX_DATA  # of one of several channels: a full Noise message
 _BATCH: Final = 4 * MAX_PLAINTEXT  # of one send
 _SEND_BUFFER: Final = 6 * _FRAME  # a batch, and resets that come up meanwhile
+_LEAST_SPARSE: Final = SPARSE // 4  # what is left of it that is worth a turn: else bulk would be cut to pieces
+_LEAST_FRAME: Final = 1024  # room for data that is worth a frame
 _MOST_CONTROL: Final = MAX_PLAINTEXT  # beyond a batch
 _RECEIVE: Final = 4 * _FRAME  # of one recv
 _SEND_ROUNDS: Final = 4  # batches of one round of the reactor
@@ -230,8 +242,14 @@ class Link:
         self._on_end = on_end
         self._on_gone_away = on_gone_away
         self._on_used_up: Callable[[], None] | None = on_used_up
-        self._refusing = False  # a timer for surplus streams runs
+        # a timer for surplus streams runs; the wire broke, and what it holds is yet to be read
+        self._refusing, self._losing = False, False
         self._queue: deque[Channel] = deque()
+        self._sparse: deque[Channel] = deque()  # those that have sent little; they come first
+        # of a circuit only what its frames have no room for is sealed ahead
+        self._ahead = Ahead(LEAST) if wire.depth else Ahead()
+        self._limited = 0  # bytes ahead that the wire was told of
+        self._full, self._shut = False, False  # the wire has enough for now; nothing is sent any more
         self._unsettled: list[SettlingEnd] = []
         self._flush_planned = False
         self._passed = 0  # bytes of `_passed_buffer`, sealed and not yet given to the wire
@@ -245,11 +263,10 @@ class Link:
         self._ping_at: float | None = None
         self._confirmations = Confirmations(reactor, self._ask, lambda: self.session.ends)
         self._closing: Closing | None = None
-        self._shut = False  # nothing is sent any more
         wire.start(self._wire_ready, self._take, self._failed)
+        self._limit_wire()
         self._timer: Timer = reactor.call_later(self._vigil.interval, self._tick)
         self._ping()
-        self._losing = False  # the wire broke; what it holds is yet to be read
         self._unopened = bool(received or plaintext)
         if self._unopened:
             reactor.call_soon(self._open_first)
@@ -352,7 +369,11 @@ class Link:
         """The channel may have something to send."""
         if not channel.queued and self.end is None:
             channel.queued = True
-            self._queue.append(channel)
+            now = self._clock()
+            allowance = channel.allowance + (now - channel.allowance_at) * SPARSE_RATE
+            channel.allowance_at = now
+            channel.allowance = allowance = SPARSE if allowance > SPARSE else int(allowance)
+            (self._sparse if allowance >= _LEAST_SPARSE else self._queue).append(channel)
             if not self._flush_planned:
                 self.plan_flush()
 
@@ -367,12 +388,11 @@ class Link:
         """
         stream, session, length = channel.stream, self.session, end - start
         if (
-            self._queue
+            self._waits()
             or self._is_stuck()
-            or session.has_control
             or start < _HEADER
             or length > stream.send_window
-            or length > _BATCH
+            or self._passed + length > min(_BATCH, self._ahead.size)
         ):
             return False
         if self._passed + length + 2 * _FRAME > _SEND_BUFFER:
@@ -390,21 +410,32 @@ class Link:
             self.plan_flush()
         return True
 
+    def _waits(self) -> bool:
+        """Something can be laid out."""
+        return bool(self._queue or self._sparse or self.session.has_control)
+
     def _is_stuck(self) -> bool:
+        """Nothing can be passed on now, or never again."""
+        return self._is_blocked() or self.end is not None
+
+    def _is_blocked(self) -> bool:
         """The wire takes nothing now, or never again."""
-        return self._unsent is not None or self.end is not None
+        return self._full or self._unsent is not None or self.closed or self._shut
 
     def plan_flush(self) -> None:
         """Something waits to be sent: do it at the end of this round."""
-        if not self._flush_planned and self._unsent is None and not self.closed and not self._shut:
+        if not self._flush_planned and not self._is_blocked():
             self._flush_planned = True
             self._wire.soon(self._flush)
 
     # ---- wire -> channels
 
     def _wire_ready(self, ready: int) -> None:
-        if ready & WRITE and self._unsent is not None:
-            self._send_unsent()
+        if ready & WRITE:
+            if self._unsent is not None:
+                self._send_unsent()
+            elif self._full:
+                self._go_on()
         if ready & ~WRITE and not self.closed:
             self._read_wire()
 
@@ -545,9 +576,11 @@ class Link:
         self._flush_planned = False
         if self._passed:
             self._send_passed()
-            if not self._queue and not self.session.has_control:
+            if not self._waits():
+                if not self._is_blocked():
+                    self._ahead.nothing_left()
                 return
-        if self.closed or self._shut or self._unsent is not None:
+        if self._is_blocked():
             return
         try:
             target = self._wire.target()
@@ -569,17 +602,31 @@ class Link:
             self.sent += sealed
         elif length and not self._give_sealed(length):  # the message of a descriptor is as long as it is
             return
-        if self._queue or self.session.has_control:
+        if self._waits():
             self.plan_flush()
 
     def _send_batches(self) -> None:
-        for _ in range(self._rounds):
-            length = self._lay_out(_BATCH)
-            if not length or not self._give_sealed(length):
+        ahead = self._ahead
+        for number in range(self._rounds):
+            room = min(_BATCH, ahead.size)
+            length = self._lay_out(room)
+            if length and not self._give_sealed(length):
                 return
-            if not self._queue:
+            if not self._waits():
+                ahead.nothing_left()
                 return
+            if not length or self._is_blocked():
+                return
+            if number:
+                ahead.in_a_row()
         self.plan_flush()
+
+    def _limit_wire(self) -> None:
+        """Tell the wire how much it may hold unsent, if that has changed by much."""
+        base = self._ahead.base
+        if not self._limited * 3 // 4 < base < self._limited * 4 // 3:
+            self._limited = base
+            self._wire.limit_unsent(base)
 
     def _give_sealed(self, length: int) -> bool:
         """Seal so much of what is laid out and give it to the wire. Whether it took all of it."""
@@ -608,8 +655,15 @@ class Link:
         except BlockingIOError:
             taken = 0
         self.sent += taken
+        self._ahead.taken(taken)
         if taken == end:
+            # a kernel takes more than it was told to as long as its last segment is not full
+            if self._ahead.base < _BATCH and self._wire.unsent() > self._ahead.base >> 1:
+                self._full = True
+                self._refused()
+                self._wire.want_write(wanted=True)
             return True
+        self._refused()
         self._unsent, self._unsent_buffer = buffer[taken:end], buffer
         self._wire.want_write(wanted=True)
         return False
@@ -622,13 +676,26 @@ class Link:
         except BlockingIOError:
             return
         self.sent += taken
+        self._ahead.taken(taken)
         if taken < len(unsent):
+            self._refused()
             self._unsent = unsent[taken:]
             return
         self._release_unsent()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """The wire takes more."""
+        self._full = False
         self._wire.want_write(wanted=False)
-        if self._queue or self.session.has_control:
+        if self._waits():
             self.plan_flush()
+        else:
+            self._ahead.nothing_left()
+
+    def _refused(self) -> None:
+        self._ahead.refused(self._clock())
+        self._limit_wire()
 
     def _release_unsent(self) -> None:
         self._unsent = None
@@ -648,8 +715,27 @@ class Link:
             position = session.take_control(plain, 0, room)
             if session.has_control:
                 return position
+        least = min(_HEADER + _LEAST_FRAME, room - position)
+        if least <= _HEADER:
+            return position
+        sparse, stop = self._sparse, room - room // 4 if queue else room
+        while sparse and stop - position >= least:
+            channel = sparse[0]
+            start = position + _HEADER
+            length = channel.fetch(plain, start, min(channel.allowance, stop - start))
+            if length > 0:
+                session.data_header(plain, position, channel.stream, length)
+                position = start + length
+                channel.allowance -= length
+                sparse.rotate(-1)
+                if channel.allowance < _LEAST_FRAME:
+                    queue.append(sparse.pop())
+            elif length == 0:
+                channel.queued = False
+                sparse.popleft()
+                position += session.take_control(plain, position, room + _MOST_CONTROL - position)
         reserve = min(_SHARE, room - position)
-        while queue and position + reserve <= room and reserve > _HEADER:
+        while queue and position + reserve <= room and reserve >= least:
             channel = queue[0]
             start = position + _HEADER
             length = channel.fetch(plain, start, min(MAX_DATA, room - start) if len(queue) > 1 else room - start)
@@ -715,6 +801,7 @@ class Link:
                 return
             self.rtt = sample if self.rtt is None else 0.875 * self.rtt + 0.125 * sample
             self.session.rtt = self.rtt
+            self.session.measured(sample)
 
     def gone_away(self, code: int) -> None:
         """The peer takes no more streams, or ends all of them."""
@@ -757,7 +844,7 @@ class Link:
         waited, vigil.waits = vigil.waits, self._ping_at is not None or (told is not None and told.outstanding)
         silent = waited and vigil.waits and self.received == received and not progress
         vigil.silent = vigil.silent + passed if silent else 0.0
-        stuck = self._unsent is not None and self.sent == sent and not progress
+        stuck = (self._full or self._unsent is not None) and self.sent == sent and not progress
         vigil.stuck = vigil.stuck + passed if stuck else 0.0
         limit = self._patience.silence
         if vigil.silent >= limit:
@@ -774,7 +861,7 @@ class Link:
         vigil.next_look = 0.0  # it is planned below
         if much or (heard and now - self._now >= vigil.interval):
             self._ping()
-        if not vigil.waits and self._ping_at is None and self._unsent is None:
+        if not (vigil.waits or self._full) and self._ping_at is None and self._unsent is None:
             vigil.next_look = max(LOOK, self._now + vigil.interval - now)
         else:
             vigil.next_look = min(LOOK, limit / 4)
@@ -819,6 +906,7 @@ class Link:
         self.end = end
         self._timer.cancel()
         self._queue.clear()
+        self._sparse.clear()
         for stream in self.session:
             self.session.reset(stream, code)
             stream.owner.over(code, at_once=at_once)
@@ -849,7 +937,7 @@ class Link:
 
     def _is_acknowledged(self) -> bool:
         """Whether everything has gone out and the peer's machine has taken it."""
-        known = None if self.unsent or self._queue else self._wire.acknowledgement()
+        known = None if self.unsent or self._queue or self._sparse else self._wire.acknowledgement()
         return known is not None and known.complete
 
     def _say_go_away(self, code: GoAwayCode) -> None:

@@ -14,6 +14,10 @@ only that is granted anew; and by what the peer may make us keep in all (`actors
 the speed of the circuit, as long as all circuits together keep within a limit (`Growth`): else those who send fast to
 peers that do not read could fill the memory.
 
+What is kept is a queue as well, which everything on the circuit has to wait in, and its bytes are encrypted from end to
+end: no keystroke can be picked out of them. So where bytes have to wait, their stream's window is made so small that
+about `QUEUE` seconds of them do.
+
 How many bytes may go on, and when, is asked of a `Meter` before they are fetched (limits and rates of the relay).
 
 The end of one direction passes through when everything before it has gone. A reset of either stream resets the other
@@ -32,6 +36,16 @@ from actors.switchboard.channel import Channel, LinkClosedError
 from protocol.reservations import Circuit, Direction
 from protocol.stream_descriptor import ResetCode
 from protocol.yamux import INITIAL_WINDOW
+
+QUEUE: Final = 0.025
+"""Seconds of bytes that should wait here: what a path's rate varies by from moment to moment."""
+
+PACED: Final = 64 * 1024
+"""Bytes that may always wait here where circuits share a limited rate: four turns of the pacer, since a circuit that
+has less to send than a turn would get a smaller share, and have the less to send for it."""
+
+SAMPLE: Final = 0.1
+"""Seconds over which the rate is measured that kept bytes go on at: some bursts of a slow path."""
 
 _ROUNDS: Final = 2  # of the reactor, in which bytes go on from one link to another that keeps up
 _PIECE: Final = 16 * 1024  # up to which small ones are kept as one: else a byte could cost a hundred
@@ -82,9 +96,12 @@ class Half:
     __slots__ = (
         "_early",
         "_finish",
+        "_gone",
         "_kept",
         "_last_code",
+        "_rate",
         "_round",
+        "_since",
         "_splice",
         "_window",
         "channel",
@@ -111,6 +128,9 @@ class Half:
         self.length = len(early)
         self._early = len(early)  # of that, what came with the negotiation and counts for no window
         self._round = 0  # of the reactor, in which the first of what is kept came
+        self._since = 0.0  # when the first of what is kept came, or when a rate was last measured since then
+        self._gone = 0  # bytes that have gone on since
+        self._rate = 0.0  # bytes a second, measured last
         self._finish = False  # the other peer has finished: finish after what is kept
         self._last_code: int | None = None  # reset with this code after what is kept
         self._window = INITIAL_WINDOW
@@ -158,6 +178,7 @@ class Half:
                 del piece[:room]
                 start = end
         self.length -= length
+        self._measure(length)
         counted = length
         if self._early:
             early = min(self._early, length)
@@ -166,6 +187,18 @@ class Half:
         if counted:
             self.other.gone_on(counted, self._round)
         return length
+
+    def _measure(self, length: int) -> None:
+        """So many of the kept bytes have gone on: if some always were, this tells what the way to this peer takes."""
+        now = self.channel.reactor.clock()
+        self._gone += length
+        elapsed = now - self._since
+        if elapsed >= SAMPLE:
+            rate = self._gone / elapsed
+            # the better of two, since a path that has lost a packet stands still for a moment
+            self.other.channel.resize_window(max(rate, self._rate), QUEUE, PACED if self.circuit.buckets else 0)
+            self._rate = rate
+            self._since, self._gone = now, 0
 
     def gone_on(self, length: int, came: int) -> None:
         """So many bytes of this half's peer, which came in that round of the reactor, went to the other one."""
@@ -176,7 +209,7 @@ class Half:
     def _consumed(self, length: int, now: float, *, behind: bool) -> None:
         channel, growth = self.channel, self._splice.growth
         channel.consumed(length, now, behind=behind or growth.grown >= growth.most)
-        window = channel.stream.window
+        window = max(channel.stream.window, INITIAL_WINDOW)
         if window != self._window:
             growth.grown += window - self._window
             self._window = window
@@ -186,6 +219,7 @@ class Half:
         kept, length = self._kept, len(data)
         if not kept:
             self._round = came
+            self._since, self._gone, self._rate = self.channel.reactor.clock(), 0, 0.0
             kept.append(bytearray(data))
         elif length < _PIECE and len(kept[-1]) + length <= _PIECE:
             kept[-1] += data

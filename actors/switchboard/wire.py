@@ -14,9 +14,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import select
 import socket
 import struct
+import sys
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -60,6 +62,8 @@ LONGEST_RETRY: Final = 5.0
 the time up to two minutes, and a network that was away for one minute would be used again only after another."""
 
 _TCP_RTO_MAX_MS: Final = 44
+
+_SIOCOUTQNSD: Final = 0x894B  # of linux/sockios.h: bytes of the send queue that are not sent
 
 _READ_SIZE = 4096
 """More than any honest handshake message; what a stranger can make us keep in one read."""
@@ -213,6 +217,13 @@ class Wire(Protocol):
     def filled(self, length: int, /) -> None:
         """So many bytes at the beginning of `target` are to be sent."""
 
+    def limit_unsent(self, length: int, /) -> None:
+        """Do not ask for more while half of so many bytes or more were taken and are not under way yet."""
+
+    def unsent(self) -> int:
+        """Bytes that were taken and are not under way yet."""
+        ...
+
     def acknowledgement(self) -> Acknowledgement | None:
         """How the other end acknowledges what is sent; None where nobody knows."""
         ...
@@ -275,6 +286,18 @@ class SocketWire:
 
     def filled(self, length: int, /) -> None:
         """See `Wire`."""
+
+    def limit_unsent(self, length: int, /) -> None:
+        """See `Wire`."""
+        with contextlib.suppress(OSError):  # not a TCP socket, or already broken: reading will say so
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, length)
+
+    def unsent(self) -> int:
+        """See `Wire`. 0 where the kernel does not tell."""
+        try:
+            return int.from_bytes(fcntl.ioctl(self._fd, _SIOCOUTQNSD, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0
 
     def acknowledgement(self) -> Acknowledgement | None:
         """See `Wire`."""

@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import dataclasses
 import getpass
+import itertools
 import json
 import os
 import socket
@@ -36,6 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from tests.natlab import peerup_nodes
 from tests.natlab.lab import Host, Lab
 from tests.natlab.network import Node as Machine
 from tests.natlab.peerup_nodes import Peerup, relay_address, wait_for
@@ -238,7 +240,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 class World:
     """One laboratory with everything in it."""
 
-    def __init__(self, lab: Lab, directory: Path, network: Network, checkout: Path | None) -> None:
+    def __init__(self, lab: Lab, directory: Path, network: Network) -> None:
         self._stack = contextlib.ExitStack()
         self._directory = directory
         # the path through the relay is as long as the direct one: a quarter of it lies between laptop and relay
@@ -260,7 +262,7 @@ class World:
         self.services = {host.name: Service(host) for host in (self.server_host, self.home_host)}
         for service in self.services.values():
             self._stack.callback(service.close)
-        self._nodes = {host.name: Peerup(host, directory / host.name, checkout=checkout) for host in self.hosts}
+        self._nodes = {host.name: Peerup(host, directory / host.name) for host in self.hosts}
         self._proxies: dict[tuple[str, str], tuple[str, int]] = {}
 
     def start_nodes(self) -> None:
@@ -338,8 +340,6 @@ class World:
 
     def measure(self, cell: Cell, seconds: float) -> None:
         """Fill in the cell; a failure is written into it."""
-        for host in self.hosts:
-            host.ns.sysctl(ipv4__tcp_congestion_control=cell.control)
         try:
             with contextlib.ExitStack() as stack:
                 keyboard, bulk, service = self._ways(cell.way, stack)
@@ -361,16 +361,12 @@ class World:
             "home" if way in ("relayed", "other peer") else "server",
         )
 
-    def renew(self) -> None:
-        """End the connections of all nodes: the next ones have the congestion control of their host then."""
-        for node in self._nodes.values():
-            if node.daemon is not None:
-                node.stop()
-        for node in self._nodes.values():
-            node.start()
-        wait_for(self._nodes["home"].held, "a reservation")
-        for name, peer in (("laptop", "server"), ("laptop", "home"), ("other", "home")):
-            self._proxies[name, peer] = self._nodes[name].proxy(peer, "load")
+    def use(self, control: str) -> None:
+        """Have all connections that begin from now on use this congestion control."""
+        for host in self.hosts:
+            # by route: some kernels do not let a namespace have it as its default
+            route = host.run("ip", "-4", "route", "show", "default").partition(" congctl")[0].strip()
+            host.run("ip", "-4", "route", "change", *route.split(), "congctl", control)
 
     def _connect(self, host: str, address: tuple[str, int]) -> socket.socket:
         machine: Host = next(each for each in self.hosts if each.name == host)
@@ -402,26 +398,21 @@ def _bottleneck(lab: Lab, network: Network, delay: float) -> Link:
 def run(options: argparse.Namespace, tell: Callable[[Cell], None]) -> list[Cell]:
     """All the cells that were asked for, in order."""
     cells: list[Cell] = []
-    for name in options.cell or DEFAULT_NETWORKS:
+    ways = options.way or WAYS
+    for name, control in itertools.product(options.cell or DEFAULT_NETWORKS, options.control or CONTROLS):
         with Lab() as lab, tempfile.TemporaryDirectory(prefix="keyboard-") as directory:
-            world = World(lab, Path(directory), NETWORKS[name], options.checkout)
+            world = World(lab, Path(directory), NETWORKS[name])
             try:
-                ways = options.way or WAYS
+                world.use(control)
                 if any(way.startswith("ssh") for way in ways):
                     world.start_ssh()
-                started = False
-                for control in options.control or CONTROLS:
-                    for host in world.hosts:
-                        host.ns.sysctl(ipv4__tcp_congestion_control=control)
-                    if not all(way.startswith("ssh") for way in ways):
-                        world.renew() if started else world.start_nodes()
-                        started = True
-                    for direction in options.direction or DIRECTIONS:
-                        for way in ways:
-                            cell = Cell(name, control, direction, way)
-                            world.measure(cell, options.seconds)
-                            cells.append(cell)
-                            tell(cell)
+                if not all(way.startswith("ssh") for way in ways):
+                    world.start_nodes()
+                for direction, way in itertools.product(options.direction or DIRECTIONS, ways):
+                    cell = Cell(name, control, direction, way)
+                    world.measure(cell, options.seconds)
+                    cells.append(cell)
+                    tell(cell)
             finally:
                 world.close()
     return cells
@@ -448,6 +439,8 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, help="run the nodes from here")
     parser.add_argument("--json", type=Path, help="write the cells there")
     options = parser.parse_args()
+    if options.checkout:
+        peerup_nodes.CHECKOUT = options.checkout.resolve()
     print("network   contr. bulk  way          p50 ms      p95      p99  ratio   Mbit/s", flush=True)
     references: dict[tuple[str, str, str], Cell] = {}
 

@@ -73,7 +73,7 @@ class Peerup:
 
         While the node does not run, commands are run in this process, if it is of this checkout.
         """
-        if self.daemon is None and not status and CHECKOUT == Path(__file__).parents[2]:
+        if self.daemon is None and not status and Path(__file__).parents[2] == CHECKOUT:
             return run_here(self.home, *arguments)
         done = subprocess.run(
             self.command(*arguments), capture_output=True, text=True, timeout=90, check=False, env=_environment()

@@ -18,6 +18,7 @@ from protocol.yamux import (
     FIN,
     GO_AWAY,
     INITIAL_WINDOW,
+    LEAST_WINDOW,
     PING,
     RST,
     SYN,
@@ -98,6 +99,10 @@ class End:
     def said(self):
         room = memoryview(bytearray(1 << 17))
         return frames(bytes(room[: self.session.take_control(room, 0, len(room))]))
+
+    def said_raw(self):
+        room = memoryview(bytearray(1 << 17))
+        return [bytes(room[: self.session.take_control(room, 0, len(room))])]
 
     def send(self, stream, body):
         room = memoryview(bytearray(12 + len(body)))
@@ -810,3 +815,72 @@ def test_any_frames_are_taken_or_refused(headers):
     except YamuxError:
         assert server.session.local_gone
     assert server.session.streams == sum(1 for _ in server.session)
+
+
+sizes = st.integers(1, 3 * INITIAL_WINDOW)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.just("send"), sizes)
+        | st.tuples(st.just("consume"), sizes)
+        | st.tuples(st.just("behind"), sizes)
+        | st.tuples(st.just("resize"), st.integers(0, 2**26)),
+        max_size=60,
+    ),
+    st.integers(0, 1023),
+)
+def test_a_sender_is_always_let_go_on_however_the_window_is_resized(events, unused):
+    """`unused`: what a sender leaves of its window, since it is not worth a frame."""
+    client, server = End(Role.CLIENT), End(Role.SERVER)
+    stream = client.session.open(0.0)
+    server.feed(b"".join(client.said_raw()))
+    (inbound,) = server.opened
+    waiting = 0
+
+    def send(most):
+        nonlocal waiting
+        length = min(most, stream.send_window, 60_000)
+        if stream.send_window - length < unused:
+            length = stream.send_window - unused
+        if length > 0:
+            server.feed(client.send(stream, bytes(length)))
+            waiting += length
+
+    def consume(most, *, behind=False):
+        nonlocal waiting
+        length = min(most, waiting)
+        waiting -= length
+        server.now += 0.001
+        server.session.consumed(inbound, length, server.now, behind=behind)
+        client.feed(b"".join(server.said_raw()))
+
+    for what, size in events:
+        if what == "send":
+            send(size)
+        elif what == "resize":
+            server.session.resize(inbound, size)
+        else:
+            consume(size, behind=what == "behind")
+        assert stream.send_window == inbound.receive_window
+        assert inbound.window >= LEAST_WINDOW
+    sent = len(server.received[inbound.id])
+    for _ in range(200):
+        send(60_000)
+        consume(waiting, behind=True)
+    assert len(server.received[inbound.id]) > sent + 100 * (LEAST_WINDOW // 4)
+
+
+def test_a_smaller_window_takes_effect_as_bytes_are_consumed():
+    server = End(Role.SERVER)
+    server.feed(data(1, bytes(INITIAL_WINDOW), SYN))
+    (stream,) = server.opened
+    server.session.resize(stream, 32 * 1024)
+    assert not server.session.consumed(stream, INITIAL_WINDOW - 26 * 1024, 9.0)
+    assert server.session.consumed(stream, 2 * 1024, 19.0)
+    assert stream.receive_window == 8 * 1024
+    assert server.session.consumed(stream, 24 * 1024, 29.0)
+    assert stream.receive_window == 32 * 1024
+    server.session.resize(stream, 2**30)
+    assert stream.window == INITIAL_WINDOW, "more than at the start only for a fast reader"

@@ -359,6 +359,12 @@ class Listening:
     def want_write(self, *, wanted):
         pass
 
+    def limit_unsent(self, _length):
+        pass
+
+    def unsent(self):
+        return 0
+
     def target(self):
         return None
 
