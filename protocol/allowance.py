@@ -38,13 +38,17 @@ SURPLUS: Final = 1000.0
 """A stream beyond those that may be open at a time."""
 UPDATE: Final = 90.0
 """A window update that nothing was sent for."""
-FRAME: Final = 5.0
+FRAME: Final = 4.0
 """A data frame, however small."""
 ANSWER: Final = 3.0
-"""Earned: a data frame that the peer gets."""
+"""Earned: a data frame that the peer gets;"""
+ANSWER_BYTE: Final = 2.0
+"""for each byte of it, since one frame may answer many requests;"""
+ANSWER_MOST: Final = 200.0
+"""and no more than this, so that a download does not pay for an attack."""
 MESSAGE: Final = 2.0
 """A Noise message."""
-READING: Final = 3.0
+READING: Final = 5.0
 """A call that reads from the connection."""
 BYTE: Final = 1 / 200
 """Earned: a byte of data."""
@@ -54,11 +58,11 @@ FAILED: Final = 500.0
 """A stream that ends in a reset by this node, because of what the peer did with it."""
 SERVICE: Final = 500.0
 """A stream of a service; given back when the service answers."""
-UNAVAILABLE: Final = 300.0
+UNAVAILABLE: Final = 100.0
 """A stream of a service that is not there."""
 HANDLED: Final = 300.0
 """A stream that the node serves itself."""
-PUSH: Final = 1000.0
+PUSH: Final = 2000.0
 """A push of identify: it may have signatures to be verified, and everybody who watches is told."""
 CONNECTION: Final = 3000.0
 """A connection that was accepted: signatures and key agreements."""

@@ -142,6 +142,11 @@ class _Machine:
         self._tries = 0
         self._taken = 0
 
+    @property
+    def tries(self) -> int:
+        """How many proposals and requests for the list there were."""
+        return self._tries
+
     def data_to_send(self) -> bytes:
         """The bytes that must be sent now, in full; empty for none. They are handed out once."""
         out, self._out = self._out, b""

@@ -414,7 +414,7 @@ class Session:
             self._updates_due += 1
         if self._large_updates_due < _UPDATES_DUE:
             self._large_updates_due += 1 + (length >> 16)
-        self._small -= costs.ANSWER
+        self._small -= min(costs.ANSWER_MOST, costs.ANSWER + length * costs.ANSWER_BYTE)
         if stream.deposit:
             stream.silence -= length
             if stream.silence < 0:

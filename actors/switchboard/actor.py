@@ -214,6 +214,8 @@ class Switchboard(Actor):
             self._admittance.judge_stream,
             self._admittance.may_connect,
             self._handovers.hand_out,
+            charge=lambda connection, cost, what: connection.link.charge(cost, what),
+            charge_until_answered=_charge_until_answered,
         )
         self._ourselves = Ourselves(
             context,
@@ -658,3 +660,7 @@ class Switchboard(Actor):
         if actor not in self._watched:
             self._watched.add(actor)
             self.context.watch(actor)
+
+
+def _charge_until_answered(connection: Connection, channel: Channel, cost: float) -> None:
+    connection.link.session.charge_until_answered(channel.stream, cost, waiting=channel.unsent)

@@ -275,6 +275,8 @@ class Admittance:
             upgraded.peer, connection.direction, connection.way, upgraded.send.cipher.value,
         )  # fmt: skip
         self._on_opened(connection)
+        if not outbound:
+            connection.link.end_if_in_debt()
         return connection
 
     def _limits_for(self, upgraded: Upgraded) -> yamux.Limits:

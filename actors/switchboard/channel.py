@@ -233,6 +233,11 @@ class Channel:
         return self.stream.id
 
     @property
+    def unsent(self) -> int:
+        """Bytes given to `send` that have yet to go."""
+        return self._unsent_bytes
+
+    @property
     def closed(self) -> bool:
         """Both directions are finished, or it was reset."""
         return self.stream.closed

@@ -88,6 +88,9 @@ class Muxed(Protocol):
     def confirm(self, told: Callable[[bool], None]) -> None:
         """Learn whether the peer has received what was sent on streams that have ended."""
 
+    def end_if_in_debt(self) -> None:
+        """End it if the peer has used up its allowance."""
+
     def plan_flush(self) -> None:
         """Send what the muxer has to say."""
 

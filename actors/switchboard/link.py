@@ -20,8 +20,8 @@ window is used up leaves the queue until the peer grants more.
 
 Receiving. All messages that came in at once are decrypted, then given to yamux, and only then are the ends of streams
 asked to pass on what they have got (`settle`): so whoever reads it is woken once for all of it, and by one system call.
-What comes in at once is bounded, so that no link holds up the others. A peer whose frames are tiny makes us
-work much more for each byte, so less is taken from it at a time until they are larger again.
+What comes in at once is bounded, so that no link holds up the others. A peer whose frames are tiny, or dear, makes us
+work much more for each byte, so less is taken from it at a time until that is over.
 
 A link over a circuit (the inner one) works within the callbacks of the link to the relay (the outer one), so it has
 rooms of its own: what it is given lies in the outer one's, and what it sends is sealed straight into the outer
@@ -116,6 +116,7 @@ _EMPTY: Final = _PREFIX + TAG_LENGTH  # a message that carries nothing
 _EMPTY_COST: Final = 20.0  # of its units for one: nobody honest sends them
 _IDS_KEPT: Final = 1024  # stream ids that are left when the connection should not be used for more
 _REFUSED_EVERY: Final = 0.05  # seconds between refusals of surplus streams that wait for them
+_DEAR: Final = 20_000.0  # of its units for what was read at once: others wait meanwhile
 _TINY: Final = 256  # bytes on average, with their headers
 
 
@@ -305,6 +306,13 @@ class Link:
         """Charge the peer for work that it has made this node do; if its allowance is used up the link will end."""
         self.allowance.spend(cost, what, self._clock())
 
+    def end_if_in_debt(self) -> None:
+        """End the link if the peer has used up its allowance, perhaps on an earlier one."""
+        if self.end is None and not self.allowance.recover(self._clock()):
+            if not self.session.local_gone:
+                self.session.go_away(ResetCode.RATE_LIMITED)
+            self._failed(yamux.FloodError(self.allowance.reason))
+
     def acknowledgement(self) -> Acknowledgement | None:
         """How the peer's machine acknowledges what is sent; None where nobody knows."""
         return self._wire.acknowledgement()
@@ -443,6 +451,8 @@ class Link:
         received = self._received
         for _ in range(_RECEIVE_ROUNDS):
             room, frames = self._receive, self.session.frames_received
+            allowance, now = self.allowance, self._clock()
+            left = allowance.level(now)
             start = len(self._tail)
             stop = max(room, start + _LEAST_RECEIVE)  # so that it ends where a message ends if all of them are full
             try:
@@ -460,7 +470,8 @@ class Link:
                 received[:start] = self._tail
             self._open_messages(received[: start + length])
             frames = self.session.frames_received - frames
-            if frames > _MANY and frames * _TINY > length:
+            dear = left - allowance.level(now) > _DEAR
+            if dear or (frames > _MANY and frames * _TINY > length):
                 self._receive = max(_LEAST_RECEIVE, room >> 1)
                 return
             if frames and room < _RECEIVE:

@@ -15,6 +15,9 @@ just not there gets a reset with a code that says so. After agreement the stream
 The last line is for peers that send the protocol's bytes right behind their proposal, without waiting for the answer
 (go-libp2p and rust-libp2p do). A reset would overtake the `na`, and the peer would not learn why.
 
+Whatever comes to nothing is charged to the peer (`protocol.allowance`), and so is a stream of a service until the
+service has answered on it.
+
 All of it happens in callbacks: a stream that negotiates is one small object and one timer, and no task.
 """
 
@@ -26,9 +29,11 @@ from typing import NamedTuple, Protocol
 from actors.switchboard.connections import Connection
 from actors.switchboard.errors import SwitchboardError, TooManyError
 from actors.switchboard.link import Channel
+from protocol import allowance as costs
 from protocol.errors import ProtocolError
 from protocol.multistream import Responder, TooManyTriesError
 from protocol.policy import Decision
+from protocol.protocol_ids import IDENTIFY_PUSH
 from protocol.service import service_of_protocol
 from protocol.stream_descriptor import ResetCode
 
@@ -129,6 +134,8 @@ class InboundStreams:
         judge: the policy's decision on a protocol for the peer of a connection.
         may_connect: whether the peer of a connection may still be connected.
         hand_out: gives an agreed stream to an actor.
+        charge: charges the peer of a connection for work, in words.
+        charge_until_answered: charges it for a stream until a service has answered on it.
     """
 
     def __init__(
@@ -138,12 +145,17 @@ class InboundStreams:
         judge: Callable[[Connection, str], Decision],
         may_connect: Callable[[Connection], bool],
         hand_out: Callable[[Connection, Channel, Agreed], None],
+        *,
+        charge: Callable[[Connection, float, str], None] = lambda _, __, ___: None,
+        charge_until_answered: Callable[[Connection, Channel, float], None] = lambda _, __, ___: None,
     ) -> None:
         self.table = table
         self.call_later = call_later
         self.judge = judge
         self.may_connect = may_connect
         self.hand_out = hand_out
+        self.charge = charge
+        self.charge_until_answered = charge_until_answered
         self.negotiating = 0
 
     def accept(self, connection: Connection, channel: Channel) -> None:
@@ -189,6 +201,18 @@ class _Negotiation:
 
     def _on_data(self, data: bytes) -> None:
         responder = self._responder
+        before = responder.tries
+        try:
+            self._hear(data)
+        finally:
+            refused = responder.tries - before - (responder.result is not None)
+            if refused > 0:
+                self._room.charge(
+                    self._connection, refused * costs.PROPOSAL, "proposals of protocols that it cannot use"
+                )
+
+    def _hear(self, data: bytes) -> None:
+        responder = self._responder
         try:
             responder.receive_data(data)
         except _RefusedStreamError as refused:
@@ -215,8 +239,11 @@ class _Negotiation:
         assert handler is not None
         assert self._decision is not None
         if isinstance(handler, str):
+            room.charge_until_answered(connection, channel, costs.SERVICE)
             room.hand_out(connection, channel, Agreed(protocol, handler, self._decision.rule, leftover))
         else:
+            cost = costs.PUSH if protocol == IDENTIFY_PUSH else costs.HANDLED
+            room.charge(connection, cost, f"streams of {protocol}")
             handler(connection, channel, leftover)
 
     def _on_finish(self) -> None:
@@ -244,6 +271,10 @@ class _Negotiation:
 
     def _give_up(self, code: ResetCode) -> None:
         self._end()
+        if code == ResetCode.NEGOTIATION_FAILED:
+            self._room.charge(self._connection, costs.FAILED, "streams that come to no protocol")
+        else:
+            self._room.charge(self._connection, costs.UNAVAILABLE, "streams of services that are not there")
         self._channel.reset(code)
 
     def _end(self) -> None:

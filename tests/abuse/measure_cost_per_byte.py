@@ -280,6 +280,8 @@ class Sender:
                 await self._say(frame(PING, SYN, 0, 0xABCD))
                 with trio.move_on_after(30):
                     await self._answered.wait()
+            if not self._answered.is_set():
+                await trio.sleep(5)  # for the reader to see the end, which cancels this
             nursery.cancel_scope.cancel()
 
     async def _send(self, portions: Iterator[bytes], began: float) -> None:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import pytest
 import trio
 
+from protocol.keys import PrivateKey
 from protocol.multistream import HEADER, encode_message
 from protocol.noise import MAX_PLAINTEXT
 from protocol.peer_id import PeerId
@@ -56,9 +57,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @contextlib.asynccontextmanager
-async def inside(world: World, source: str = "127.0.0.3") -> AsyncIterator[Attacker]:
-    """A connection of the insider's, authorised and ready for frames."""
-    async with Attacker.connect(world.port, world.insider, source=source) as insider:
+async def inside(world: World, source: str = "127.0.0.3", key: PrivateKey | None = None) -> AsyncIterator[Attacker]:
+    """A connection of the insider's, or of another one's, authorised and ready for frames."""
+    async with Attacker.connect(world.port, key or world.insider, source=source) as insider:
         await insider.secure()
         yield insider
 
@@ -242,7 +243,7 @@ async def test_a_broken_rule_ends_the_connection_with_a_reason(
     reason = ENDED[attack]
     vitals = Vitals(world)
     before = world.total("peerup_connections_closed_total", reason=reason)
-    async with inside(world) as insider:
+    async with inside(world, key=world.another_insider()) as insider:
         await attack(insider)
         with trio.fail_after(ENDS_WITHIN):
             while await insider.receive():
@@ -263,12 +264,13 @@ async def test_the_peer_is_told_that_it_broke_the_protocol(world: World) -> None
 
 async def test_a_node_in_the_middle_of_ten_thousand_syns_serves_others(world: World) -> None:
     """The tunnel is tried while the flood is on its way, not only afterwards."""
+    keys = {number: [world.another_insider() for _ in range(4)] for number in range(1, 5)}
     vitals = Vitals(world)
     outcomes: list[bool] = []
 
     async def attack(number: int) -> None:
-        for _ in range(4):
-            async with inside(world, f"127.0.3.{number}") as insider:
+        for key in keys[number]:
+            async with inside(world, f"127.0.3.{number}", key) as insider:
                 await flood(insider, syns(1, FLOOD), reads=False)
 
     async with trio.open_nursery() as nursery:

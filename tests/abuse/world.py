@@ -62,6 +62,12 @@ class World:
         self.tunnel = self.proxy(self.laptop)
         wait_until(lambda: echo_works(self.tunnel), within=20, what="the tunnel before any attack")
 
+    def another_insider(self) -> PrivateKey:
+        """A key that `home` authorises, too, and whose peer owes nothing for what others have done."""
+        key = new_key()
+        self.home.run("auth", "add", str(key.peer_id), "--comment", "another insider")
+        return key
+
     @staticmethod
     def proxy(node: Node) -> int:
         return int(node.run_json("proxy", "home", "echo", "0")["listen"].rpartition(":")[2])
