@@ -140,8 +140,8 @@ class KeptReservation:
 
     @property
     def rtt(self) -> float | None:
-        """Seconds of one round trip to the relay, as last measured; None while it does not answer."""
-        return self._rtt
+        """Seconds of one round trip to the relay, as last measured; None while nothing shows that it lives."""
+        return self._rtt if any(not connection.in_doubt for connection in self._connections.values()) else None
 
     def legacy(self) -> Inheritance | None:
         """What a successor of this process may announce at once; None without a reservation."""
@@ -162,7 +162,7 @@ class KeptReservation:
             next_attempt=None if due is None else max(0.0, due - now),
             limit_seconds=(limit.duration or None) if limit is not None else None,
             limit_bytes=(limit.data or None) if limit is not None else None,
-            rtt=self._rtt,
+            rtt=self.rtt,
             last_failure=health.last_error,
             granted=health.successes,
             failed=health.failures,

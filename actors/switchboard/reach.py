@@ -295,10 +295,16 @@ class Reach:
         first = address.relay
         assert first is not None
         known = [known for known in self.book.addresses(relay) if not known.is_relayed]
+        direct = tuple(dict.fromkeys([*known, first.without_peer_id()]))
         try:
-            dialed = await self.dialer.dial(relay, tuple(dict.fromkeys([*known, first.without_peer_id()])))
+            dialed = await self.dialer.dial(relay, direct)
+            if dialed.connection.relayed:
+                # It has joined a dial of somebody who may also come through another relay; circuits do not nest.
+                dialed = await self.dialer.dial(relay, direct)
         except SwitchboardError as error:
             raise RelayUnreachableError(f"the relay {relay} cannot be reached: {error}") from error
+        if dialed.connection.relayed:
+            raise RelayUnreachableError(f"the relay {relay} cannot be reached directly, only through another relay")
         return dialed.connection
 
     async def _dial_direct(self, peer: PeerId) -> None:

@@ -19,7 +19,8 @@ STOP_SECONDS = 40.0
 def status(session: Session) -> None:
     """Show who this node is, whom it is connected to, and whether all of it runs.
 
-    Exit status 1 if a part of the node does not run, 3 if the node does not.
+    Exit status 1 if something is not well: a part of the node does not run, a proxy does not accept connections, or no
+    relay holds a reservation for this node though there are relays. 3 if the node does not run.
     """
     data = session.client.get("/v1/status")
     session.show(data, lambda: _print(data))
@@ -36,6 +37,7 @@ def _print(data: dict[str, Any]) -> None:
         ("actors", f"{data.get('actors', '?')}, {data.get('restarts', '?')} restarts lately"),
         ("confined", _confinement(data)),
         ("peers", f"{data.get('connected_peers', '?')} connected"),
+        *([("relays", f"{data['reservations_held']} reservations")] if "reservations_held" in data else []),
         *(("listening", address) for address in data.get("listen_addresses", [])),
         *(("service", f"{service['name']} -> {service['address']}") for service in services),
         *(("proxy", f"{entry['listen']} -> {_goal(entry)}") for entry in data.get("proxies", []) if entry["listen"]),

@@ -22,8 +22,19 @@ from actors.api.routing import Call
 from actors.http import HttpLimits, HttpRequest
 from peerup.client import Client, ClientError, LostConnectionError, NotRunningError, RefusedByNodeError
 from protocol.messages import Descriptor, Envelope, encode_body
-from protocol.messages.config import AddProxy, ProxyAdded, ProxyEntry, ReloadConfig, Resolve, Resolved
+from protocol.messages.config import (
+    AddProxy,
+    ConfigSnapshot,
+    Proxies,
+    ProxyAdded,
+    ProxyEntry,
+    ReadProxies,
+    ReloadConfig,
+    Resolve,
+    Resolved,
+)
 from protocol.messages.proxy import Attach
+from protocol.messages.reservations import ReadRelays, Relays, RelayStatus
 from protocol.messages.switchboard import ConnectionInfo, Pinged, PingPeer
 from protocol.messages.system import (
     ActorUp,
@@ -128,6 +139,41 @@ async def test_a_part_that_does_not_answer_is_a_problem_and_no_failure(serve):
     assert status["actors"] == 3
     assert status["peer_id"] is None
     assert any(problem.startswith("keyring: ") for problem in status["problems"])
+
+
+def reservation(state, failure=""):
+    relay = PeerId.from_public_key(bytes.fromhex("08011220") + bytes(32))
+    address = Multiaddr(f"/ip4/192.0.2.1/tcp/4001/p2p/{relay}")
+    return address, RelayStatus(relay, (address,), state, (), None, None, None, None, None, None, failure, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("state", "well"), [("held", True), ("renewing", True), ("connecting", False), ("waiting", False)]
+)
+async def test_a_node_without_any_reservation_is_not_well(serve, state, well):
+    address, told = reservation(state, "" if well else "the relay does not answer")
+    async with serve() as node:
+        await node.context.until(lambda: node.actor._node.config is not None)
+        node.actor._keep(ConfigSnapshot(2, True, (), (), (), (address,)))
+        node.context.answers[ReadRelays] = lambda _target, _request: Relays((told,))
+        status = await node.call(node.client.get, "/v1/status")
+    said = [problem for problem in status["problems"] if "reservation" in problem]
+    assert status["reservations_held"] == well
+    assert bool(said) is not well
+    assert well or "the relay does not answer" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("listen", "state", "well"),
+    [("127.0.0.1:2222", "running", True), ("", "backing-off", False), ("", "running", False)],
+)
+async def test_a_proxy_that_does_not_listen_is_a_problem(serve, listen, state, well):
+    address, _ = reservation("held")
+    entry = ProxyEntry("proxy/home/ssh", address.peer_id, "home", "ssh", listen, state)
+    async with serve() as node:
+        node.context.answers[ReadProxies] = lambda _target, _request: Proxies((entry,))
+        status = await node.call(node.client.get, "/v1/status")
+    assert any("proxy/home/ssh" in problem for problem in status["problems"]) is not well
 
 
 async def test_describe_takes_quoted_names(serve):

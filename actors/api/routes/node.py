@@ -21,6 +21,7 @@ from protocol.messages import Data
 from protocol.messages.config import ReadProxies, ReloadConfig
 from protocol.messages.gate import Reload
 from protocol.messages.keyring import ReadIdentity
+from protocol.messages.reservations import ReadRelays
 from protocol.messages.switchboard import ReadStatus, SwitchboardStatus
 from protocol.messages.system import ChildStatus, Describe
 from protocol.peer_id import PeerId
@@ -37,6 +38,12 @@ has to be stopped."""
 FIRST_LOOK, LAST_LOOK = 0.01, 0.25
 """Seconds between two looks at whether it is."""
 
+KEEPER = "relay/keeper"
+"""Who keeps the reservations."""
+
+HELD = frozenset(("held", "renewing"))
+"""The states in which there is a reservation."""
+
 routes = Routes()
 
 
@@ -44,8 +51,8 @@ routes = Routes()
 async def status(node: Node, call: Call) -> Answer:
     """Who and how the node is.
 
-    Parts that do not answer are named in `problems`, and the rest is told all the same; what parts find wrong with
-    their files is in `warnings`.
+    Parts that do not answer, and what the node is to do and does not, are named in `problems`, and the rest is told all
+    the same; what parts find wrong with their files is in `warnings`.
     """
     problems: list[str] = []
     result: dict[str, Data] = {
@@ -75,8 +82,14 @@ async def status(node: Node, call: Call) -> Answer:
     try:
         proxies = (await node.context.ask("config", ReadProxies(), timeout=ANSWER_DEADLINE)).proxies
         result["proxies"] = plain(proxies)
+        problems.extend(
+            f"{proxy.actor}: does not accept connections ({proxy.state})"
+            for proxy in proxies
+            if proxy.state != "running" or not proxy.listen
+        )
     except AskError as error:
         problems.append(f"config: {error}")
+    await _reservations(node, result, problems)
     result["services"] = plain(node.config.services) if node.config is not None else []
     result["problems"] = problems
     return data_response(result)
@@ -97,6 +110,23 @@ async def _identity(node: Node, result: dict[str, Data], problems: list[str]) ->
         result["peer_id"] = str(identity.peer_id)
     except AskError as error:
         problems.append(f"keyring: {error}")
+
+
+async def _reservations(node: Node, result: dict[str, Data], problems: list[str]) -> None:
+    """Whether peers can reach this node through its relays; it is not well if they can through none."""
+    if node.config is None or not node.config.relays:
+        return
+    try:
+        relays = (await node.ask(KEEPER, ReadRelays())).relays
+    except AskError as error:
+        problems.append(f"{KEEPER}: {error}")
+        return
+    held = [relay for relay in relays if relay.state in HELD]
+    result["reservations_held"] = len(held)
+    if relays and not held:
+        for relay in relays:
+            why = relay.last_failure or "it is being made"
+            problems.append(f"no reservation at the relay {node.name_of(relay.peer) or relay.peer}: {why}")
 
 
 async def _connections(node: Node, result: dict[str, Data], problems: list[str]) -> None:

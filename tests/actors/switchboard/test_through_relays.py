@@ -213,6 +213,28 @@ async def test_a_relay_that_dies_ends_its_circuits_with_words():
             assert f"the connection to the relay {middle.peer} ended" in end.reason
 
 
+async def test_no_circuit_is_asked_for_over_a_circuit():
+    """A dial of the relay that is joined may come through another relay."""
+    async with world() as (alice, _, bob):
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            dead = f"/ip4/127.0.0.1/tcp/{nobody.getsockname()[1]}"
+            carol = peer_of("carol")
+            alice.config.say_where("carol", f"{dead}/p2p/{bob.peer}/p2p-circuit")
+            refusals = []
+
+            async def reach_carol():
+                with pytest.raises(RefusedError) as caught:
+                    await alice.ask("switchboard", Connect(carol))
+                refusals.append(str(caught.value))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(alice.ask, "switchboard", Connect(bob.peer))
+                nursery.start_soon(reach_carol)
+        assert f"the relay {bob.peer} cannot be reached" in refusals[0]
+        assert "is no relay" not in refusals[0]
+
+
 async def test_a_second_relay_is_used_when_the_first_has_no_reservation():
     async with (
         relay("one") as first,
