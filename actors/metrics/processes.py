@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -13,18 +14,24 @@ _UTIME, _STIME = 11, 12  # fields of /proc/<pid>/stat, counted from behind the n
 
 
 def process_samples(pid: int, proc: Path = Path("/proc")) -> tuple[Sample, ...]:
-    """CPU seconds, resident bytes, open descriptors; nothing when the process is gone."""
+    """CPU seconds, resident bytes, open descriptors; nothing when the process is gone.
+
+    The kernel lists the descriptors of a process that forbids inspection, as actors do, to root alone; then they are
+    left out.
+    """
     directory = proc / str(pid)
     try:
         # The name, in parentheses, may hold anything; what follows the last one does not.
         fields = (directory / "stat").read_text().rpartition(")")[2].split()
         resident = int((directory / "statm").read_text().split()[1]) * _PAGE
-        descriptors = len(os.listdir(directory / "fd"))  # noqa: PTH208  # a Path for each of 10,000 descriptors is slow
     except OSError:
         return ()
     seconds = (int(fields[_UTIME]) + int(fields[_STIME])) / _TICKS
-    return (
+    samples = [
         Sample("peerup_process_cpu_seconds_total", "counter", {}, seconds),
         Sample("peerup_process_resident_memory_bytes", "gauge", {}, resident),
-        Sample("peerup_process_open_fds", "gauge", {}, descriptors),
-    )
+    ]
+    with contextlib.suppress(OSError):
+        descriptors = len(os.listdir(directory / "fd"))  # noqa: PTH208  # a Path for each of 10,000 descriptors is slow
+        samples.append(Sample("peerup_process_open_fds", "gauge", {}, descriptors))
+    return tuple(samples)

@@ -200,6 +200,15 @@ def test_a_process_with_an_odd_name_and_one_that_is_gone(tmp_path):
     assert process_samples(8, tmp_path) == ()
 
 
+def test_a_process_whose_descriptors_are_hidden_is_told_of_all_the_same(tmp_path):
+    directory = tmp_path / "7"
+    directory.mkdir()
+    (directory / "stat").write_text("7 (gate) S " + " ".join(["0"] * 10) + " 100 50 0 0 0")
+    (directory / "statm").write_text("100 10 5 1 0 4 0")
+    names = [sample.name for sample in process_samples(7, tmp_path)]
+    assert names == ["peerup_process_cpu_seconds_total", "peerup_process_resident_memory_bytes"]
+
+
 @pytest.mark.parametrize(
     ("host", "served"),
     [
