@@ -24,12 +24,13 @@ from actors.config.changes import describe_changes, describe_narrowing, not_live
 from actors.config.file import load_readable, parse_config, read_config_text
 from actors.config.proxies_file import DesiredProxy, ProxiesFileError, load_proxies, save_proxies
 from actors.config.reconciler import KEEPER, Reconciler, proxy_child, service_child
-from actors.config.schema import ConfigError, NodeConfig, parse_listen_address
+from actors.config.schema import ConfigError, NodeConfig, check_proxy_listen, parse_listen_address
 from actors.files import BusyError, FileError, digest_of, read_limited, write_atomic
 from actors.watch import watch_file
 from protocol.errors import InvalidValueError
 from protocol.messages import Data
 from protocol.messages.config import (
+    UNIX,
     AddProxy,
     ConfigReloaded,
     ConfigSnapshot,
@@ -162,7 +163,7 @@ class Config(Actor):
         wanted = self._new_proxy(request)
         async with self._reconciler.exclusive():
             present = self._desired.get(wanted.actor) or self._passing.get(wanted.actor)
-            if present is not None and present.peer == wanted.peer and _serves(present, request.listen):
+            if present is not None and present.peer == wanted.peer and _serves(present, request):
                 if not self._reconciler.is_started(present.actor):
                     await self._reconciler.start(self._proxy_child(present))
                 return ProxyAdded(self._entry(present, "running"), created=False)
@@ -378,10 +379,11 @@ class Config(Actor):
             raise RefusedError("bad-name", str(error)) from error
         if request.listen is not None:
             try:
-                parse_listen_address(request.listen)
+                check_proxy_listen(request.listen, only_me=request.only_me)
             except InvalidValueError as error:
                 raise RefusedError("bad-address", str(error)) from error
-        return DesiredProxy(f"proxy/{request.peer}/{service}", peer, request.peer, str(service), request.listen or "")
+        actor = f"proxy/{request.peer}/{service}"
+        return DesiredProxy(actor, peer, request.peer, str(service), request.listen or "", request.only_me)
 
     def _resolve(self, name: str) -> Resolved:
         """A text that is a peer id means that peer; anything else is a name."""
@@ -411,8 +413,9 @@ class Config(Actor):
         return proxy_child(proxy, self._config.limits.connections_per_service)
 
     def _entry(self, proxy: DesiredProxy, state: str) -> ProxyEntry:
-        listen = "" if proxy.listen.endswith(":0") else proxy.listen
-        return ProxyEntry(proxy.actor, proxy.peer, proxy.peer_name, proxy.service, listen, state)
+        starting = proxy.listen.endswith(":0") and not proxy.listen.startswith(UNIX)
+        listen = "" if starting else proxy.listen
+        return ProxyEntry(proxy.actor, proxy.peer, proxy.peer_name, proxy.service, listen, state, proxy.only_me)
 
     def _save_checkpoint(self) -> None:
         passing = {
@@ -435,12 +438,15 @@ def _passing(actor: str, packed: list[Any]) -> DesiredProxy:
     return DesiredProxy(actor, PeerId.from_wire(peer), peer_name, service, "")
 
 
-def _serves(present: DesiredProxy, listen: str | None) -> bool:
+def _serves(present: DesiredProxy, request: AddProxy) -> bool:
     """Whether this proxy is what is asked for: port 0 and no listener at all are content with any."""
+    listen = request.listen
     if listen is None:
         return True
-    if not present.listen:
+    if not present.listen or present.only_me != request.only_me:
         return False
+    if present.listen.startswith(UNIX) or listen.startswith(UNIX):
+        return present.listen == listen
     (have_host, have_port), (host, port) = parse_listen_address(present.listen), parse_listen_address(listen)
     return have_host == host and port in (0, have_port)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.config.reader import Problem, SectionReader
-from actors.config.schema import parse_listen_address
+from actors.config.schema import check_proxy_listen
 from actors.config.yaml_text import YamlSyntaxError, parse_yaml, render_entry
 from actors.files import FileMissingError, check_not_writable_by_others, read_limited, write_atomic
 from protocol.errors import PeerupError
@@ -34,7 +34,8 @@ class DesiredProxy:
 
     Attributes:
         actor: the name of its actor, `proxy/<peer as given>/<service>`.
-        listen: `host:port`; port 0 until the first start has picked one.
+        listen: `host:port`, port 0 until the first start has picked one; or `unix:` and an absolute path.
+        only_me: serve only connections of the user as whom the node runs.
     """
 
     actor: str
@@ -42,6 +43,7 @@ class DesiredProxy:
     peer_name: str
     service: str
     listen: str
+    only_me: bool = False
 
 
 def load_proxies(path: Path) -> tuple[DesiredProxy, ...]:
@@ -69,8 +71,9 @@ def load_proxies(path: Path) -> tuple[DesiredProxy, ...]:
         service = entry.parsed("service", None, ServiceName)
         listen = entry.parsed("listen", None, _listen)
         peer_name = entry.text("peer_name", str(peer))
+        only_me = entry.boolean("only_me", False)
         if peer is not None and service is not None and listen is not None:
-            found.append(DesiredProxy(str(actor), peer, peer_name, str(service), listen))
+            found.append(DesiredProxy(str(actor), peer, peer_name, str(service), listen, only_me))
         elif not problems:
             proxies.problem(actor, "needs peer, service and listen")
     if problems:
@@ -90,6 +93,7 @@ def save_proxies(path: Path, proxies: Sequence[DesiredProxy]) -> None:
             "peer_name": proxy.peer_name,
             "service": proxy.service,
             "listen": proxy.listen,
+            **({"only_me": True} if proxy.only_me else {}),
         }
         for proxy in proxies
     }
@@ -97,5 +101,5 @@ def save_proxies(path: Path, proxies: Sequence[DesiredProxy]) -> None:
 
 
 def _listen(text: str) -> str:
-    parse_listen_address(text)
+    check_proxy_listen(text)
     return text

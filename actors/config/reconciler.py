@@ -53,6 +53,7 @@ def proxy_child(proxy: DesiredProxy, limit: int) -> ChildSpec:
         "service": proxy.service,
         "listen": proxy.listen or None,
         "limit": limit,
+        **({"only_me": True} if proxy.only_me else {}),
     }
     return ChildSpec(proxy.actor, PROXY_FACTORY, arguments)
 

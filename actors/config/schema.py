@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from actors.config.reader import Problem, SectionReader
 from actors.config.relay_service import RelayServiceConfig, read_relay_service
 from protocol.errors import InvalidValueError, PeerupError
-from protocol.messages.config import DEFAULT_SILENCE, AddressEntry, NameEntry, ServiceEntry
+from protocol.messages.config import DEFAULT_SILENCE, UNIX, AddressEntry, NameEntry, ServiceEntry
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 from protocol.service import RESERVED_NAMES, ServiceAddress, ServiceName
@@ -313,6 +314,40 @@ def parse_listen_address(text: str) -> tuple[str, int]:
         return ServiceAddress.parse(f"{host}:1").host, 0
     address = ServiceAddress.parse(text)
     return address.host, address.port
+
+
+MAX_UNIX_PATH: Final = 107
+"""Bytes of the path of a Unix socket, unix(7)."""
+
+
+def check_proxy_listen(text: str, *, only_me: bool = False) -> None:
+    """Check where a proxy shall listen: an address as above, or `unix:` and the absolute path of a Unix socket.
+
+    Raises:
+        InvalidValueError: neither; or `only_me` where other machines could connect.
+    """
+    if text.startswith(UNIX):
+        path = text.removeprefix(UNIX)
+        if not path.startswith("/") or "\0" in path or path.endswith("/"):
+            raise InvalidValueError(f"{path!r} is not the absolute path of a socket file")
+        if len(path.encode()) > MAX_UNIX_PATH:
+            raise InvalidValueError(
+                f"the path {path} has {len(path.encode())} bytes, and a Unix socket's at most {MAX_UNIX_PATH}"
+            )
+        return
+    host, _ = parse_listen_address(text)
+    if only_me and not _is_loopback(host):
+        raise InvalidValueError(
+            f"{text} can be reached from other machines, of whose users nothing is known here; "
+            "to serve only yourself listen on 127.0.0.1 or [::1]"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _network(reader: SectionReader) -> NetworkConfig:

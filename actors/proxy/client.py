@@ -16,7 +16,8 @@ import socket
 from collections.abc import Callable
 from typing import TypeVar
 
-from actors.proxy.listening import address_of, inherit, listen
+from actors.local_user import user_of_caller
+from actors.proxy.listening import address_of, inherit, listen, remove_file
 from actors.proxy.tunnels import (
     MAX_TUNNELS,
     SWITCHBOARD,
@@ -65,17 +66,28 @@ class ProxyClient(Actor):
         peer: the peer's id as text.
         peer_name: what the person calls it.
         service: the service's name.
-        listen: `host:port` to listen on; None: only sockets given by `Attach` are tunnelled.
+        listen: `host:port` or `unix:/path` to listen on; None: only sockets given by `Attach` are tunnelled.
         limit: concurrent connections; more are refused.
+        only_me: serve only connections of the user as whom this process runs, see `actors.local_user`.
     """
 
-    def __init__(self, peer: str, peer_name: str, service: str, listen: str | None, limit: int = MAX_TUNNELS) -> None:
+    def __init__(
+        self,
+        peer: str,
+        peer_name: str,
+        service: str,
+        listen: str | None,
+        limit: int = MAX_TUNNELS,
+        *,
+        only_me: bool = False,
+    ) -> None:
         self._peer = PeerId.from_text(peer)
         self._peer_name = peer_name
         self._service = service
         self._protocol = service_protocol(service)
         self._listen = listen
         self._limit = limit
+        self._only_user = os.geteuid() if only_me else None
         self._listener: socket.socket | None = None
         self._lease: int | None = None  # the writing end of a pipe; while it is open, the switchboard accepts
 
@@ -103,6 +115,7 @@ class ProxyClient(Actor):
         self._end_lease()
         if self._listener is not None:
             self._reactor.unregister(self._listener.fileno())
+            remove_file(self._listener)
             self._listener.close()
         await self._tunnels.close()
 
@@ -113,6 +126,7 @@ class ProxyClient(Actor):
             "peer_name": self._peer_name,
             "service": self._service,
             "listen": address_of(self._listener) if self._listener is not None else "",
+            "only_user": self._only_user,
             "accepted_by": self.context.name if self._lease is None else SWITCHBOARD,
             **self._tunnels.describe(),
         }
@@ -177,6 +191,10 @@ class ProxyClient(Actor):
                 local, _address = listener.accept()
             except BlockingIOError:
                 return
+            if self._only_user is not None and is_tcp(local) and user_of_caller(local) != self._only_user:
+                close_with_reset(local)
+                self._tunnels.refused("a connection of another user of this machine", "wrong-user")
+                continue
             self._welcome(local)
 
     def _welcome(self, local: socket.socket) -> None:
@@ -201,11 +219,16 @@ class ProxyClient(Actor):
     async def _lend(self) -> None:
         """Let the switchboard accept. If it is not there, its start brings another try."""
         listener = self._listener
-        if listener is None:
+        if listener is None or listener.family == socket.AF_UNIX:  # the switchboard takes TCP sockets only
             return
         reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         request = LendListener(
-            Descriptor(os.dup(listener.fileno())), Descriptor(reading), self._peer, self._protocol, self._limit
+            Descriptor(os.dup(listener.fileno())),
+            Descriptor(reading),
+            self._peer,
+            self._protocol,
+            self._limit,
+            self._only_user,
         )
         try:
             await self.context.ask(SWITCHBOARD, request, timeout=LEND_DEADLINE)

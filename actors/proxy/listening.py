@@ -1,13 +1,23 @@
-"""The local end of a proxy: `host:port` to a listening socket, which outlives the process by the checkpoint."""
+"""The local end of a proxy: from `host:port` or `unix:/path` to a listening socket, which outlives the process by the
+checkpoint.
+
+A port is open to every user of this machine, and on other addresses than loopback to others as well. A Unix socket is a
+file that nobody but its owner may open.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
+import os
 import socket
+import stat
+from pathlib import Path
 
 from actors.proxy.errors import ListenError, PortInUseError
 from actors.sockets import RESET_ON_CLOSE, fit_for_loopback, send_at_once
+from protocol.messages.config import UNIX
 from supervisor.actor import Checkpoint
 
 BACKLOG = 1024
@@ -15,12 +25,14 @@ BACKLOG = 1024
 
 
 def listen(address: str) -> socket.socket:
-    """A listening socket at this `host:port` (`[ipv6]:port`); port 0 picks a free one.
+    """A listening socket at this `host:port` (`[ipv6]:port`), port 0 picks a free one; or at `unix:/path`.
 
     Raises:
         ListenError: not such an address, or it cannot be listened on.
         PortInUseError: somebody else does.
     """
+    if address.startswith(UNIX):
+        return _listen_unix(Path(address.removeprefix(UNIX)))
     host, port = _parse(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -37,6 +49,53 @@ def listen(address: str) -> socket.socket:
             raise PortInUseError(f"cannot listen on {address}: another program does") from error
         raise ListenError(f"cannot listen on {address}: {reason}") from error
     return sock
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    """A listening Unix socket at this path, which only this user may open; one that nobody listens at is replaced."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        _remove_stale(path)
+        os.fchmod(sock.fileno(), 0o600)  # before it has a name: the file never has another mode
+        sock.bind(str(path))
+        path.chmod(0o600)  # where the file system does not take it from the socket
+        sock.listen(BACKLOG)
+    except PortInUseError:
+        sock.close()
+        raise
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUseError(f"cannot listen at {path}: there is a file already, which is no socket") from error
+        raise ListenError(f"cannot listen at {path}: {(error.strerror or str(error)).lower()}") from error
+    return sock
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket file that a process of this user left; anything else stays.
+
+    Raises:
+        PortInUseError: somebody listens there.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+            answer = probe.connect_ex(str(path))
+        if answer in (0, errno.EAGAIN, errno.EINPROGRESS):
+            raise PortInUseError(f"cannot listen at {path}: another program does")
+        if answer == errno.ECONNREFUSED:
+            path.unlink()
+
+
+def remove_file(sock: socket.socket) -> None:
+    """Remove the file of a Unix socket that will not be listened at any more."""
+    if sock.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
+            path = Path(sock.getsockname())
+            if stat.S_ISSOCK(path.lstat().st_mode):
+                path.unlink()
 
 
 def inherit(checkpoint: Checkpoint | None, address: str) -> socket.socket | None:
@@ -59,12 +118,16 @@ def inherit(checkpoint: Checkpoint | None, address: str) -> socket.socket | None
 
 def _prepare(sock: socket.socket) -> None:
     """What accepted sockets inherit: until their tunnel has ended well, closing them is a reset."""
+    if sock.family == socket.AF_UNIX:
+        return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     send_at_once(sock)
 
 
 def address_of(sock: socket.socket) -> str:
-    """Where a socket listens, as `host:port`."""
+    """Where a socket listens, as `host:port` or `unix:/path`."""
+    if sock.family == socket.AF_UNIX:
+        return f"{UNIX}{sock.getsockname()}"
     host, port = sock.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -28,6 +28,7 @@ import socket
 from collections.abc import Callable
 from typing import NamedTuple
 
+from actors.local_user import user_of_caller
 from actors.proxy.tunnels import MAX_TUNNELS
 from actors.reactor import READ, Reactor
 from actors.sockets import RESET_ON_CLOSE, fit_for_loopback, send_at_once
@@ -57,6 +58,8 @@ FULL = 2.0
 """Seconds to wait for an end when as many streams are open as the peer takes."""
 WARN_SECONDS = 60.0
 """Seconds between warnings that the same peer has its share of a service."""
+TELL_AGAIN = 60.0
+"""Seconds between two warnings of callers that are other users."""
 MAX_ADDRESSES = 4
 """Addresses of one service: a host of this machine has two, one of each family."""
 
@@ -87,6 +90,7 @@ class _Door:
     peer: PeerId
     protocol: str
     limit: int
+    only_user: int | None
     waiting: socket.socket | None = None  # accepted, for the next stream that can be opened
     full_since: float | None = None  # since when there have been as many streams as the peer takes
 
@@ -120,6 +124,7 @@ class Doors:
         self._tell = tell
         self._warn = warn
         self._doors: dict[str, _Door] = {}
+        self._told_wrong_user = float("-inf")
         self._targets: dict[str, _Target] = {}
         self._quiet_until: dict[tuple[str, PeerId], float] = {}
 
@@ -138,7 +143,9 @@ class Doors:
             lease.close()
             raise NotAListenerError("the descriptor is not a listening TCP socket")
         self.close(owner)
-        door = self._doors[owner] = _Door(owner, listener, lease, request.peer, request.protocol, request.limit)
+        door = self._doors[owner] = _Door(
+            owner, listener, lease, request.peer, request.protocol, request.limit, request.only_user
+        )
         self._reactor.register(lease.fileno(), READ, lambda _: self._ended(door), lambda _: self._ended(door))
         self._reactor.register(
             listener.fileno(), READ, lambda _: self._accept(door), lambda error: self._cannot_accept(door, error)
@@ -182,6 +189,10 @@ class Doors:
             except ConnectionAbortedError:
                 continue
             sock.setblocking(False)
+            if door.only_user is not None and user_of_caller(sock) != door.only_user:
+                sock.close()  # with a reset
+                self._tell_wrong_user(door)
+                continue
             if door.full_since is not None and self._is_full(door):
                 turned_away += 1
                 self._turn_away(door, sock)
@@ -208,6 +219,12 @@ class Doors:
     def _turn_away(self, door: _Door, sock: socket.socket) -> None:
         sock.close()  # with a reset
         self._attached.turn_away(door.owner, peer_full=True)
+
+    def _tell_wrong_user(self, door: _Door) -> None:
+        now = self._reactor.clock()
+        if now - self._told_wrong_user >= TELL_AGAIN:
+            self._told_wrong_user = now
+            self._warn(f"{door.owner} serves its own user only, and refused a connection of another one")
 
     def _serve(self, door: _Door, sock: socket.socket, *, patient: bool = True) -> bool:
         """Open a stream for a client, or pass it to its proxy. False: it is worth another try."""

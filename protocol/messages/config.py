@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from protocol.messages.codec import Message, Request, message, record
 from protocol.messages.relay import RelayRules
 from protocol.messages.system import Ok
@@ -10,6 +12,9 @@ from protocol.peer_id import PeerId
 
 DEFAULT_SILENCE = 900.0
 """Seconds that a connection may be silent unless the configuration says otherwise: about as long as TCP tries."""
+
+UNIX: Final = "unix:"
+"""What stands before the path of a Unix socket that a proxy listens at."""
 
 
 @record
@@ -116,7 +121,8 @@ class Resolve(Request[Resolved]):
 class ProxyEntry:
     """A local listener that leads to a peer's service.
 
-    `actor` is the name of its actor, `proxy/<peer as given>/<service>`; `listen` is `host:port`, empty while it starts.
+    `actor` is the name of its actor, `proxy/<peer as given>/<service>`; `listen` is `host:port` or `unix:/path`, empty
+    while it starts. `only_me` says that it serves only connections of the user as whom the node runs.
     """
 
     actor: str
@@ -125,6 +131,7 @@ class ProxyEntry:
     service: str
     listen: str
     state: str
+    only_me: bool = False
 
 
 @message("config.proxy-added")
@@ -140,12 +147,14 @@ class AddProxy(Request[ProxyAdded]):
     """Have a local listener to this peer's service, now and after restarts. Port 0 picks a free one and keeps it.
 
     Refused with `unknown-peer`, `bad-name`, `port-in-use`, `already-exists` (with another port).
-    `listen` None makes a proxy without a listener, for `--stdio` alone; it is not kept.
+    `listen` None makes a proxy without a listener, for `--stdio` alone; it is not kept. `unix:/path` makes one at a
+    Unix socket. `only_me` is for addresses of the loopback interface.
     """
 
     peer: str
     service: str
     listen: str | None
+    only_me: bool = False
 
 
 @message("config.remove-proxy")

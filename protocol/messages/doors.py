@@ -22,6 +22,7 @@ class LendListener(Request[Ok]):
     The listener is set to close with a reset and to send without delay, which accepted sockets inherit. `lease` is the
     reading end of a pipe: when its writing end is closed, or whoever holds it is gone, the switchboard closes the
     listener; so does `CloseStreams`. More than `limit` streams of the sender are never open: further callers are reset.
+    With `only_user` callers of any other user of this machine are reset, too, and those whose user cannot be told.
     """
 
     listener: Descriptor
@@ -29,6 +30,7 @@ class LendListener(Request[Ok]):
     peer: PeerId
     protocol: str
     limit: int
+    only_user: int | None = None
 
 
 @message("switchboard.caller-accepted")

@@ -1,7 +1,7 @@
 """Routes about local listeners that lead to a peer's service.
 
     GET    /v1/proxies          all of them
-    POST   /v1/proxies          {peer, service, listen} -> the address it listens on
+    POST   /v1/proxies          {peer, service, listen, only_me} -> the address it listens on
     DELETE /v1/proxies/{actor}  stop and forget one
     GET    /v1/stdio?peer=&service=&confirm=   one tunnelled connection, handed over as a descriptor (below)
 
@@ -53,6 +53,7 @@ def present_proxy(proxy: ProxyEntry) -> dict[str, Data]:
         "service": proxy.service,
         "listen": proxy.listen,
         "state": proxy.state,
+        "only_me": proxy.only_me,
     }
 
 
@@ -66,7 +67,7 @@ async def list_proxies(node: Node, call: Call) -> Answer:
 @routes.on("POST", "/v1/proxies", Work.WAITING)
 async def add_proxy(node: Node, call: Call) -> Answer:
     """Have a proxy, now and after restarts."""
-    request = AddProxy(call.text("peer"), call.text("service"), call.text("listen"))
+    request = AddProxy(call.text("peer"), call.text("service"), call.text("listen"), call.flag("only_me"))
     added = await node.ask("config", request, timeout=START_DEADLINE)
     return data_response(present_proxy(added.proxy) | {"created": added.created})
 
