@@ -27,12 +27,11 @@ views into the very buffer that it was fed with: nothing is copied. What it has 
 resets) collects as ready frames, to be fetched by :meth:`Session.take_control`; data frames are the caller's
 to lay out, with headers made by :meth:`Session.data_header`, for it is the caller who chooses among streams.
 
-Against a peer that means harm: inbound streams are limited, all and unacknowledged ones apart; frames that cost us work
-and move nothing (pings, refused SYNs, resets of its own streams, empty frames) draw on an allowance that refills
-slowly; the queue of control frames is bounded. Who exceeds these has the session closed. So do window updates of a few
-bytes, beyond one for each data frame that went out: a reader that grants what it has read, however little, is
-well-behaved, but it cannot have read what was not sent. Small data frames are not limited, since terminals send them,
-and busy services many; who feeds the session takes care that they hold up nobody else (`Session.frames_received`).
+Against a peer that means harm: inbound streams are limited, all and unacknowledged ones apart; whatever costs us work
+and moves little (pings, surplus streams, streams taken back, empty and tiny frames, needless window updates) is
+charged to the peer's allowance (`protocol.allowance`), and what it asks to be answered is bounded. Whoever exceeds
+these has the session closed. What we say of ourselves is at most one waiting frame for each stream, and never held
+against the peer. Surplus streams are refused ever more slowly before they count as a flood.
 """
 
 from __future__ import annotations
