@@ -14,11 +14,13 @@ from pathlib import Path
 
 from actors.config.reader import Problem
 from actors.config.schema import (
+    MAX_RELAYS,
     ConfigError,
     NodeConfig,
     check_peer_name,
     read_config,
     read_readable,
+    why_undialable,
 )
 from actors.config.yaml_text import YamlSyntaxError, delete_value, parse_parts, parse_yaml, set_value
 from actors.files import (
@@ -162,6 +164,8 @@ class ConfigEditor:
         for address in addresses:
             if address.peer_id not in (None, peer):
                 raise InvalidValueError(f"{address} leads to another peer, {address.peer_id}")
+            if why := why_undialable(address):
+                raise InvalidValueError(f"{address} {why}")
         # The file may name the peer in its other text form; then that entry is the one to change.
         keys = [key for key in parse_yaml(self.text).get("addresses") or {} if _same_peer(key, peer)]
         key = keys[0] if keys else str(peer)
@@ -181,9 +185,13 @@ class ConfigEditor:
                 raise InvalidValueError(f"{address} does not end with the relay's peer id; append /p2p/<peer id>")
             if address.is_relayed:
                 raise InvalidValueError(f"{address} leads through a relay; give the address of the relay itself")
-            if address.endpoint is None:
-                raise InvalidValueError(f"{address} has no port to connect to; write it like /ip4/192.0.2.7/tcp/4001")
+            if why := why_undialable(address):
+                raise InvalidValueError(f"{address} {why}")
         known = self.config.relay.addresses
+        if len({address.peer_id for address in (*known, *addresses)}) > MAX_RELAYS:
+            raise InvalidValueError(
+                f"a node uses at most {MAX_RELAYS} relays; remove one that is not needed: peerup relay remove PEER"
+            )
         added = tuple(address for address in dict.fromkeys(addresses) if address not in known)
         if added:
             self._set(("relay", "addresses"), [*self._written_relays(), *map(str, added)])

@@ -395,6 +395,11 @@ def _tls(reader: SectionReader) -> TlsConfig:
 
 def _relay(reader: SectionReader) -> RelayConfig:
     made = RelayConfig(reader.items("addresses", _address_with_peer) or ())
+    for address in made.addresses:
+        if why := why_undialable(address):
+            reader.warn("addresses", f"{address} is not used: it {why}")
+    if len({address.peer_id for address in made.addresses}) > MAX_RELAYS:
+        reader.warn("addresses", f"names more than {MAX_RELAYS} relays, and only the first {MAX_RELAYS} are used")
     # peer-up demands it, so it must not keep a peer-up configuration from loading.
     reader.without_effect("reservation_interval", "each relay says how long a reservation lasts; it is renewed in time")
     reader.finish()
@@ -475,6 +480,9 @@ def _addresses(reader: SectionReader) -> tuple[AddressEntry, ...]:
             reader.ignore(key)
             continue
         addresses = reader.items(key, _dialable_by(peer)) or ()
+        for address in addresses:
+            if why := why_undialable(address):
+                reader.warn(key, f"{address} is not used: it {why}")
         if addresses:
             found.append(AddressEntry(peer, addresses))
     return tuple(found)
@@ -583,6 +591,30 @@ def _protocol_id(text: str) -> str:
     if not text.startswith("/") or not text.isprintable() or " " in text or len(text) > 200:
         raise InvalidValueError(f"{text!r} is not a protocol id such as /pingpong/1.0.0")
     return text
+
+
+MAX_RELAYS: Final = 16
+"""Relays at which a node keeps places."""
+
+
+def why_undialable(address: Multiaddr) -> str:
+    """Why nobody here can ever connect to this address; empty: somebody can.
+
+    Dialled are `/tcp`, `/tcp/…/ws` and `/tcp/…/tls/ws` upon an IP address or a name, and one relay that is named so.
+    """
+    circuits = sum(component.name == "p2p-circuit" for component in address.components)
+    hop = address.relay if circuits else address
+    if circuits > 1:
+        return "leads through more than one relay, and only one is dialled through"
+    if hop is None or (circuits and hop.peer_id is None):
+        return "does not say which relay: write the relay's address with its /p2p/<peer id> before /p2p-circuit"
+    if hop.endpoint is None:
+        return "has no port to connect to; write it like /ip4/192.0.2.7/tcp/4101"
+    if hop.endpoint.kind == "dnsaddr":
+        return "is a list of addresses in DNS, which is not read; write the address itself, or /dns/NAME/tcp/PORT"
+    if hop.transport not in ("tcp", "websocket"):
+        return "is no address that can be dialled: neither TCP nor WebSocket"
+    return ""
 
 
 def _address_with_peer(text: str) -> Multiaddr:

@@ -61,7 +61,7 @@ PING_DEADLINE = 12.0
 """Seconds for a ping; the switchboard's own deadline is shorter."""
 ASK_AGAIN = 1.0
 """Seconds after which an actor that did not answer, though it is there, is asked again."""
-MAX_RELAYS = 16
+MAX_RELAYS = 16  # as `actors.config.schema.MAX_RELAYS`
 """More than a handful are a mistake; each costs a connection."""
 MAX_ANNOUNCED = 24
 """Relayed addresses in all: what a node says of itself must fit into one message that every peer accepts."""
