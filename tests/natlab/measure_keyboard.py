@@ -35,7 +35,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tests.natlab import peerup_nodes
 from tests.natlab.lab import Host, Lab
@@ -63,13 +63,11 @@ class Network:
     delay: float
     loss: float = 0.0
     queue: int = 256 * 1024
-    aqm: str = ""
 
 
 NETWORKS: Final = {
     "10M": Network(10e6, 0.02),
     "10M-1MiB": Network(10e6, 0.02, queue=1024 * 1024),
-    "10M-fq": Network(10e6, 0.02, aqm="fq_codel"),
     "1M": Network(1e6, 0.02),
     "150ms-1%": Network(10e6, 0.075, loss=0.01),
 }
@@ -391,8 +389,7 @@ def _answers(sock: socket.socket) -> bool:
 
 
 def _bottleneck(lab: Lab, network: Network, delay: float) -> Link:
-    shape: dict[str, Any] = {"aqm": network.aqm} if network.aqm else {}
-    return lab.link(rate=network.rate, delay=delay, loss=network.loss, queue=network.queue, **shape)
+    return lab.link(rate=network.rate, delay=delay, loss=network.loss, queue=network.queue)
 
 
 def run(options: argparse.Namespace, tell: Callable[[Cell], None]) -> list[Cell]:
