@@ -58,9 +58,9 @@ def _listen_unix(path: Path) -> socket.socket:
         _remove_stale(path)
         os.fchmod(sock.fileno(), 0o600)  # before it has a name: the file never has another mode
         sock.bind(str(path))
-        path.chmod(0o600)  # where the file system does not take it from the socket
+        _check_private(path)
         sock.listen(BACKLOG)
-    except PortInUseError:
+    except ListenError:
         sock.close()
         raise
     except OSError as error:
@@ -69,6 +69,17 @@ def _listen_unix(path: Path) -> socket.socket:
             raise PortInUseError(f"cannot listen at {path}: there is a file already, which is no socket") from error
         raise ListenError(f"cannot listen at {path}: {(error.strerror or str(error)).lower()}") from error
     return sock
+
+
+def _check_private(path: Path) -> None:
+    """Remove a new socket again whose mode the file system did not take from its descriptor.
+
+    Raises:
+        ListenError: so it was.
+    """
+    if stat.S_IMODE(path.lstat().st_mode) & 0o077:
+        path.unlink()
+        raise ListenError(f"cannot listen at {path}: this file system lets others open the socket")
 
 
 def _remove_stale(path: Path) -> None:
