@@ -69,8 +69,9 @@ def run(
 
     with without_collector():
         from actors.config.file import load_config
+        from peerup.front import stand_in_front
         from peerup.systemd import ServiceManager
-        from peerup.tree import OPERATORS, VITAL, Options, build_tree, time_to_drain
+        from peerup.tree import OPERATORS, PREDECESSORS, VITAL, Options, build_tree, time_to_drain
         from supervisor.boot import LogSettings
         from supervisor.service import STOP_DEADLINE, Service
 
@@ -82,6 +83,9 @@ def run(
     manager = ServiceManager.take_from(os.environ, os.getpid())
     if manager.watchdog is not None:
         faulthandler.enable()  # it ends a process that is hung with SIGABRT; then the log says where that stood
+    front = stand_in_front(manager) if config.relay_service.enabled and config.relay_service.drain_time else None
+    tell = manager.tell if front is None else front.tell
+    left = False
     preload(metrics=config.telemetry.metrics_enabled)
     confined = _check_confinement(config)
     log = LogSettings(
@@ -93,7 +97,7 @@ def run(
 
     def ready() -> None:
         nonlocal announced
-        manager.tell("READY=1", "STATUS=running")
+        tell("READY=1", "STATUS=running")
         if announced:
             return
         announced = True
@@ -110,7 +114,13 @@ def run(
 
     def stopping() -> None:
         # However long the configuration lets a stop take, and whatever the unit says: wait for it, and little longer.
-        manager.tell("STOPPING=1", "STATUS=stopping", f"EXTEND_TIMEOUT_USEC={int((within + STOP_GRACE) * 1e6)}")
+        tell("STOPPING=1", "STATUS=stopping", f"EXTEND_TIMEOUT_USEC={int((within + STOP_GRACE) * 1e6)}")
+
+    def on_left() -> None:
+        nonlocal left
+        left = True
+        assert front is not None
+        front.leave()
 
     options = Options(home, config, service_pid=os.getpid(), started_at=time.time(), allow_faults=allow_faults)
     service = Service(
@@ -121,15 +131,18 @@ def run(
         operators=OPERATORS,
         on_ready=ready,
         on_stopping=stopping,
-        on_alive=lambda: manager.tell("WATCHDOG=1"),
+        on_left=None if front is None else on_left,
+        predecessors=PREDECESSORS,
+        on_alive=lambda: tell("WATCHDOG=1"),
         watchdog=manager.watchdog,
         vital=VITAL,
         stop_deadline=within,
         confined=confined,
     )
     service.run()
-    with contextlib.suppress(OSError):
-        home.control_socket.unlink()
+    if not left:
+        with contextlib.suppress(OSError):
+            home.control_socket.unlink()
 
 
 def _check_confinement(config: NodeConfig) -> bool:

@@ -34,10 +34,21 @@ class ServiceManager:
 
     def tell(self, *state: str) -> None:
         """Send assignments such as `READY=1`. A manager that has gone, or does not listen, does not matter."""
+        sock = self.connect()
+        if sock is not None:
+            with sock, contextlib.suppress(OSError):
+                sock.send("\n".join(state).encode())
+
+    def connect(self) -> socket.socket | None:
+        """A new socket to it, which never waits; None if nobody wants to be told anything, or nobody is there."""
         if self.path is None:
-            return
+            return None
         address = "\0" + self.path[1:] if self.path.startswith("@") else self.path
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.setblocking(False)  # it must not be able to hold up what it watches
-            with contextlib.suppress(OSError):
-                sock.sendto("\n".join(state).encode(), address)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        sock.setblocking(False)  # it must not be able to hold up what it watches
+        try:
+            sock.connect(address)
+        except OSError:
+            sock.close()
+            return None
+        return sock

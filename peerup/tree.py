@@ -73,6 +73,9 @@ seen to need one second; a hung one must not stay for long."""
 OPERATORS = ("api",)
 """Who may set taps, message faults and log levels of every process, and hurt processes: people, by the control API."""
 
+PREDECESSORS = ("relay/server",)
+"""Who may let a successor start while this node is still stopping: open circuits take their time."""
+
 STARTERS = ("config",)
 """Who may have proxies and services started and stopped: it follows the configuration."""
 

@@ -9,6 +9,7 @@ is done with a message::
     CHILD        a child of the receiver, which is a supervisor then
     STARTER      named in the receiver's own specification as one who may have children started and stopped there
     OPERATOR     named by the node as one who may look into and disturb everything: the control API
+    PREDECESSOR  named by the node as one who may let a successor start while this node is still stopping
 
 What the table does not list only reads, and is answered for everybody. What it lists with nobody is never sent: the
 receiver's own runtime makes it. A refusal goes to the sender with the reason and is counted.
@@ -40,6 +41,7 @@ from protocol.messages.system import (
     StartChild,
     Stop,
     StopChild,
+    SuccessorMayStart,
 )
 from supervisor.errors import RefusedError
 
@@ -51,6 +53,7 @@ class Role(enum.Enum):
     CHILD = "its children"
     STARTER = "those that it starts children for"
     OPERATOR = "an operator"
+    PREDECESSOR = "those that may let a successor start"
 
 
 RULES: Final[Mapping[str, tuple[Role, ...]]] = MappingProxyType(
@@ -64,6 +67,7 @@ RULES: Final[Mapping[str, tuple[Role, ...]]] = MappingProxyType(
         KeepCheckpoint.KIND: (Role.CHILD, Role.SUPERVISOR),
         StartChild.KIND: (Role.STARTER,),
         StopChild.KIND: (Role.STARTER,),
+        SuccessorMayStart.KIND: (Role.PREDECESSOR,),
         SetLogLevel.KIND: (Role.OPERATOR,),
         SetTaps.KIND: (Role.OPERATOR, Role.SUPERVISOR),
         SetFaults.KIND: (Role.OPERATOR, Role.SUPERVISOR),
@@ -86,6 +90,7 @@ class Authority:
         supervisor: the name of its supervisor; "" for a process beside the tree, which heeds everybody.
         operators: names of the operators.
         starters: names of those who may have children started here.
+        predecessors: names of those who may let a successor of the node start.
         is_child: whether a name is one of its children.
     """
 
@@ -95,11 +100,13 @@ class Authority:
         operators: Collection[str] = (),
         *,
         starters: Collection[str] = (),
+        predecessors: Collection[str] = (),
         is_child: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._supervisor = supervisor
         self._operators = frozenset(operators)
         self._starters = frozenset(starters)
+        self._predecessors = frozenset(predecessors)
         self._is_child = is_child
 
     def refusal(self, receiver: str, kind: str, sender: str) -> RefusedError | None:
@@ -125,3 +132,5 @@ class Authority:
                 return sender in self._starters
             case Role.OPERATOR:
                 return sender in self._operators
+            case Role.PREDECESSOR:
+                return sender in self._predecessors

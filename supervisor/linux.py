@@ -94,6 +94,11 @@ def die_with_parent(parent: int, signal_number: int) -> None:
         os._exit(os.EX_UNAVAILABLE)
 
 
+def outlive_parent() -> None:
+    """Take :func:`die_with_parent` back for the calling process."""
+    _prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def unread(sock: socket.socket) -> int:
     """What the kernel keeps of what was sent on a Unix socket, because the other end has not read it; in its bytes."""
     (kept,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))

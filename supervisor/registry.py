@@ -19,10 +19,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import functools
+import glob
 import hashlib
 import os
 import pathlib
+import shutil
 import stat
 import urllib.parse
 
@@ -124,6 +127,7 @@ class RunDirectory:
             RunDirectoryError: it does not exist, belongs to somebody else, or is open to others.
         """
         self.path = str(pathlib.Path(path).absolute())
+        self._moved = False
         try:
             self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -247,9 +251,46 @@ class RunDirectory:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(left, dir_fd=directory)
 
+    def move_away(self) -> None:
+        """Give the directory another name beside its own, so that a successor of its user can make a new one.
+
+        Everything in it works as before, since nobody uses its path.
+
+        Raises:
+            OSError: that is not possible.
+        """
+        moved = f"{self.path}.{os.getpid()}"
+        pathlib.Path(self.path).rename(moved)
+        self.path, self._moved = moved, True
+
+    def remove_moved(self) -> None:
+        """Remove the directory if it was moved away; all that was in it is gone or of no use."""
+        if self._moved:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self.path)
+
+    def remove_left_behind(self) -> None:
+        """Remove what :meth:`move_away` of a predecessor has left beside this directory, if that was killed."""
+        own = pathlib.Path(self.path)
+        for moved in own.parent.glob(f"{glob.escape(own.name)}.*"):
+            if moved.name.rpartition(".")[2].isdecimal():
+                _remove_unlocked(moved)
+
     def remove_tree(self) -> None:
         """Clear it and remove `sockets` and `names` too; the run directory itself stays for its owner."""
         self.clear()
         for name in ("sockets", "names"):
             with contextlib.suppress(FileNotFoundError):
                 os.rmdir(name, dir_fd=self.fd)
+
+
+def _remove_unlocked(moved: pathlib.Path) -> None:
+    """Remove a run directory that was moved away, unless it is no such thing or a process still holds its lock."""
+    with contextlib.suppress(OSError):
+        fd = os.open(moved, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if os.fstat(fd).st_uid == os.geteuid() and {"names", "sockets"} <= set(os.listdir(fd)):  # noqa: PTH208
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(moved)
+        finally:
+            os.close(fd)

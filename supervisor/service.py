@@ -49,6 +49,7 @@ from protocol.messages.system import (
     ReadEstate,
     Ready,
     Stop,
+    SuccessorMayStart,
     SupervisorSpec,
 )
 from supervisor import confinement, linux, thespian_base
@@ -160,6 +161,9 @@ class Service:
         factories: prefixes of the modules whose classes may be actors.
         on_ready: called each time the whole tree is ready (again).
         on_stopping: called when an ordered stop begins.
+        on_left: called during a stop by SIGTERM as soon as a successor may start in the same run directory, if that is
+            long before the end: what is left of the tree has moved out of it.
+        predecessors: names of the actors that may say so.
         on_alive: called while the tree answers, and during a stop, at least each `watchdog` seconds.
         watchdog: seconds; None if nobody wants `on_alive`.
         vital: who must answer besides the admin and the root for the tree to count as alive.
@@ -179,6 +183,8 @@ class Service:
         factories: tuple[str, ...] = ("actors.", "supervisor."),
         on_ready: Callable[[], None] | None = None,
         on_stopping: Callable[[], None] | None = None,
+        on_left: Callable[[], None] | None = None,
+        predecessors: Collection[str] = (),
         on_alive: Callable[[], None] | None = None,
         watchdog: float | None = None,
         vital: Collection[str] = (),
@@ -194,6 +200,8 @@ class Service:
         self._factories = factories
         self._on_ready = on_ready
         self._on_stopping = on_stopping
+        self._on_left = on_left
+        self._predecessors = tuple(predecessors)
         self._on_alive = on_alive
         self._watchdog = watchdog
         self._vital = (ROOT, *vital)
@@ -219,11 +227,13 @@ class Service:
                 self._run_locked(directory)
             finally:
                 directory.remove_tree()
+                directory.remove_moved()
         finally:
             directory.close()
 
     def _run_locked(self, directory: RunDirectory) -> None:
         directory.clear()
+        directory.remove_left_behind()
         for module in self._preload:
             importlib.import_module(module)
         confinement.prepare(_confinements(self._root))
@@ -330,7 +340,12 @@ class Service:
             boot.generation,
             wire,
             # It has no supervisor, so nobody speaks as one.
-            authority=Authority(SERVICE, boot.operators, is_child=lambda name: name == ROOT),
+            authority=Authority(
+                SERVICE,
+                boot.operators,
+                predecessors=self._predecessors,
+                is_child=lambda name: name == ROOT,
+            ),
             now=time.monotonic,
             wall=time.time,
             random=random.Random(os.urandom(16)),  # noqa: S311 - documented as never for keys
@@ -340,6 +355,7 @@ class Service:
         exchange.on(InjectProcessFault, functools.partial(self._inject, tree))
         exchange.on(KeepCheckpoint, self._keep_checkpoint)
         exchange.on(DropCheckpoint, self._drop_checkpoint)
+        exchange.on(SuccessorMayStart, functools.partial(self._leave, tree))
         exchange.on(ReadEstate, functools.partial(self._read_estate, exchange))
         wire.name = SERVICE
         wire.receiver = exchange
@@ -434,6 +450,22 @@ class Service:
             for kept in self._estate.messages_below(ROOT):
                 exchange.tell(ROOT, kept, cause=envelope.id)
         exchange.answer(envelope, Ok())
+
+    def _leave(self, tree: _Tree, message: SuccessorMayStart, envelope: Envelope) -> None:
+        """What is left takes its time: give the run directory free, lock and all, for a successor.
+
+        Not at Ctrl-C: who types that waits for the end, and may have to type it twice.
+        """
+        if not tree.stopping or self._on_left is None or self._signals != [signal.SIGTERM]:
+            return
+        on_left, self._on_left = self._on_left, None
+        self._estate.close()  # sockets that listened are in it
+        try:
+            tree.boot.directory.move_away()
+        except OSError as error:
+            self._warn(f"the run directory stays in use until the end: {error}")
+            return
+        on_left()
 
     def _root_failed(self, tree: _Tree, message: LastWords, envelope: Envelope) -> None:
         if envelope.sender == ROOT:

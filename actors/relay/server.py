@@ -12,8 +12,9 @@ any of them has news, and each few seconds::
 A switchboard that was restarted is told everything anew. The end of this actor disturbs no circuit: the switchboard
 goes on by the last rules. Its checkpoint holds the discovered addresses.
 
-When the node stops this actor is stopped before the switchboard. Then it drains the relay: nothing new is granted,
-clients are told (`actors.switchboard.farewell`), open circuits get some time to end, and what is left is reset.
+When the node stops this actor is stopped before the switchboard. Then it drains the relay: the ports are given up, so
+that a successor may have them at once (docs/decisions/0021-restart-of-a-relay.md), nothing new is granted, clients are
+told (`actors.switchboard.farewell`), open circuits get some time to end, and what is left is reset.
 """
 
 from __future__ import annotations
@@ -42,14 +43,16 @@ from protocol.messages.relay import (
     RelayServiceStatus,
     ScopedLimit,
     ServeRelay,
+    StopListening,
     WithdrawRelay,
 )
 from protocol.messages.switchboard import ReadStatus
-from protocol.messages.system import ActorDown, ActorUp
+from protocol.messages.system import ActorDown, ActorUp, SuccessorMayStart
 from protocol.multiaddr import Multiaddr
 from protocol.policy import DENY_ALL, PolicyIndex
 from protocol.reservations import GUEST_RULE
 from supervisor.actor import Actor, Checkpoint, handles
+from supervisor.boot import SERVICE
 from supervisor.errors import AskError, DeadlineExceededError, RefusedError
 
 SWITCHBOARD = "switchboard"
@@ -64,6 +67,8 @@ RETRY = 1.0
 """Seconds until an actor that did not answer, though it is there, is asked again."""
 WITHDRAW_DEADLINE = 1.0
 """Seconds for the switchboard to reset what is left when the relay stops."""
+SUCCESSION = 0.7
+"""Seconds that circuits get before a successor may start beside them: those that carry nothing are closed by then."""
 MAX_ANNOUNCED = 16
 """Addresses told at most: no more fit into what clients take from a reservation."""
 
@@ -118,6 +123,13 @@ class RelayServer(Actor):
             circuits,
             self._drain,
         )
+        async with trio.open_nursery() as nursery:
+            if circuits and await self._stop_listening():
+                nursery.start_soon(self._let_successor_start)
+            await self._drain_and_withdraw()
+            nursery.cancel_scope.cancel()
+
+    async def _drain_and_withdraw(self) -> None:
         began = self.context.now()
         try:
             await self.context.ask(SWITCHBOARD, DrainRelay(), timeout=self._drain)
@@ -132,6 +144,23 @@ class RelayServer(Actor):
             await self.context.ask(SWITCHBOARD, WithdrawRelay(), timeout=WITHDRAW_DEADLINE)
         except AskError as error:
             self.context.log.info("the relay was not withdrawn: {}", error)
+
+    async def _stop_listening(self) -> bool:
+        """Whether another process may have the ports.
+
+        It is done before clients are told, so that they do not come back to this process.
+        """
+        try:
+            await self.context.ask(SWITCHBOARD, StopListening(), timeout=ANSWER_DEADLINE)
+        except AskError as error:
+            self.context.log.info("the ports stay in use until the end: {}", error)
+            return False
+        return True
+
+    async def _let_successor_start(self) -> None:
+        await trio.sleep(SUCCESSION)
+        self.context.log.info("circuits run on; another relay may be started in the place of this one")
+        self.context.tell(SERVICE, SuccessorMayStart())
 
     def describe(self) -> dict[str, Data]:
         """Whether it serves, where, by which limits, and what it does."""

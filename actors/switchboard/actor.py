@@ -55,7 +55,7 @@ from protocol.messages.keyring import ReadIdentity
 from protocol.messages.network import NetworkChanged
 from protocol.messages.paths import MeasurePaths, PathsMeasured, Traced, TracePath
 from protocol.messages.reachability import AnnounceAddresses, WatchConnections, WatchedConnections
-from protocol.messages.relay import DrainRelay, ReadRelay, RelayServiceStatus, ServeRelay, WithdrawRelay
+from protocol.messages.relay import DrainRelay, ReadRelay, RelayServiceStatus, ServeRelay, StopListening, WithdrawRelay
 from protocol.messages.switchboard import (
     AdoptedStreams,
     AdoptStreams,
@@ -547,6 +547,14 @@ class Switchboard(Actor):
         except InvalidValueError as error:
             raise refusal(error) from error
         await self._tell_anew()
+
+    @handles(StopListening)
+    async def stop_listening(self, request: StopListening) -> None:
+        """Let another process have the ports."""
+        self._check_relay_server()
+        self._reception.close()
+        self._listeners.give_up()
+        self.context.checkpoint({}, [])
 
     @handles(DrainRelay, concurrent=True)
     async def drain_relay(self, request: DrainRelay) -> None:

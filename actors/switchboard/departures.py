@@ -7,10 +7,11 @@ from then on, but lets open circuits run for a while. For its clients, which are
                          -> relayed connections through it take no new streams; without a stream for `QUIET` seconds
                             they are closed, so that the relay need not wait for what carries nothing
                          -> the connection to it stays, however idle: its end tells when the relay has ended
-    that connection ends -> whoever needs the relay dials it again after a short pause, at random
+    meanwhile -> whoever needs the relay dials it again after a short pause, at random: a successor may have its port
+                 while circuits run on in the one that leaves
+    a new connection to it comes up -> the relay is there again; what was dialled before is seen off as above
 
-That a relay leaves is no failure of it. After `PATIENCE` seconds it is dialled all the same: it may have meant only
-that one connection, or be told to give its circuits more time than anybody waits for.
+That a relay leaves is no failure of it.
 
 A peer that is no relay of ours says so for itself alone, and may be dialled anew at once.
 """
@@ -41,6 +42,9 @@ LOOK: Final = 0.1
 
 PAUSE: Final = (0.25, 1.0)
 """Seconds between which the first dial of a relay that has ended is spread, so that its clients do not come at once."""
+
+SUCCESSOR: Final = 0.5
+"""Seconds more before a relay is dialled that is still there: so long its successor takes to start at least."""
 
 CODE: Final = "relay-leaving"
 
@@ -97,6 +101,10 @@ class Departures:
 
     def opened(self, connection: Connection) -> None:
         """A connection has come up: perhaps through a relay that was not leaving when it was dialled."""
+        left = self._leaving.get(connection.peer)
+        if left is not None and not connection.relayed:
+            del self._leaving[connection.peer]
+            self._log(f"the relay {connection.peer} is there again")
         if connection.via.relay in self:
             self._late.set()
             self._late = trio.Event()
@@ -107,7 +115,7 @@ class Departures:
         if connection is None:
             await trio.lowlevel.checkpoint()
             return
-        with trio.move_on_after(PATIENCE):
+        with trio.move_on_after(SUCCESSOR):
             await connection.ended.wait()
         await trio.sleep(self._random.uniform(*PAUSE))
 
@@ -127,10 +135,15 @@ class Departures:
         """Close what runs through a leaving relay as soon as it carries nothing."""
         quiet: dict[Connection, float] = {}
         known: set[Connection] = set()
+        successor_at = self._now()
         with trio.move_on_after(PATIENCE):
             while connection.end is None:
                 now = self._now()
+                if self._leaving.get(relay) is connection:
+                    successor_at = now
                 for each in self._through(relay):
+                    if each.opened > successor_at:
+                        continue  # it goes through a successor
                     if each in known:
                         self._table.gone_away(each, now)
                     known.add(each)  # who has just dialled a late one is to have it for a first stream
@@ -139,7 +152,8 @@ class Departures:
                     elif now - quiet.setdefault(each, now) >= _quiet(each) and each.link.end is None:
                         each.link.close(CODE, f"the relay {relay} is shutting down")
                 await self._until_news(connection, LOOK if self._through(relay) else PATIENCE)
-        del self._leaving[relay]
+        if self._leaving.get(relay) is connection:
+            del self._leaving[relay]
 
     async def _until_news(self, connection: Connection, seconds: float) -> None:
         """Return when so much time has passed, the connection has ended, or a relayed one has come up."""

@@ -6,6 +6,7 @@ who calls there is told apart by the first byte.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
 from collections.abc import Iterator, Sequence
@@ -89,6 +90,16 @@ class Listeners:
         first = {listener.socket: listener for listener in reversed(self._listeners)}  # of those that share one
         state: dict[str, Data] = {"listeners": [str(listener.wanted) for listener in first.values()]}
         return state, [sock.fileno() for sock in first]
+
+    def give_up(self) -> None:
+        """Close all for good, so that another process may have the ports.
+
+        Whoever else holds these sockets, such as a supervisor, does not listen any more either.
+        """
+        for sock, _ in self.sockets():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self.close()
 
     def close(self) -> None:
         """Close all."""

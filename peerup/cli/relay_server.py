@@ -195,8 +195,9 @@ def serve(
     """Run the relay, in the foreground, until SIGTERM or Ctrl-C.
 
     Prints `ready` on standard output when all of it is up; the log goes to standard error. When told to stop it grants
-    nothing new, lets open circuits end for as long as relay_service.drain_time says, and ends; a second signal ends it
-    at once. Works as a systemd service of type notify.
+    nothing new and lets open circuits end for as long as relay_service.drain_time says. Ctrl-C waits for that, and a
+    second one ends it at once. SIGTERM does not: this command then returns within about a second, so that another relay
+    can be started in its place, and the circuits run on in the background. Works as a systemd service of type notify.
     """
     from peerup.daemon import LOG_LEVELS, run
 

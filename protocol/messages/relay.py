@@ -80,6 +80,11 @@ class ServeRelay(Request[Ok]):
     rules: RelayRules
 
 
+@message("relay.stop-listening")
+class StopListening(Request[Ok]):
+    """Give the listening sockets up, for good: another process may have the ports. What is connected stays."""
+
+
 @message("relay.drain")
 class DrainRelay(Request[Ok]):
     """Grant nothing new. Answered when no circuit is left, or at once if this node does not serve as a relay."""

@@ -161,6 +161,13 @@ class Stop(Message):
     reason: str
 
 
+@message("system.successor-may-start")
+class SuccessorMayStart(Message):
+    """To the service, from an actor that takes long to stop: ports and files that a successor of this node needs are
+    free, and what is left needs none of them.
+    """
+
+
 @message("system.description")
 class Description(Message):
     """What an actor says of itself. Secrets never appear."""

@@ -57,13 +57,21 @@ def test_every_message_of_the_runtime_is_classified():
     assert {message.KIND for message in BAD.values()} == RULES.keys()
 
 
-names = st.sampled_from(["boss", "kid", "api", "config", "other", "", "me"])
+names = st.sampled_from(["boss", "kid", "api", "config", "relay", "other", "", "me"])
 
 
 @given(st.sampled_from(sorted(RULES)), names)
 def test_a_sender_needs_a_role_that_the_table_names(kind, sender):
-    roles = {"boss": Role.SUPERVISOR, "kid": Role.CHILD, "api": Role.OPERATOR, "config": Role.STARTER}
-    made = Authority("boss", ("api",), starters=("config",), is_child=lambda name: name == "kid")
+    roles = {
+        "boss": Role.SUPERVISOR,
+        "kid": Role.CHILD,
+        "api": Role.OPERATOR,
+        "config": Role.STARTER,
+        "relay": Role.PREDECESSOR,
+    }
+    made = Authority(
+        "boss", ("api",), starters=("config",), predecessors=("relay",), is_child=lambda name: name == "kid"
+    )
     refusal = made.refusal("me", kind, sender)
     assert (refusal is None) == (roles.get(sender) in RULES[kind])
     if refusal is not None:

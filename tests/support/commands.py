@@ -23,6 +23,7 @@ from protocol.messages.system import (
     StartChild,
     Stop,
     StopChild,
+    SuccessorMayStart,
     TapRule,
 )
 
@@ -46,6 +47,7 @@ def commands(sender: str, *, victim: str, sibling: str, child: ChildSpec) -> dic
         "estate": ReadEstate(),
         "start": StartChild(child),
         "stop child": StopChild(sibling),
+        "successor": SuccessorMayStart(),
         "log": SetLogLevel("trace", None),
         "taps": SetTaps((TapRule("t", EdgeFilter(), sender, 1e12, 1e9),)),
         "faults": SetFaults(()),

@@ -16,11 +16,21 @@ from protocol.messages.reachability import (
     WatchConnections,
     WatchedConnections,
 )
-from protocol.messages.relay import DrainRelay, ReadRelay, RelayServiceStatus, ScopedLimit, ServeRelay, WithdrawRelay
+from protocol.messages.relay import (
+    DrainRelay,
+    ReadRelay,
+    RelayServiceStatus,
+    ScopedLimit,
+    ServeRelay,
+    StopListening,
+    WithdrawRelay,
+)
 from protocol.messages.switchboard import ConnectionInfo, ReadStatus, SwitchboardStatus
+from protocol.messages.system import SuccessorMayStart
 from protocol.multiaddr import Multiaddr
 from protocol.policy import PeerRule, Policy
 from supervisor.actor import Actor, handles
+from supervisor.boot import SERVICE
 from supervisor.errors import RefusedError
 from tests.support.stage import Stage
 
@@ -83,6 +93,10 @@ class FakeSwitchboard(Actor):
 
     @handles(WithdrawRelay)
     async def withdraw(self, request):
+        self.told.append(request)
+
+    @handles(StopListening)
+    async def stop_listening(self, request):
         self.told.append(request)
 
     @handles(DrainRelay, concurrent=True)
@@ -238,7 +252,7 @@ async def test_when_the_node_stops_circuits_get_their_time_and_no_more(world):
     began = trio.current_time()
     await stop(world)
     assert 30 <= trio.current_time() - began < 31
-    assert [type(message) for message in world.switchboard.told[-2:]] == [DrainRelay, WithdrawRelay]
+    assert [type(message) for message in world.switchboard.told[-3:]] == [StopListening, DrainRelay, WithdrawRelay]
 
 
 @staged
@@ -255,6 +269,39 @@ async def test_a_drain_ends_with_the_last_circuit(world):
         await stop(world)
     assert 4 <= trio.current_time() - began < 5
     assert isinstance(world.switchboard.told[-1], WithdrawRelay)
+
+
+@staged
+async def test_a_successor_may_start_while_circuits_run_on(world):
+    service = world.stage.visitor(SERVICE)
+    await world.start(drain=30.0)
+    world.switchboard.circuits = 1
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stop, world)
+        await service.wait_until(lambda inbox: any(isinstance(message, SuccessorMayStart) for message in inbox))
+        assert trio.current_time() - began < 1
+        assert world.switchboard.last(StopListening) is not None
+        world.switchboard.drained.set()
+
+
+@staged
+async def test_a_relay_that_ends_soon_leaves_nothing_to_a_successor(world):
+    service = world.stage.visitor(SERVICE)
+    await world.start(drain=30.0)
+    world.switchboard.circuits = 1
+    world.switchboard.drained.set()
+    await stop(world)
+    assert not any(isinstance(message, SuccessorMayStart) for message in service.inbox)
+
+
+@staged
+async def test_a_relay_without_circuits_goes_on_listening_until_it_ends(world):
+    service = world.stage.visitor(SERVICE)
+    await world.start(drain=30.0)
+    await stop(world)
+    assert not any(isinstance(message, SuccessorMayStart) for message in service.inbox)
+    assert world.switchboard.last(StopListening) is None
 
 
 @staged

@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from actors.switchboard.connections import LINGER, Connection, ConnectionTable
-from actors.switchboard.departures import PATIENCE, PAUSE, Departures
+from actors.switchboard.departures import PATIENCE, PAUSE, SUCCESSOR, Departures
 from actors.switchboard.wire import Way
 from protocol.messages.reachability import ConnectionLeaving, WatchConnections
 from protocol.messages.relay import DrainRelay, ServeRelay, WithdrawRelay
@@ -284,13 +284,14 @@ async def test_it_is_waited_for_until_it_has_ended_and_a_moment_more(autojump_cl
         began = trio.current_time()
 
         async def end():
-            await trio.sleep(20)
+            await trio.sleep(SUCCESSOR / 2)
             made.end(there)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(end)
             await made.departures.until_gone(RELAY)
-        assert 20 + PAUSE[0] <= trio.current_time() - began <= 20 + PAUSE[1]
+        assert SUCCESSOR / 2 + PAUSE[0] <= trio.current_time() - began <= SUCCESSOR / 2 + PAUSE[1]
+        await trio.testing.wait_all_tasks_blocked()
         assert RELAY not in made.departures
         await made.departures.until_gone(RELAY)
 
@@ -300,7 +301,27 @@ async def test_it_is_not_waited_for_without_end(autojump_clock):
         made.departures.said(made.connection(RELAY))
         began = trio.current_time()
         await made.departures.until_gone(RELAY)
-        assert PATIENCE <= trio.current_time() - began <= PATIENCE + PAUSE[1]
+        assert SUCCESSOR <= trio.current_time() - began <= SUCCESSOR + PAUSE[1]
+
+
+async def test_a_successor_serves_while_what_went_through_the_old_one_is_seen_off(autojump_clock):
+    async with room() as made:
+        there = made.connection(RELAY)
+        old = made.connection(FAR, through=RELAY)
+        old.link.streams = 1
+        made.departures.said(there)
+        await trio.sleep(5)
+        made.opened(made.connection(RELAY, ident="2"))
+        assert RELAY not in made.departures
+        new = made.opened(made.connection(FAR, through=RELAY, ident="2"))
+        await trio.sleep(5)
+        assert not old.link.closed
+        assert not new.link.closed
+        assert made.table.best(FAR) is new
+        old.link.streams = 0
+        await trio.sleep(0.6)
+        assert old.link.closed
+        assert not new.link.closed
 
 
 async def test_idle_ones_are_closed_soon_busy_ones_when_their_last_stream_has_ended(autojump_clock):
