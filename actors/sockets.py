@@ -36,6 +36,25 @@ def fit_for_loopback(sock: socket.socket, host: str) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LARGE_BUFFER)
 
 
+SEGMENT: Final = 1220
+"""Bytes of a TCP segment at most on a path to another machine: with IPv6's headers 1280, which every path carries."""
+
+
+def limit_segments(sock: socket.socket, host: str) -> None:
+    """Have a TCP socket that will connect to, or listen on, this IP address send and ask for no larger segments.
+
+    Many tunnels and access lines carry less than Ethernet's 1500 bytes, and where a firewall swallows the routers' word
+    of that ("fragmentation needed") a connection opens, carries small answers, and hangs for good at the first full
+    segment. A socket that hangs so cannot be mended: Linux takes a smaller TCP_MAXSEG only before the connection is
+    made, and without DF or with another IPV6_MTU nothing changes. So no segment is large in the first place. Either
+    end's limit holds for both directions. It costs one percent of a path that could carry more.
+    """
+    if host == "::1" or host.startswith("127."):
+        return
+    with contextlib.suppress(OSError):  # a kernel without the choice
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
+
+
 SMALL_BUFFER: Final = 64 * 1024
 """Bytes that may be under way each way until much has gone through: more than a terminal or a web page needs."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 
-from actors.sockets import fit_for_loopback, send_at_once
+from actors.sockets import fit_for_loopback, limit_segments, send_at_once
 from actors.switchboard.errors import AddressError
 from protocol.multiaddr import Endpoint, Multiaddr
 
@@ -115,6 +115,7 @@ def listen_tcp(address: Multiaddr) -> socket.socket:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         fit_for_loopback(sock, wanted.host)
+        limit_segments(sock, wanted.host)
         sock.bind(_sockaddr(family, wanted.host, wanted.port))
         sock.listen(BACKLOG)
     except OSError as error:
@@ -145,6 +146,7 @@ def inherit_listener(fd: int) -> socket.socket | None:
         sock.close()
         return None
     sock.setblocking(False)
+    limit_segments(sock, str(sock.getsockname()[0]))
     return sock
 
 
@@ -223,6 +225,7 @@ async def connect_tcp(address: Multiaddr) -> socket.socket:
     except OSError as error:  # out of descriptors, or a machine without IPv6
         raise AddressError(_words(error)) from error
     fit_for_loopback(sock, wanted.host)
+    limit_segments(sock, wanted.host)
     try:
         error_number = sock.connect_ex(_sockaddr(family, wanted.host, wanted.port))
         if error_number == errno.EINPROGRESS:
