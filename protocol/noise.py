@@ -242,6 +242,8 @@ class NoiseResult(NamedTuple):
         send, receive: the transport ciphers.
         unread: ciphertext that came after the last handshake message.
         streams: how many streams of ours the peer accepts at a time; None if it does not say.
+        binding: the hash of the whole handshake, which both sides know and no other connection has (Noise, section
+            11.2).
     """
 
     peer_id: PeerId
@@ -251,6 +253,7 @@ class NoiseResult(NamedTuple):
     receive: CipherState
     unread: bytes
     streams: int | None = None
+    binding: bytes = b""
 
 
 class _Extensions(NamedTuple):
@@ -378,7 +381,8 @@ class NoiseHandshake:
         agreed = Cipher.CHACHA_POLY if cipher is None else Cipher(cipher)
         to_responder, to_initiator = self._handshake.symmetric.split(agreed)
         send, receive = (to_responder, to_initiator) if self._initiator else (to_initiator, to_responder)
-        self.result = NoiseResult(peer_id, public_key, muxer, send, receive, self._received, streams)
+        binding = self._handshake.symmetric.handshake_hash
+        self.result = NoiseResult(peer_id, public_key, muxer, send, receive, self._received, streams, binding)
         self._received = b""
         self._state = _State.DONE
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from protocol.messages.codec import record
 from protocol.peer_id import PeerId
-from protocol.protocol_ids import CIRCUIT_HOP, DELIVERY, IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG
+from protocol.protocol_ids import CIRCUIT_HOP, DELIVERY, IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG, RECALL
 from protocol.service import service_of_protocol
 
 
@@ -55,7 +55,7 @@ class Decision:
     rule: str
 
 
-BASIC_PROTOCOLS: Final = frozenset({IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG, CIRCUIT_HOP, DELIVERY})
+BASIC_PROTOCOLS: Final = frozenset({IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG, CIRCUIT_HOP, DELIVERY, RECALL})
 """What every peer that may be connected may use, where it is served. Each other protocol needs a service.
 
 A relay's own rules (`protocol.reservations`) decide what a peer that may ask it gets.

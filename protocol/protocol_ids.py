@@ -24,3 +24,6 @@ CIRCUIT_STOP: Final = "/libp2p/circuit/relay/0.2.0/stop"
 
 DELIVERY: Final = "/peerup/stream/delivery/1.0.0"
 """Watch a stream and tell whether all that went into it came out; peerup nodes only."""
+
+RECALL: Final = "/peerup/stream/recall/1.0.0"
+"""Have a peer refuse streams of a silent connection that have not reached it; peerup nodes only."""

@@ -73,6 +73,7 @@ _ROOM_GROWTH: Final = 0.25  # by how much of itself the room is believed to have
 _UNANSWERED: Final = (150.0, 1000.0)  # streams of ours that may come to nothing, in a second and at once
 _NO_GREETING: Final = 1 << 62  # bytes; until it is known how many there were
 _PARKED: Final = 512  # streams of the peer's that are refused later
+_RECALLED: Final = 4096  # streams of one session that are refused if they come
 _CHARGED_AT: Final = 10_000.0  # units that small frames may cost before the allowance is charged
 _UPDATES_AT_FIRST: Final = 16  # window updates that need no data: peers announce their windows, which grow
 _ROUND_TRIPS: Final = 8  # of which the shortest counts as the one without queues; a path may change
@@ -304,6 +305,7 @@ class Session:
         self._streams: dict[int, Stream] = {}
         self._next_id = next_id or (1 if role is Role.CLIENT else 2)
         self._last_remote_id = 0
+        self._recalled: set[int] = set()  # streams of the peer that will be refused if they come
         self._own_parity = self._next_id & 1
         self._inbound = 0
         self._inbound_unacknowledged = 0
@@ -393,6 +395,22 @@ class Session:
             self._room = min(most, self._room + (1 + self._room * _ROOM_GROWTH) * (now - self._room_at))
         self._room_at = now
         return self._room
+
+    @property
+    def newest_inbound(self) -> int:
+        """The highest id of a stream that the peer has opened; 0 without one."""
+        return self._last_remote_id
+
+    def recall(self, stream_id: int) -> bool:
+        """Whether this stream of the peer's has not reached us; it never will then: it is refused if it comes."""
+        if (
+            stream_id & 1 == self._own_parity
+            or not self._last_remote_id < stream_id <= _MAX_STREAM_ID
+            or len(self._recalled) >= _RECALLED
+        ):
+            return stream_id in self._recalled
+        self._recalled.add(stream_id)
+        return True
 
     def acknowledge(self, stream: Stream) -> None:
         """Accept an inbound stream without waiting for a first frame to send on it."""
@@ -718,6 +736,11 @@ class Session:
     def _syn(self, stream: Stream | None, stream_id: int, now: float) -> Stream | None:
         if stream is not None or not stream_id or stream_id & 1 == self._own_parity:
             raise YamuxError(f"SYN for stream {stream_id}, which is not the peer's to open")
+        if stream_id in self._recalled:
+            self._recalled.discard(stream_id)
+            self._spend(now)
+            self._answer(WINDOW_UPDATE, RST, stream_id, ResetCode.CONNECTION_LOST)
+            return None
         # some peers let a later stream speak first, so ids need not grow
         self._last_remote_id = max(self._last_remote_id, stream_id)
         limits = self._limits

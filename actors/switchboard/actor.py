@@ -39,6 +39,7 @@ from actors.switchboard.pipes import Pipes, TlsFiles
 from actors.switchboard.protocols import InboundStreams, ProtocolTable
 from actors.switchboard.publishers import CONFIG, GATE, Publishers
 from actors.switchboard.reach import Reach, why_lost
+from actors.switchboard.recall import RecallServer, Retries
 from actors.switchboard.reception import Reception
 from actors.switchboard.relaying import Relaying
 from actors.switchboard.stops import Stops
@@ -84,7 +85,7 @@ from protocol.messages.system import ActorDown, ActorUp
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 from protocol.policy import Decision
-from protocol.protocol_ids import CIRCUIT_HOP, CIRCUIT_STOP, DELIVERY, IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG
+from protocol.protocol_ids import CIRCUIT_HOP, CIRCUIT_STOP, DELIVERY, IDENTIFY, IDENTIFY_PUSH, PING, PINGPONG, RECALL
 from protocol.service import service_of_protocol
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
@@ -250,6 +251,13 @@ class Switchboard(Actor):
             call_later=self._reactor.call_later,
         )
         self._liveness = Liveness(context, self._reach.keeper, self._table, self._connection_judged)
+        self._recalls = RecallServer(self._table.of)
+        self._retries = Retries(
+            context.nursery,
+            connect=self._reach.connect,
+            moved=self._stream_moved,
+            log=lambda text: context.log.info("{}", text),
+        )
         self._serve_own_protocols()
         context.nursery.start_soon(self._reactor.run)
         context.watch(MONITOR)
@@ -592,12 +600,15 @@ class Switchboard(Actor):
     # ---- connections and streams
 
     def _connection_ended(self, connection: Connection, end: LinkEnd) -> None:
+        self._recalls.remember(connection)
         self._watchers.closed(connection, end)
         self._reach.improver.ended(connection.peer)
         self._relaying.connection_ended(connection)
 
     def _connection_judged(self, connection: Connection) -> None:
         self._watchers.judged(connection)
+        if connection.doubted_since is not None:
+            self._retries.doubted(connection)
         self._reach.improver.ended(connection.peer)
 
     def _connection_gone_away(self, connection: Connection) -> None:
@@ -605,6 +616,7 @@ class Switchboard(Actor):
         self._watchers.leaving(connection)
 
     def _connection_opened(self, connection: Connection) -> None:
+        self._retries.opened(connection)
         if not connection.relayed and connection.outbound and self._admittance.is_listed(connection.peer):
             where = connection.remote_address.endpoint
             if where is not None:
@@ -613,6 +625,10 @@ class Switchboard(Actor):
         self._reach.opened(connection)
         self._liveness.superseded(self._table.of(connection.peer))
         self.context.nursery.start_soon(self._get_identified, connection)
+
+    def _stream_moved(self, old: Channel, new: Channel, connection: Connection) -> None:
+        self._attached.moved(old, new, connection)
+        self._handovers.moved(new, connection)
 
     def _stream_opened(self, connection: Connection, channel: Channel) -> None:
         self._inbound.accept(connection, channel)
@@ -631,6 +647,7 @@ class Switchboard(Actor):
         self._protocols.serve_here(PING, pings.serve_ping)
         self._protocols.serve_here(PINGPONG, pings.serve_pingpong)
         self._protocols.serve_here(DELIVERY, delivery.DeliveryServer(self._attached).serve)
+        self._protocols.serve_here(RECALL, self._recalls.serve)
 
     # ---- what has changed
 

@@ -243,6 +243,7 @@ class Admittance:
             via=way,
             opened=now,
             opened_at=self._context.wall(),
+            binding=upgraded.binding,
             was_allowed=self.decide(upgraded.peer).allowed,
         )
         connection.link = Link(

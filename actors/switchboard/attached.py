@@ -179,6 +179,13 @@ class AttachedStreams:
             self._plan(stream.owner)
         return stream.id
 
+    def moved(self, old: Channel, new: Channel, connection: Connection) -> None:
+        """What was on a channel is on another one, of another connection to the same peer, now."""
+        stream = self._of_channel.pop(old, None)
+        if stream is not None:
+            self._of_channel[new] = stream
+            stream.channel, stream.connection = new, connection
+
     def watch(self, connection: Connection, number: int, ended: Callable[[int], None]) -> bool:
         """Tell how the stream of this yamux id, which the peer has opened, ends: 0 if all has arrived.
 

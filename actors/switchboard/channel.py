@@ -98,6 +98,16 @@ class SettlingEnd(Protocol):
         """All has been delivered."""
 
 
+class MovableEnd(Protocol):
+    """An end that can go on with another stream, as long as nothing has come from the peer."""
+
+    def pause(self) -> None:
+        """Take nothing more for the peer."""
+
+    def move(self, channel: Channel, *, finished: bool) -> None:
+        """Go on with this channel, which has taken over what was sent; `finished`: and the end of it."""
+
+
 class LocalEnd(Protocol):
     """What a channel is joined with: where its bytes go to and come from."""
 
@@ -128,6 +138,10 @@ def _nothing() -> None:
     pass
 
 
+def _no() -> bool:
+    return False
+
+
 class Channel:
     """One stream. Callbacks are plain attributes, made from the reactor; set them before control returns to it.
 
@@ -146,10 +160,14 @@ class Channel:
         allowance, allowance_at: bytes that it might send before those that send much, and when that was so (likewise).
         stream: yamux's record of it.
         ended_by: the code that the peer reset it with, or that the end of the link did; None otherwise.
+        movable: the end that it is joined with, if that can go on with another stream.
+        on_lost: asked, when the link has ended and what was sent is kept, whether somebody will `move_to` or `abandon`
+            it; see `keep_sent`.
         may_drain: it was not ended from here: what came before its end may still go on to whoever reads it.
     """
 
     __slots__ = (
+        "_ahead",
         "_attached",
         "_closed_told",
         "_confirming",
@@ -173,10 +191,12 @@ class Channel:
         "ended_by",
         "inbound",
         "may_drain",
+        "movable",
         "on_both_finished",
         "on_closed",
         "on_data",
         "on_finish",
+        "on_lost",
         "on_reset",
         "queued",
         "received",
@@ -189,6 +209,7 @@ class Channel:
     on_reset: Callable[[int], None]
     on_closed: Callable[[], None]
     on_both_finished: Callable[[], None]
+    on_lost: Callable[[], bool]
 
     def __init__(self, link: Carrier, stream: yamux.Stream) -> None:
         self.inbound = stream.inbound
@@ -205,6 +226,9 @@ class Channel:
         self.on_reset = lambda _: None
         self.on_closed = _nothing
         self.on_both_finished = _nothing
+        self.on_lost = _no
+        self.movable: MovableEnd | None = None
+        self._ahead: bytearray | None = None  # all that was sent, while it is kept
         self._link = link
         self._end: LocalEnd | None = None
         self._seam: socket.socket | None = None
@@ -296,14 +320,11 @@ class Channel:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEAM_BUFFER)
         self._seam = seam
         self._negotiation = negotiation
-        self._seam_fd = seam.fileno()
-        self._events = READ
         for start in range(0, len(unread), MAX_DATA):
             self._tell(b"D" + unread[start : start + MAX_DATA])
         if self.stream.remote_finished:
             self._tell(FINISH_MESSAGE)
-        self._attached = True
-        self._link.reactor.register(self._seam_fd, self._events, self._seam_ready, self._seam_failed)
+        self._take_seam(seam, self._events | READ)
         self._link.session.acknowledge(self.stream)
         self._link.plan_flush()
         return other
@@ -326,6 +347,11 @@ class Channel:
         """After `hand_over`: do not finish before `let_finish`, nor let go of the seam before `delivered`."""
         self._confirming = self._holding = True
 
+    @property
+    def confirming(self) -> bool:
+        """Whether somebody waits for `delivered`."""
+        return self._confirming
+
     def let_finish(self) -> None:
         """The stream may finish as soon as the seam's other end has. Twice is once."""
         if self._holding:
@@ -339,6 +365,74 @@ class Channel:
         """This came of it at the far end: tell the seam's other end when both directions have finished."""
         self._ended_as = code
         self._check_closed()
+
+    # ---- until the peer has said a word
+
+    def keep_sent(self) -> None:
+        """Keep all that is sent until the peer has agreed on a protocol, so that it can be sent on another stream."""
+        self._ahead = bytearray()
+
+    @property
+    def sent_ahead(self) -> int | None:
+        """Bytes that were sent and are kept; None if they are not."""
+        return None if self._ahead is None else len(self._ahead)
+
+    def move_to(self, new: Channel) -> None:
+        """Go on with a fresh stream: all that was sent on this one, and whoever has it. This one is reset.
+
+        Only where the peer has not seen this stream and never will.
+
+        Raises:
+            LinkClosedError, LimitExceededError: the new one does not take it; nothing has happened.
+        """
+        assert self._ahead is not None
+        new.keep_sent()
+        new.send(b"".join((self._ahead, *self._unsent)))
+        new.on_closed, self.on_closed = self.on_closed, _nothing
+        new._negotiation, self._negotiation = self._negotiation, None
+        new._confirming, self._confirming = self._confirming, False
+        new._holding, new._finish_held = self._holding, self._finish_held
+        movable, finished = self.movable, self._finishing
+        if self._seam is not None:
+            seam, self._seam = self._seam, None
+            if self._attached:
+                self._attached = False
+                self._link.reactor.unregister(self._seam_fd)
+            new._take_seam(seam, READ if not (finished or self._finish_held) else 0)
+        elif self._end is not None and movable is not None:
+            new._end, self._end = self._end, None
+            new.movable, self.movable = movable, None
+            movable.move(new, finished=finished)
+        if finished:
+            new.finish()
+        new._link.enqueue(new)
+        if self.stream.closed:
+            self._tell_closed()
+        else:
+            self.reset(ResetCode.CONNECTION_LOST)
+
+    def abandon(self) -> None:
+        """The link has ended, and nothing better was found: end as every stream of it has."""
+        if self.stream.closed:
+            self._drop(ResetCode.CONNECTION_LOST)
+
+    def _take_seam(self, seam: socket.socket, events: int) -> None:
+        self._seam, self._seam_fd, self._events = seam, seam.fileno(), events
+        self._attached = True
+        self._link.reactor.register(self._seam_fd, self._events, self._seam_ready, self._seam_failed)
+
+    def _note_sent(self, sent: memoryview) -> None:
+        ahead = self._ahead
+        if ahead is not None:
+            if self._link.budget.take(len(sent), len(ahead)):
+                ahead += sent
+            else:
+                self._forget_sent()
+
+    def _forget_sent(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead:
+            self._link.budget.give_back(len(ahead))
 
     def _check_free(self) -> None:
         if self.stream.closed:
@@ -432,7 +526,12 @@ class Channel:
                 self._check_closed()
             return 0
         if self._end is not None:
-            return 0 if stream.closed else self._end.fetch(buffer, start, min(window, limit))
+            if stream.closed:
+                return 0
+            length = self._end.fetch(buffer, start, min(window, limit))
+            if self._ahead is not None and length > 0:
+                self._note_sent(buffer[start : start + length])
+            return length
         if self._seam is None or stream.closed or self._finish_held:
             return 0
         return self._fetch_message(self._seam, buffer, start, window)
@@ -464,6 +563,8 @@ class Channel:
             self._unsent_bytes += len(rest)
             length = window
         self.sent += length
+        if self._ahead is not None:
+            self._note_sent(buffer[start : start + length])
         return length
 
     def _fetch_unsent(self, buffer: memoryview, start: int, limit: int) -> int:
@@ -475,6 +576,8 @@ class Channel:
         self._unsent_bytes -= length
         buffer[start : start + length] = data
         self.sent += length
+        if self._ahead is not None:
+            self._note_sent(buffer[start : start + length])
         return length
 
     def window_opened(self) -> None:
@@ -528,6 +631,7 @@ class Channel:
             return
         if rest is not None:
             self._negotiation = None
+            self._forget_sent()
         end = self._end
         # what a descriptor is told may wait in our queue, but it is no more than came in at once
         left = len(rest) if rest is not None and end is not None else 0
@@ -589,6 +693,12 @@ class Channel:
         """The peer reset the stream, or the link is gone; `at_once`: because we ended it."""
         handed_over = self._seam is not None or self._end is not None
         self.ended_by = code
+        if handed_over and self._ahead is not None and self._last_code is None and not at_once and self.on_lost():
+            if self._seam is not None:
+                self._want(self._events & ~READ)
+            elif self.movable is not None:
+                self.movable.pause()
+            return
         self.may_drain = not at_once
         self._confirming = False
         if self._seam is not None and self._pending and not at_once:
@@ -756,6 +866,7 @@ class Channel:
     def _tell_closed(self) -> None:
         if not self._closed_told:
             self._closed_told = True
+            self._forget_sent()
             self.on_both_finished()
             self.on_closed()
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -39,6 +39,9 @@ from protocol.messages.switchboard import ConnectionInfo
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 from protocol.reservations import guest_share
+
+if TYPE_CHECKING:
+    from actors.switchboard.ahead import Ahead  # which knows connections
 
 SIMULTANEOUS = 5.0
 """Seconds within which two connections count as one accident. Longer than any dial takes to notice the other's."""
@@ -111,6 +114,10 @@ class Muxed(Protocol):
         """Have the peer say a word."""
 
 
+def _nobody(_: Connection) -> bool:
+    return False
+
+
 @dataclasses.dataclass(eq=False)
 class Connection:
     """One live, authenticated connection to a peer.
@@ -126,6 +133,10 @@ class Connection:
         leaving: the peer has said so itself, because it is about to end.
         drained_since: since when it has been without a stream while draining; None when it is not draining.
         doubted_since: since when it has given no sign of life; None while it lives.
+        doubt: set while it is doubted.
+        binding: what only this connection has, known at both ends.
+        unanswered: streams of ours that the peer has not said a word on, see `actors.switchboard.ahead`.
+        on_unanswered: asked, when it has ended with such a stream, whether somebody tries for those.
     """
 
     id: str
@@ -134,6 +145,7 @@ class Connection:
     via: Way
     opened: float
     opened_at: float
+    binding: bytes = b""
     was_allowed: bool = False
     written_about: bool = True
     identification: Identification | None = None
@@ -145,9 +157,12 @@ class Connection:
     doubted_since: float | None = None
     end: LinkEnd | None = None
     inbound_streams: dict[Channel, str] = dataclasses.field(default_factory=dict)
+    unanswered: dict[Channel, Ahead] = dataclasses.field(default_factory=dict)
+    doubt: trio.Event = dataclasses.field(default_factory=trio.Event)
     identified: trio.Event = dataclasses.field(default_factory=trio.Event)
     ended: trio.Event = dataclasses.field(default_factory=trio.Event)
     link: Muxed = dataclasses.field(init=False)
+    on_unanswered: Callable[[Connection], bool] = dataclasses.field(default=_nobody, init=False)
 
     @property
     def way(self) -> str:
@@ -387,6 +402,7 @@ class ConnectionTable:
         if connection.doubted_since is not None or connection.end is not None:
             return False
         connection.doubted_since = now
+        connection.doubt.set()
         connection.draining = True
         known = self._by_peer.get(connection.peer, [])
         if connection in known and self.best(connection.peer) is None:
@@ -401,6 +417,7 @@ class ConnectionTable:
         if connection.doubted_since is None:
             return False
         connection.doubted_since = None
+        connection.doubt = trio.Event()
         if connection.end is not None:
             return True
         connection.drained_since = now

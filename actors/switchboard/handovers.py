@@ -112,6 +112,11 @@ class Handovers:
         self._numbers.stream("outbound", "opened")
         return StreamOpened(protocol, descriptor, connection.info())
 
+    def moved(self, new: Channel, connection: Connection) -> None:
+        """A stream of ours is on another channel now, of another connection: follow it there."""
+        if new.confirming:
+            self._confirm(connection, new)
+
     def _confirm(self, connection: Connection, channel: Channel) -> None:
         async def follow() -> None:
             channel.delivered(await self._ask_delivery(connection, channel))

@@ -226,10 +226,10 @@ class Reach:
         known = self._table.best(peer)
         connection, _ = await self.connect(peer)
         try:
-            return (connection, *await open_negotiated(connection, protocols))
+            return (connection, *await _open_on(connection, protocols))
         except (ConnectionLostError, LinkClosedError) as error:
             failure = why_lost(connection, ConnectionLostError(str(error)))
-            if connection is not known:
+            if connection is not known and connection.end is not None:
                 raise failure from error
         # The connection that was there turned out to be dying: one fresh one is worth a try.
         connection, _ = await self.connect(peer)
@@ -311,6 +311,27 @@ class Reach:
         direct = [address for address in self.book.addresses(peer) if not address.is_relayed]
         if direct:
             await self.dialer.dial(peer, direct)
+
+
+async def _open_on(connection: Connection, protocols: Sequence[str]) -> tuple[str, ChannelStream]:
+    """As `open_negotiated`, but wait no longer when the connection is doubted: nothing but proposals was sent."""
+    opened: tuple[str, ChannelStream] | None = None
+    failure: PeerupError | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def until_doubted() -> None:
+            await connection.doubt.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(until_doubted)
+        try:
+            opened = await open_negotiated(connection, protocols)
+        except PeerupError as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if opened is not None:
+        return opened
+    raise failure or ConnectionLostError("the peer gives no sign of life")
 
 
 def _relay_of(address: Multiaddr) -> PeerId | None:

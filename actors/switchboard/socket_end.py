@@ -148,6 +148,7 @@ class SocketEnd:
         if unread:
             self._pending.append(bytearray(unread))
         channel.join(self, negotiation)
+        channel.movable = self
 
     def attach(self, sock: socket.socket, *, prepared: bool = False) -> None:
         """Carry bytes between the stream and this connected TCP socket, which is taken over.
@@ -188,6 +189,19 @@ class SocketEnd:
     def abort(self, code: int) -> None:
         """Reset both sides now. `on_done` is called with `Outcome.ABORTED` before this returns."""
         self._reset(Outcome.ABORTED, code)
+
+    # ---- to another stream, called by the channel
+
+    def pause(self) -> None:
+        """See `MovableEnd`."""
+        if self._registered:
+            self._want(self._events & ~READ)
+
+    def move(self, channel: Channel, *, finished: bool) -> None:
+        """See `MovableEnd`."""
+        self._channel = channel
+        if self._registered and not finished and not self._broken:
+            self._want(self._events | READ)
 
     # ---- socket -> peer, called by the channel
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import trio
 
+from actors.switchboard.ahead import NEGOTIATION_DEADLINE, Ahead
 from actors.switchboard.connections import Connection
 from actors.switchboard.errors import (
     ConnectionLostError,
@@ -24,8 +25,6 @@ from protocol.stream_descriptor import ResetCode
 
 T = TypeVar("T")
 
-NEGOTIATION_DEADLINE = 10.0
-"""Seconds for a peer to answer a proposal."""
 MAX_BUFFERED = 64 * 1024
 """Bytes that may wait for a task to read them; whoever sends more is reset."""
 
@@ -122,32 +121,28 @@ def open_ahead(
     """Open a stream for a protocol that the peer is known to speak, which can be used at once. What `take` returns.
 
     What is sent follows the proposal without a round trip. If the peer refuses the proposal after all, or does not
-    answer in time, the stream ends in a reset with NEGOTIATION_FAILED. `take` hands the channel over.
+    answer in time, the stream ends in a reset with NEGOTIATION_FAILED. `take` hands the channel over. If the connection
+    dies before the peer has answered, the stream may go on on another channel (`actors.switchboard.ahead`).
 
     Raises:
         LinkClosedError, LimitExceededError, OSError: no stream.
     """
+    return _open_ahead(connection, protocol, call_later, take)[0]
+
+
+def _open_ahead(
+    connection: Connection,
+    protocol: str,
+    call_later: Callable[[float, Callable[[], None]], CancellableTimer],
+    take: Callable[[Channel, Negotiation], T],
+) -> tuple[T, Ahead]:
     channel = connection.link.open_stream(own=False)
-    initiator = multistream.Initiator((protocol,))
-
-    def answered(data: bytes) -> bytes | None:
-        initiator.receive_data(data)
-        if initiator.result is None:
-            return None
-        timer.cancel()
-        channel.stream.greeting = channel.stream.received - len(initiator.leftover)
-        return initiator.leftover
-
-    def expired() -> None:
-        if initiator.result is None:
-            channel.reset(ResetCode.NEGOTIATION_FAILED)
-
+    ahead = Ahead(connection, channel, protocol, call_later)
     with abandoning(channel):
-        channel.send(initiator.data_to_send())
-        taken = take(channel, answered)
-    timer = call_later(NEGOTIATION_DEADLINE, expired)
-    channel.on_closed = timer.cancel
-    return taken
+        channel.send(ahead.proposal)
+        taken = take(channel, ahead.hear)
+    ahead.begin()
+    return taken, ahead
 
 
 async def open_early(
@@ -167,7 +162,6 @@ async def open_early(
     settled = trio.Event()
     agreed = False
     refusal: ProtocolError | None = None
-    channels: list[Channel] = []
 
     def observe(channel: Channel, negotiation: Negotiation) -> T:
         def answered(data: bytes) -> bytes | None:
@@ -182,23 +176,22 @@ async def open_early(
                 settled.set()
             return rest
 
-        channels.append(channel)
         return take(channel, answered)
 
-    taken = open_ahead(connection, protocol, call_later, observe)
-    (channel,) = channels
-    cancel_timer = channel.on_closed
+    taken, ahead = _open_ahead(connection, protocol, call_later, observe)
+    forget = ahead.channel.on_closed
 
     def closed() -> None:
-        cancel_timer()
+        forget()
         settled.set()
 
-    channel.on_closed = closed
+    ahead.channel.on_closed = closed
     try:
         await settled.wait()
     except BaseException:
-        channel.reset(ResetCode.NEGOTIATION_FAILED)
+        ahead.channel.reset(ResetCode.NEGOTIATION_FAILED)
         raise
+    channel = ahead.channel  # another one than at first if it was moved to another connection
     if agreed:
         return taken
     if isinstance(refusal, multistream.ProtocolNotSupportedError):

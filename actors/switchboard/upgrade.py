@@ -63,6 +63,7 @@ class Upgraded:
         received: ciphertext that came behind the upgrade.
         plaintext: muxer bytes that came in the same Noise message as the end of the negotiation.
         streams: how many streams of ours the peer accepts at a time; None if it does not say.
+        binding: see `NoiseResult`.
     """
 
     peer: PeerId
@@ -72,6 +73,7 @@ class Upgraded:
     received: bytes
     plaintext: bytes
     streams: int | None = None
+    binding: bytes = b""
 
 
 class RefusedPeerError(HandshakeError):
@@ -145,9 +147,7 @@ class Upgrader:
             if result.muxer is not None:
                 with exchange.stage("muxer"):
                     await exchange.send(last)
-                return Upgraded(
-                    result.peer_id, Role.CLIENT, result.send, result.receive, result.unread, b"", result.streams
-                )
+                return _upgraded(result, Role.CLIENT, result.unread, b"")
             with exchange.stage("muxer"):
                 muxer = Initiator(MUXERS)
                 secured = _Secured(exchange, result)
@@ -159,9 +159,7 @@ class Upgrader:
                     if secured.silent:
                         raise not_authorised() from None
                     raise
-            return Upgraded(
-                result.peer_id, Role.CLIENT, result.send, result.receive, secured.unread, muxer.leftover, result.streams
-            )
+            return _upgraded(result, Role.CLIENT, secured.unread, muxer.leftover)
 
     async def inbound(self, pipe: Pipe, judge: Callable[[PeerId], bool], account: Account | None = None) -> Upgraded:
         """Upgrade a pipe that we accepted; on failure it is left to the caller to close.
@@ -204,9 +202,7 @@ class Upgrader:
             if not judge(result.peer_id):
                 raise RefusedPeerError(result.peer_id)
             if result.muxer is not None:
-                return Upgraded(
-                    result.peer_id, Role.SERVER, result.send, result.receive, result.unread, b"", result.streams
-                )
+                return _upgraded(result, Role.SERVER, result.unread, b"")
             with exchange.stage("muxer"):
                 muxer = Responder(MUXERS, listed=MUXERS)
                 secured = _Secured(exchange, result)
@@ -214,14 +210,18 @@ class Upgrader:
                     muxer.receive_data(await secured.receive())
                     if reply := muxer.data_to_send():
                         await exchange.send(secured.seal(reply))
-            return Upgraded(
-                result.peer_id, Role.SERVER, result.send, result.receive, secured.unread, muxer.leftover, result.streams
-            )
+            return _upgraded(result, Role.SERVER, secured.unread, muxer.leftover)
 
     async def _answer(self, exchange: _Exchange, handshake: NoiseHandshake, account: Account) -> None:
         if answer := handshake.data_to_send():
             await exchange.send(answer)
             account.progress()
+
+
+def _upgraded(result: NoiseResult, role: Role, received: bytes, plaintext: bytes) -> Upgraded:
+    return Upgraded(
+        result.peer_id, role, result.send, result.receive, received, plaintext, result.streams, result.binding
+    )
 
 
 def not_authorised() -> NotAuthorisedError:

@@ -96,6 +96,7 @@ def test_basic_protocols_are_these():
     assert {
         "/ipfs/ping/1.0.0",
         "/peerup/stream/delivery/1.0.0",
+        "/peerup/stream/recall/1.0.0",
         "/ipfs/id/1.0.0",
         "/ipfs/id/push/1.0.0",
         "/pingpong/1.0.0",

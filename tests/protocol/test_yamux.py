@@ -884,3 +884,14 @@ def test_a_smaller_window_takes_effect_as_bytes_are_consumed():
     assert stream.receive_window == 32 * 1024
     server.session.resize(stream, 2**30)
     assert stream.window == INITIAL_WINDOW, "more than at the start only for a fast reader"
+
+
+def test_a_stream_that_was_recalled_is_refused_and_others_are_not():
+    server = End(Role.SERVER)
+    server.feed(frame(WINDOW_UPDATE, SYN, 3, 0))
+    recall = server.session.recall
+    assert [recall(number) for number in (1, 3, 2, 5, 5)] == [False, False, False, True, True]
+    server.said()
+    server.feed(data(5, b"late", SYN) + frame(WINDOW_UPDATE, SYN, 7, 0))
+    assert server.said() == [(WINDOW_UPDATE, RST, 5, ResetCode.CONNECTION_LOST, b"")]
+    assert [stream.id for stream in server.session] == [3, 7]

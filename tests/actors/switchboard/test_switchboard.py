@@ -28,7 +28,7 @@ from protocol.messages.switchboard import (
     WithdrawProtocol,
 )
 from protocol.policy import Policy
-from protocol.protocol_ids import DELIVERY, IDENTIFY, PING, PINGPONG
+from protocol.protocol_ids import DELIVERY, IDENTIFY, PING, PINGPONG, RECALL
 from protocol.stream_descriptor import FINISH_MESSAGE, RESET, ResetCode, parse_reset
 from supervisor.actor import Actor, handles
 from supervisor.errors import RefusedError
@@ -86,7 +86,7 @@ async def test_connect_tells_who_is_there_and_how():
         assert (info.peer, info.direction, info.path, info.transport) == (bob.peer, "outbound", "direct", "tcp")
         assert str(info.remote_address) == bob.address
         assert info.agent.startswith("peerup")
-        assert set(info.protocols) == {IDENTIFY, "/ipfs/id/push/1.0.0", PING, PINGPONG, DELIVERY}
+        assert set(info.protocols) == {IDENTIFY, "/ipfs/id/push/1.0.0", PING, PINGPONG, DELIVERY, RECALL}
         assert connected.tried[0].startswith(f"{bob.address}: connected in")
         again = await alice.ask("switchboard", Connect(bob.peer))
         assert again.connection.id == info.id
