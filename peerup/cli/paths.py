@@ -26,8 +26,9 @@ def paths(session: Session, peer: str | None) -> None:
     """Show each live connection: to whom, over which path, and what passed.
 
     PATH: direct or relayed, the transport, the relay, and who connected: -> this node, <- the peer. One in parentheses
-    is not used for new streams any more, because there is a better one. RTT: the time to the peer and back, measured
-    now. Nobody is dialled for this.
+    is not used for new streams any more, because there is a better one. "in doubt": it gives no sign of life, and new
+    streams look for another way until it does. RTT: the time to the peer and back, measured now. Nobody is dialled for
+    this.
     """
     data = session.client.get("/v1/paths", **({} if peer is None else {"peer": peer}))
     columns = (
@@ -65,6 +66,8 @@ def _explain(data: list[dict[str, Any]]) -> None:
         name = path["name"] or short_id(path["peer_id"])
         if path["failure"]:
             note(f"{name} does not answer: {path['failure']}")
+        if path["in_doubt"]:
+            note(f"{name} gives no sign of life over {_way(path).removesuffix(' in doubt')}; new streams avoid it")
         if path["limit_seconds"] or path["limit_bytes"]:
             note(f"{name}: the relay grants this circuit {_limit(path)}")
         if path["no_direct"]:
@@ -74,7 +77,8 @@ def _explain(data: list[dict[str, Any]]) -> None:
 def _way(path: dict[str, Any]) -> str:
     arrow = "<-" if path["direction"] == "inbound" else "->"
     words = f"{way_words(path['path'], path['transport'], path['relay'], path['relay_name'])} {arrow}"
-    return words if path["in_use"] else f"({words})"
+    words = words if path["in_use"] else f"({words})"
+    return f"{words} in doubt" if path["in_doubt"] else words
 
 
 def _limit(path: dict[str, Any]) -> str:

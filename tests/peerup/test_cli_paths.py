@@ -118,6 +118,19 @@ async def test_a_path_that_is_given_up_stands_in_parentheses_and_one_that_is_sil
     assert "home does not answer: no answer" in result.stderr
 
 
+async def test_a_path_in_doubt_is_shown_as_such(node):
+    doubted = dataclasses.replace(DIRECT, in_doubt=True)
+    commands = node(
+        measured(MeasuredPath(doubted, False, None, "no answer", ""), MeasuredPath(RELAYED, True, 0.002, "", ""))
+    )
+    result = await commands.run("paths")
+    assert " ".join(result.stdout.split()).count("in doubt") == 1
+    assert "(direct tcp ->)" in result.stdout
+    assert "home gives no sign of life over (direct tcp ->); new streams avoid it" in " ".join(result.stderr.split())
+    told = json.loads((await commands.run("paths", "--json")).stdout)
+    assert [path["in_doubt"] for path in told] == [True, False]
+
+
 async def test_without_a_connection_paths_says_so(node):
     assert (await node(measured()).run("paths")).stdout == "not connected to any peer\n"
     assert (await node(measured()).run("paths", "home")).stdout == "not connected to home\n"
