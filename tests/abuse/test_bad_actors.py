@@ -38,6 +38,12 @@ COMMANDS = commands(
 PROCESSES = ("root", "proxies", "config", "keyring", "gate", "switchboard", "api", "service/web")
 
 
+def is_whole(node: Node) -> bool:
+    """Whether everything runs, its service as well, which is started after the node has said that it is ready."""
+    states = {actor["name"]: actor["state"] for actor in node.actors()}
+    return "service/web" in states and set(states.values()) == {"running"}
+
+
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """A running node that takes faults, so that nothing else stands in the way of one."""
@@ -45,7 +51,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     made.initialise()
     made.run("service", "add", "web", "127.0.0.1:9")
     made.start("--allow-faults")
-    wait_until(lambda: {actor["state"] for actor in made.actors()} == {"running"}, within=20, what="a whole node")
+    wait_until(lambda: is_whole(made), within=60, what="a whole node")
     yield made
     assert made.stop() == set()
 
