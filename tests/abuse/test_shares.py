@@ -41,5 +41,5 @@ def test_short_tunnels_of_one_peer_leave_the_audit_log_to_others(world: World) -
     lines, _ = audit_bytes(world)
     opened, _ = trio.run(short_tunnels, world)
     more, _ = audit_bytes(world)
-    assert opened > 1500
-    assert more - lines < opened / 2
+    assert opened > 600, "too slow a machine to see whether there is a bound"
+    assert more - lines < 580  # 512 at once, one in two seconds, one line a minute for the rest

@@ -29,6 +29,7 @@ from tests.support.slow_way import SlowWay
 pytestmark = pytest.mark.slow
 
 CONTENT = random.Random(7).randbytes(513_216)
+HELLO = b"hello"
 RATE = 150_000.0
 """Bytes a second of the slow line: all of it takes some seconds."""
 
@@ -103,22 +104,23 @@ class World:
         """Whether a short conversation arrives."""
         count = len(self.sink.received)
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
-            sock.sendall(b"hello")
+            sock.sendall(HELLO)
             sock.shutdown(socket.SHUT_WR)
             assert sock.recv(1) == b""
             wait_until(lambda: len(self.sink.received) > count, within=10, what="the end of it")
             return True
         return False
 
-    def send(self) -> None:
-        """Send everything, close, and return when only buffers hold what is under way."""
+    def send(self, *, wait: bool = True) -> None:
+        """Send everything, close, and return at once or when only buffers hold what is under way."""
         self._keep_talking()
         self.way.rate = RATE
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as sock:
             sock.sendall(CONTENT)
             sock.shutdown(socket.SHUT_WR)
             assert sock.recv(1) == b""
-        wait_until(self._nothing_open, within=30, what="the end of the stream at laptop")
+        if wait:
+            wait_until(self._nothing_open, within=30, what="the end of the stream at laptop")
 
     def _keep_talking(self) -> None:
         """Have home say something all the time: what comes for a closed socket makes the kernel reset it."""
@@ -141,7 +143,7 @@ class World:
     def _last_outcome(self) -> str | None:
         lines = (self.laptop.home / "log" / "audit.jsonl").read_text().splitlines()
         for each in map(json.loads, lines):
-            if each.get("sent") == len(CONTENT):
+            if each.get("sent", 0) > len(HELLO):
                 return str(each["outcome"])
         return None
 
@@ -204,8 +206,9 @@ def test_all_arrives(
 
 def test_what_was_lost_has_not_finished(tmp_path: Path, stack: contextlib.ExitStack) -> None:
     world = World(tmp_path, stack, relayed=False)
-    world.send()
-    for pid in world.home.process_ids():
+    everybody = sorted(world.home.process_ids())  # found out before: the line is slow, but not that slow
+    world.send(wait=False)
+    for pid in everybody:
         os.kill(pid, signal.SIGKILL)
     assert len(world.sink.received) == 1, "too fast: everything had arrived"
     assert world.outcome() != "finished"
