@@ -85,7 +85,7 @@ async def status(node: Node, call: Call) -> Answer:
         problems.extend(
             f"{proxy.actor}: does not accept connections ({proxy.state})"
             for proxy in proxies
-            if proxy.state != "running" or not proxy.listen
+            if proxy.state != "running"  # one that serves --stdio alone runs and has no listener
         )
     except AskError as error:
         problems.append(f"config: {error}")
