@@ -124,6 +124,9 @@ TRANSITIONS: Final = {
 }
 """The machine: (state, event) to the next state."""
 
+MAX_RELAYS = 16
+"""Relays at which a node keeps places: more than a handful are a mistake, and each costs a connection."""
+
 CONNECT_TIMEOUT: Final = 15.0
 """Seconds for a connection to the relay with its handshakes; a SYN that is lost three times is sent again by then."""
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from actors.config.reader import Problem
 from actors.config.schema import (
-    MAX_RELAYS,
     ConfigError,
     NodeConfig,
     check_peer_name,
@@ -34,6 +33,7 @@ from actors.files import (
     write_atomic,
 )
 from protocol.errors import InvalidValueError, PeerupError
+from protocol.keeper import MAX_RELAYS
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
 from protocol.service import ServiceAddress, ServiceName

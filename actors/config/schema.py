@@ -19,6 +19,7 @@ from typing import Any, Final
 from actors.config.reader import Problem, SectionReader
 from actors.config.relay_service import RelayServiceConfig, read_relay_service
 from protocol.errors import InvalidValueError, PeerupError
+from protocol.keeper import MAX_RELAYS
 from protocol.messages.config import DEFAULT_SILENCE, UNIX, AddressEntry, NameEntry, ServiceEntry
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
@@ -591,10 +592,6 @@ def _protocol_id(text: str) -> str:
     if not text.startswith("/") or not text.isprintable() or " " in text or len(text) > 200:
         raise InvalidValueError(f"{text!r} is not a protocol id such as /pingpong/1.0.0")
     return text
-
-
-MAX_RELAYS: Final = 16
-"""Relays at which a node keeps places."""
 
 
 def why_undialable(address: Multiaddr) -> str:

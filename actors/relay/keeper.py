@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from actors.relay.reservation import Inheritance, KeptReservation
-from protocol.keeper import CONNECT_TIMEOUT, RESERVE_TIMEOUT
+from protocol.keeper import CONNECT_TIMEOUT, MAX_RELAYS, RESERVE_TIMEOUT
 from protocol.messages import Data
 from protocol.messages.config import ConfigSnapshot, SubscribeConfig
 from protocol.messages.keyring import ReadIdentity
@@ -61,8 +61,6 @@ PING_DEADLINE = 12.0
 """Seconds for a ping; the switchboard's own deadline is shorter."""
 ASK_AGAIN = 1.0
 """Seconds after which an actor that did not answer, though it is there, is asked again."""
-MAX_RELAYS = 16  # as `actors.config.schema.MAX_RELAYS`
-"""More than a handful are a mistake; each costs a connection."""
 MAX_ANNOUNCED = 24
 """Relayed addresses in all: what a node says of itself must fit into one message that every peer accepts."""
 
