@@ -66,6 +66,9 @@ QUEUE_BYTES = 8 * 1024 * 1024
 BACKLOG = 1024
 """Connections that may wait to be accepted: more than the processes of a node."""
 
+STARVED_PAUSE = 1.0
+"""Seconds after which a process that had no descriptor for a caller looks whether it has one now."""
+
 READ_BURST = 64
 """Frames read from one link before the others get their turn."""
 
@@ -155,6 +158,8 @@ class Transport:
 
     def wait(self, timeout: float | None) -> None:
         """Wait at most `timeout` seconds (None: for ever) until something is due, and do it."""
+        if self._starved:
+            timeout = STARVED_PAUSE if timeout is None else min(timeout, STARVED_PAUSE)
         self._handle(self._epoll.poll(timeout))
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
@@ -173,9 +178,9 @@ class Transport:
         self._epoll.register(fd, _READ)
 
     def _handle(self, events: list[tuple[int, int]]) -> None:
-        if self._starved:
-            self._resume_accepting()
         before = self._serial
+        if self._starved:
+            self._accept()  # whatever woke us: supervisors look after their children every few seconds
         for fd, mask in events:
             if self._registered.get(fd, 0) > before:
                 continue  # the event was another descriptor's that had this number
@@ -331,6 +336,9 @@ class Transport:
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
+                if self._starved:
+                    self._starved = False
+                    self._epoll.modify(self._listener.fileno(), _READ)
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -347,17 +355,14 @@ class Transport:
             self._add(sock, pid)
 
     def _stop_accepting(self) -> None:
-        """No descriptor is left. Whoever connects waits; the listener wakes us for newcomers, and not all the time."""
+        """No descriptor is left. Whoever connects waits; the listener wakes us for newcomers, and not all the time.
+
+        Registered anew only once: each time the kernel would tell of those who wait already.
+        """
         self.refusals["no-descriptors"] += 1
         if not self._starved:
             self._starved = True
             self._epoll.modify(self._listener.fileno(), _READ | select.EPOLLET)
-
-    def _resume_accepting(self) -> None:
-        """Try again, whatever woke us: supervisors look after their children every few seconds."""
-        self._starved = False
-        self._epoll.modify(self._listener.fileno(), _READ)
-        self._accept()
 
     def _has_ended(self, link: _Link) -> bool:
         """Whether the process behind a link that broke has ended, and not only the link."""

@@ -165,9 +165,13 @@ async def test_a_node_without_any_reservation_is_not_well(serve, state, well):
 
 @pytest.mark.parametrize(
     ("listen", "state", "well"),
-    [("127.0.0.1:2222", "running", True), ("", "backing-off", False), ("", "running", False)],
+    [
+        ("127.0.0.1:2222", "running", True),
+        ("", "backing-off", False),
+        ("", "running", True),  # it serves `--stdio` alone; one that cannot listen does not run
+    ],
 )
-async def test_a_proxy_that_does_not_listen_is_a_problem(serve, listen, state, well):
+async def test_a_proxy_that_does_not_run_is_a_problem(serve, listen, state, well):
     address, _ = reservation("held")
     entry = ProxyEntry("proxy/home/ssh", address.peer_id, "home", "ssh", listen, state)
     async with serve() as node:

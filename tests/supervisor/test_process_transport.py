@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import dataclasses
+import gc
 import os
 import pathlib
 import random
@@ -328,7 +329,8 @@ def test_more_descriptors_than_a_message_may_have_are_closed(path: str, visitor:
 
 
 def starve() -> None:
-    """Let this process have no further descriptor."""
+    """Let this process have no further descriptor, nor one that garbage of the parent's gives up later."""
+    gc.collect()
     limit = os.dup(0)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit + 1, 4096))
 
