@@ -17,7 +17,6 @@ slower a hop.
 
 from __future__ import annotations
 
-import heapq
 import math
 import mmap
 import os
@@ -29,6 +28,7 @@ from typing import Final, NamedTuple, NoReturn
 import trio
 
 from protocol.errors import PeerupError
+from supervisor.timers import Timer, Timers
 
 READ: Final = select.EPOLLIN
 WRITE: Final = select.EPOLLOUT
@@ -50,24 +50,6 @@ class Rooms(NamedTuple):
     received: memoryview
     opened: memoryview
     outgoing: memoryview
-
-
-class Timer:
-    """A call that will be made. `cancel` it at will; cancelling twice or too late does nothing."""
-
-    __slots__ = ("_due", "_function", "_order")
-
-    def __init__(self, due: float, order: int, function: Callable[[], None]) -> None:
-        self._due = due
-        self._order = order
-        self._function: Callable[[], None] | None = function
-
-    def cancel(self) -> None:
-        """Do not make the call."""
-        self._function = None
-
-    def __lt__(self, other: Timer) -> bool:
-        return (self._due, self._order) < (other._due, other._order)
 
 
 def _trio_sleeps_on() -> tuple[int, Sized] | None:
@@ -115,8 +97,7 @@ class Reactor:
         self._epoll = select.epoll()
         self._handlers: dict[int, tuple[Ready, Failed]] = {}
         self._soon: deque[Callable[[], None]] = deque()
-        self._timers: list[Timer] = []
-        self._timer_order = 0
+        self._timers = Timers()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, READ)
         self._allow_direct = direct
@@ -159,9 +140,7 @@ class Reactor:
 
     def call_later(self, delay: float, function: Callable[[], None]) -> Timer:
         """Call it in `delay` seconds. Errors are raised from `run`."""
-        self._timer_order += 1
-        timer = Timer(self.clock() + delay, self._timer_order, function)
-        heapq.heappush(self._timers, timer)
+        timer = self._timers.call_at(self.clock() + delay, function)
         if not self._dispatching:
             self._interrupt()
         return timer
@@ -273,8 +252,7 @@ class Reactor:
                     handler[0](ready)
                 except (PeerupError, OSError) as error:
                     handler[1](error)
-            if self._timers:
-                self._run_timers()
+            self._timers.run(self.clock())
             for _ in range(len(self._soon)):
                 self._soon.popleft()()
         except BaseException as error:  # noqa: BLE001  # raised again from `run`; trio would only log it here
@@ -283,19 +261,9 @@ class Reactor:
             self._dispatching = False
         return trio_ready
 
-    def _run_timers(self) -> None:
-        timers = self._timers
-        now = self.clock()
-        while timers and timers[0]._due <= now:  # noqa: SLF001  # Timer is this module's own
-            function = heapq.heappop(timers)._function  # noqa: SLF001  # likewise
-            if function is not None:
-                function()
-
     def _seconds_to_timer(self) -> float:
-        timers = self._timers
-        while timers and timers[0]._function is None:  # noqa: SLF001  # likewise
-            heapq.heappop(timers)
-        return max(0.0, timers[0]._due - self.clock()) if timers else math.inf  # noqa: SLF001  # likewise
+        when = self._timers.next()
+        return math.inf if when is None else max(0.0, when - self.clock())
 
     def _interrupt(self) -> None:
         """Make a loop that runs as a task look at timers and calls. A direct one looks before each sleep."""

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import trio
 
 from actors.proxy.tunnels import MAX_TUNNELS, SWITCHBOARD, Tunnels, reset_on_close
-from actors.reactor import WRITE, Reactor, Timer
+from actors.reactor import WRITE, Reactor
 from actors.sockets import fit_for_loopback
 from protocol.messages import Data, Descriptor
 from protocol.messages.doors import ServeAt
@@ -28,6 +28,7 @@ from protocol.service import ServiceAddress, service_protocol
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
 from supervisor.errors import ActorRestartingError, DeadlineExceededError, NoSuchActorError, RefusedError
+from supervisor.timers import Timer
 
 CONNECT_DEADLINE = 10.0
 """Seconds for the service to accept, as in peer-up."""

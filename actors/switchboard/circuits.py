@@ -27,12 +27,13 @@ from typing import Final
 
 import trio
 
-from actors.reactor import READ, WRITE, Timer
+from actors.reactor import READ, WRITE
 from actors.switchboard.channel import Channel
 from actors.switchboard.errors import CircuitCutError, CircuitLostError
 from actors.switchboard.wire import Acknowledgement
 from protocol.errors import PeerupError
 from protocol.stream_descriptor import ResetCode
+from supervisor.timers import Timer
 
 SMALL: Final = 16 * 1024
 """Bytes that are rather copied than offered again: less than it costs to be asked."""

@@ -24,8 +24,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from actors.reactor import Reactor, Timer
+from actors.reactor import Reactor
 from actors.switchboard.wire import Wire
+from supervisor.timers import Timer
 
 PACE: Final = 0.5
 """Seconds between two pings that ask whether everything has been received: a busy connection is asked once for many

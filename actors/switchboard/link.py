@@ -47,7 +47,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from actors.reactor import WRITE, Reactor, Timer
+from actors.reactor import WRITE, Reactor
 from actors.switchboard.batch import LEAST, Ahead
 from actors.switchboard.budget import Budget
 from actors.switchboard.channel import Channel, LinkClosedError, SettlingEnd
@@ -62,6 +62,7 @@ from protocol.noise import MAX_PLAINTEXT
 from protocol.noise_cipher import TAG_LENGTH, CipherState, NoiseError
 from protocol.stream_descriptor import MAX_DATA, ResetCode
 from protocol.yamux import GoAwayCode, Role
+from supervisor.timers import Timer
 
 __all__ = ["Channel", "Link", "LinkClosedError", "LinkEnd", "Patience"]
 

@@ -13,7 +13,7 @@ from typing import Final
 
 import trio
 
-from actors.reactor import READ, Reactor, Timer
+from actors.reactor import READ, Reactor
 from actors.switchboard.admission import Admission, Limits, Place
 from actors.switchboard.crowd import Source, source_of
 from actors.switchboard.errors import HandshakeError, SwitchboardError
@@ -22,6 +22,7 @@ from actors.switchboard.transports import TCP, accept_tcp
 from actors.switchboard.upgrade import RefusedPeerError, Upgraded, Upgrader
 from actors.switchboard.wire import Pipe, SocketPipe
 from protocol.peer_id import PeerId
+from supervisor.timers import Timer
 
 ACCEPT_BATCH = 32
 """Connections accepted in a row before others get a turn."""
