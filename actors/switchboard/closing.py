@@ -12,6 +12,9 @@ for a while, though nobody uses it any more (:class:`Closing`)::
     closed
 
 It is bounded: by `BRIEF` where no finished stream depends on it, by `SILENCE` without any progress, and by `LONGEST`.
+Progress is what the wire takes of what is left and, once it has taken all of it, only what the other end does: what it
+sends, and what its kernel acknowledges. Our own pings, and what others send over the same connection to a relay, say
+nothing of it. Over a relay, which may still hold a window of it, patience grows with what that may be.
 
 The ping is one of :class:`Confirmations`, which others may ask for, too: a tunnel has finished when its peer is known
 to have received the end of it, and not when that was put into a buffer.
@@ -49,6 +52,12 @@ SILENCE: Final = 30.0
 
 LONGEST: Final = 600.0
 """Seconds that closing may take in all: a megabyte at 14 kbit/s."""
+
+HELD: Final = 256 * 1024
+"""Bytes that a relay may still hold when it has taken everything: the first window of a stream."""
+
+SLOWEST: Final = 4 * 1024
+"""Bytes a second at which a relay is given time to pass them on."""
 
 _MARK: Final = 0x8000_0000  # in the value of a ping; those that measure round trips count from 1
 
@@ -187,7 +196,8 @@ class Closing:
         self._worth = worth
         self._confirmed = False
         self._began = self._progress_at = reactor.clock()
-        self._mark: tuple[int, int, int] | None = None
+        self._mark: tuple[int, ...] | None = None
+        self._handed = False  # the wire has taken everything
         self._ended_at: float | None = None
         self._timer = reactor.call_later(LOOK, self._look)
         confirmations.ask(self._told)
@@ -202,8 +212,7 @@ class Closing:
 
     def _look(self) -> None:
         now = self._reactor.clock()
-        mark = (self._wire.progress(), self._link.sent, self._link.received)
-        if mark != self._mark:
+        if (mark := self._seen()) != self._mark:
             self._mark, self._progress_at = mark, now
         if self._ended_at is None:
             if not self._link.unsent and (self._confirmed or self._is_acknowledged(now)):
@@ -220,7 +229,16 @@ class Closing:
     def _impatient(self, now: float, since: float) -> bool:
         if not self._worth:
             return now - since >= BRIEF
-        return now - self._progress_at >= SILENCE or now - self._began >= LONGEST
+        held = min(self._link.sent, HELD) if self._wire.acknowledgement() is None else 0
+        return now - self._progress_at >= SILENCE + held / SLOWEST or now - self._began >= LONGEST
+
+    def _seen(self) -> tuple[int, ...]:
+        """What changes with progress."""
+        self._handed = self._handed or not self._link.unsent
+        if not self._handed:
+            return self._link.received, self._wire.progress(), self._link.sent
+        known = self._wire.acknowledgement()
+        return self._link.received, 0 if known is None else known.acknowledged
 
     def _is_acknowledged(self, now: float) -> bool:
         """Whether the peer has everything, but does not say so."""

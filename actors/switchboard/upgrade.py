@@ -254,11 +254,11 @@ class _Exchange:
             raise HandshakeError(self._stage, f"not complete within {seconds:g} s")
 
     @contextlib.contextmanager
-    def stage(self, name: str, seconds: float = STAGE_DEADLINE) -> Iterator[None]:
-        """Name what fails within, and bound it."""
+    def stage(self, name: str, seconds: float | None = None) -> Iterator[None]:
+        """Name what fails within, and bound it: by `STAGE_DEADLINE` unless it is told otherwise."""
         self._stage = name
         try:
-            with self.deadline(seconds):
+            with self.deadline(STAGE_DEADLINE if seconds is None else seconds):
                 yield
         except noise.WrongPeerError as error:
             raise WrongPeerError(name, str(error)) from error
