@@ -90,6 +90,7 @@ from protocol.service import service_of_protocol
 from protocol.stream_descriptor import ResetCode
 from supervisor.actor import Actor, Checkpoint, handles
 from supervisor.errors import RefusedError
+from supervisor.timers import Timer
 
 PROXIES = "proxy/"
 """What the names of the actors of proxies begin with."""
@@ -97,6 +98,11 @@ SERVICES = "service/"
 """What the names of the actors of services begin with."""
 RELAY_SERVER = "relay/server"
 """The actor that says how this node serves as a relay."""
+
+SAVED_WITHIN = 1.0
+"""Seconds after which a successor would know of a source that has become known."""
+SAVED_AT_LEAST = 3600.0
+"""Seconds after which it would know of later authentications from sources that were known already."""
 
 TICK = 1.0
 """Seconds between looks at what only time changes: drained connections, expired peers, folded decisions, gauges."""
@@ -130,6 +136,8 @@ class Switchboard(Actor):
         self._session_limits = dataclasses.replace(yamux.DEFAULT_LIMITS, inbound_streams=max_streams)
         self._limits = Limits(**(admission or {}))  # type: ignore[arg-type]  # plain data; a wrong name is a TypeError
         self._listeners = Listeners()
+        self._saved_at = 0.0
+        self._saving: Timer | None = None
         self._names: dict[PeerId, str] = {}
         self._protocols = ProtocolTable()
         self._watched: set[str] = set()
@@ -173,6 +181,7 @@ class Switchboard(Actor):
             welcome=self._admittance.welcome,
             refused=self._numbers.handshake_refused,
             listed=self._admittance.is_listed,
+            remembered=self._source_remembered,
             broke=self._admittance.broke,
             limits=self._limits.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         )
@@ -264,7 +273,9 @@ class Switchboard(Actor):
         context.nursery.start_soon(self._liveness.follow)
         await self._publishers.follow()
         self._listeners.open(self._listen, checkpoint, server_name=pipes.prepare(self._listen))
-        context.checkpoint(*self._listeners.to_checkpoint())
+        if checkpoint is not None:
+            self._recall_sources(checkpoint.state.get("known"))
+        self._save()
         await self._tell_anew()
         for sock, transports in self._listeners.sockets():
             context.nursery.start_soon(self._reception.listen, sock, transports)
@@ -282,6 +293,8 @@ class Switchboard(Actor):
         await self._attached.say_goodbye()
         self._admittance.flush()
         self._gate.close()
+        if self._saving is not None:
+            self._save()
         self._listeners.close()
 
     def describe(self) -> dict[str, Data]:
@@ -556,13 +569,31 @@ class Switchboard(Actor):
             raise refusal(error) from error
         await self._tell_anew()
 
+    def _save(self) -> None:
+        """Leave to a successor what would be lost with this process: the sockets, and where peers have come from."""
+        if self._saving is not None:
+            self._saving.cancel()
+            self._saving = None
+        self._saved_at = self.context.now()
+        state, descriptors = self._listeners.to_checkpoint()
+        known: dict[str, Data] = {**self._reception.known_sources()}
+        self.context.checkpoint({**state, "known": known}, descriptors)
+
+    def _source_remembered(self, new: bool) -> None:  # noqa: FBT001  # what `Reception` calls
+        if self._saving is None and (new or self.context.now() - self._saved_at >= SAVED_AT_LEAST):
+            self._saving = self._reactor.call_later(SAVED_WITHIN, self._save)
+
+    def _recall_sources(self, left: Data) -> None:
+        if isinstance(left, dict):
+            self._reception.recall({key: since for key, since in left.items() if isinstance(since, int)})
+
     @handles(StopListening)
     async def stop_listening(self, request: StopListening) -> None:
         """Let another process have the ports."""
         self._check_relay_server()
         self._reception.close()
         self._listeners.give_up()
-        self.context.checkpoint({}, [])
+        self._save()
 
     @handles(DrainRelay, concurrent=True)
     async def drain_relay(self, request: DrainRelay) -> None:

@@ -24,7 +24,8 @@ Authentication gives back what a handshake cost.
 *Known* are networks from which a peer that the policy names has authenticated lately. They wait in a queue of their
 own, which is served first, and there are waiting and handshaking places that only they get. Whatever strangers do, a
 peer that comes from where it came before does not wait for them. What is said above holds among the known as well:
-an attacker behind the same address competes with its neighbours only.
+an attacker behind the same address competes with its neighbours only. A process that takes the place of one that has
+crashed is told of the latest of them, so that nobody gains by a crash.
 
 This module decides only; it owns no socket and no clock.
 """
@@ -32,8 +33,9 @@ This module decides only; it owns no socket and no clock.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 from actors.switchboard.crowd import Crowd, Source, region_of
@@ -71,6 +73,8 @@ SOURCES = 4096
 """Token buckets that are kept, and known sources; the one used least recently is forgotten first."""
 LATELY = 7 * 86400.0
 """Seconds for which a source is known after a peer has authenticated from there."""
+HANDED_ON = 256
+"""Known sources that a successor is told of, those of the latest authentications: at most some 12 KiB."""
 
 T = TypeVar("T")
 
@@ -200,13 +204,25 @@ class Admission(Generic[T]):
 
     # ---- who is known
 
-    def remember(self, source: Source, now: float) -> None:
-        """A peer that the policy names has authenticated from there."""
+    def remember(self, source: Source, now: float) -> bool:
+        """A peer that the policy names has authenticated from there. Whether it was not known before."""
         key = _known_as(source)
+        new = not self.is_known(source, now)
         self._known[key] = now
         self._known.move_to_end(key)
         if len(self._known) > SOURCES:
             self._known.popitem(last=False)
+        return new
+
+    def known_sources(self, now: float) -> dict[str, int]:
+        """What a successor should know, at most `HANDED_ON`: sources, and at which second peers authenticated there."""
+        latest = itertools.islice(reversed(self._known.items()), HANDED_ON)
+        return {key: int(since) for key, since in reversed(list(latest)) if now - since < LATELY}
+
+    def recall(self, known: Mapping[str, int], now: float) -> None:
+        """Know what a predecessor has known, by the same clock."""
+        for key, since in sorted(known.items(), key=lambda item: item[1])[-SOURCES:]:
+            self._known[key] = min(float(since), now)
 
     def is_known(self, source: Source, now: float) -> bool:
         """Whether one has, lately."""

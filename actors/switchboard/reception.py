@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import trio
@@ -85,6 +85,7 @@ class Reception:
         broke: told of errors in handshakes that nobody foresaw; without it they are raised. Whatever defect a stranger
             finds, it shall end no more than its own connection.
         listed: whether the policy names this peer; where it comes from it is known in future.
+        remembered: told when a peer has authenticated where one may be known from now on, and whether none was before.
         reactor: where silent callers are watched; its clock and timers.
         limits: see `actors.switchboard.admission`.
     """
@@ -100,6 +101,7 @@ class Reception:
         welcome: Callable[[Pipe, Upgraded], None],
         refused: Callable[[str], None],
         listed: Callable[[PeerId], bool],
+        remembered: Callable[[bool], None] = lambda _: None,
         broke: Callable[[Exception], None] | None = None,
         limits: Limits | None = None,
     ) -> None:
@@ -111,6 +113,7 @@ class Reception:
         self._refused = refused
         self._broke = broke
         self._listed = listed
+        self._remembered = remembered
         self._reactor = reactor
         self._now = reactor.clock
         self._admission: Admission[_Caller] = Admission(limits)
@@ -167,7 +170,18 @@ class Reception:
 
     def remember(self, address: str) -> None:
         """A peer that the policy names has authenticated at this IP address, whoever called whom."""
-        self._admission.remember(source_of(address), self._now())
+        self._remember(source_of(address))
+
+    def known_sources(self) -> dict[str, int]:
+        """What a successor should know of where peers come from; plain data, some KiB at most."""
+        return self._admission.known_sources(self._now())
+
+    def recall(self, known: Mapping[str, int]) -> None:
+        """Know what a predecessor has known."""
+        self._admission.recall(known, self._now())
+
+    def _remember(self, source: Source) -> None:
+        self._remembered(self._admission.remember(source, self._now()))
 
     def _arrived(self, caller: _Caller) -> None:
         gone = self._admission.greet(caller.source, caller, self._now())
@@ -238,7 +252,7 @@ class Reception:
             nonlocal proven
             proven = self._judge(peer, pipe)
             if proven and self._listed(peer):
-                self._admission.remember(caller.source, self._now())
+                self._remember(caller.source)
             return proven
 
         try:

@@ -17,6 +17,12 @@ Kinds of callers:
     tls-hold  the same, and never answer
 
 `--rsa-bits 4096` gives the node a certificate with which one ClientHello costs several milliseconds.
+
+`--ipv6`: the crowd has one /48 for each source, all of one provider's /32; honest peers have other providers. That
+wants a network namespace in which all addresses are local:
+
+    unshare -n sh -c 'ip link set lo up; ip -6 route add local 2000::/3 dev lo;
+                      python -m tests.abuse.measure_silent_callers --ipv6'
 """
 
 from __future__ import annotations
@@ -60,6 +66,8 @@ TLS_RATE = 250.0
 LEAD = 2.0
 """Seconds that the crowd is there before the first honest attempt."""
 KNOWN = "127.0.0.9"
+KNOWN_IPV6 = "2400:9::9"
+IP_FREEBIND = 15
 PATIENCE = 15.0
 """Seconds after which an attempt is given up, as a dial is."""
 
@@ -67,9 +75,24 @@ PATIENCE = 15.0
 # ---- the crowd, in a process of its own
 
 
-def sources(count: int) -> list[str]:
-    """So many loopback addresses."""
+def sources(count: int, *, ipv6: bool = False) -> list[str]:
+    """So many loopback addresses, or IPv6 addresses of as many /48s."""
+    if ipv6:
+        return [f"2001:db8:{number:x}::1" for number in range(count)]
     return [f"127.{10 + number // 62500}.{number // 250 % 250}.{number % 250 + 1}" for number in range(count)]
+
+
+def socket_from(source: str) -> socket.socket:
+    """A socket that will call from this address."""
+    ipv6 = ":" in source
+    sock = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET)
+    sock.setblocking(False)
+    if ipv6:
+        sock.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT
+    sock.bind((source, 0))
+    return sock
 
 
 def client_hello() -> bytes:
@@ -82,7 +105,7 @@ def client_hello() -> bytes:
     return outgoing.read()
 
 
-def crowd(kind: str, port: int, count: int, seconds: float) -> None:
+def crowd(kind: str, host: str, port: int, count: int, seconds: float) -> None:
     """Call from each source, and again as soon as it is hung up on, until the time is over."""
     tls = kind.startswith("tls")
     opening = HEADER + encode_message("/noise") + (32).to_bytes(2, "big") + os.urandom(32)
@@ -92,19 +115,16 @@ def crowd(kind: str, port: int, count: int, seconds: float) -> None:
     epoll = select.epoll()
     open_now: dict[int, tuple[socket.socket, str]] = {}
     dripped: dict[int, int] = {}
-    left = deque(sources(TLS_SOURCES if tls else count))
+    left = deque(sources(TLS_SOURCES if tls else count, ipv6=":" in host))
     calls = 0
     began = last_drip = time.monotonic()
     end = began + seconds
 
     def call(source: str) -> None:
         nonlocal calls
-        sock = socket.socket()
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT
+        sock = socket_from(source)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        sock.bind((source, 0))
-        if sock.connect_ex(("127.0.0.1", port)) not in (0, errno.EINPROGRESS):
+        if sock.connect_ex((host, port)) not in (0, errno.EINPROGRESS):
             sock.close()
             left.append(source)
             return
@@ -168,13 +188,11 @@ class Honest:
     async def connect(self, address: Multiaddr, port: int, source: str) -> float | None:
         """Seconds until the connection was agreed on and the node had said something on it; None: it was refused."""
         began = time.monotonic()
-        sock = socket.socket()
-        sock.setblocking(False)
+        sock = socket_from(source)
         pipe: Pipe | None = None
         try:
             with trio.fail_after(PATIENCE):
-                sock.bind((source, 0))
-                if sock.connect_ex(("127.0.0.1", port)) == errno.EINPROGRESS:
+                if sock.connect_ex((address.components[0].value, port)) == errno.EINPROGRESS:
                     await trio.lowlevel.wait_writable(sock)
                 pipe = SocketPipe(sock)
                 if address.components[-1].name == "ws":
@@ -194,12 +212,16 @@ class Honest:
 
 async def attempts(honest: Honest, address: Multiaddr, port: int, seconds: float) -> dict[str, list[float | None]]:
     """Try again and again, known and new in turn, for so long."""
-    fresh = (f"127.250.{number // 250}.{number % 250 + 1}" for number in range(60_000))
+    ipv6 = address.components[0].name == "ip6"
+    fresh = (
+        f"2401:{number:x}::1" if ipv6 else f"127.250.{number // 250}.{number % 250 + 1}" for number in range(60_000)
+    )
+    known = KNOWN_IPV6 if ipv6 else KNOWN
     found: dict[str, list[float | None]] = {"known": [], "new": []}
 
     async def each(name: str, end: float) -> None:
         while trio.current_time() < end:
-            found[name].append(await honest.connect(address, port, KNOWN if name == "known" else next(fresh)))
+            found[name].append(await honest.connect(address, port, known if name == "known" else next(fresh)))
             await trio.sleep(0.25)
 
     async with trio.open_nursery() as nursery:
@@ -217,7 +239,9 @@ def words(results: list[float | None]) -> str:
     return f"{len(served)} of {len(results)}, p50 {typical * 1000:.0f} ms, max {longest * 1000:.0f} ms"
 
 
-def measure(kinds: list[str], count: int, seconds: float, rsa_bits: int) -> dict[str, dict[str, list[float | None]]]:
+def measure(
+    kinds: list[str], count: int, seconds: float, rsa_bits: int, *, ipv6: bool = False
+) -> dict[str, dict[str, list[float | None]]]:
     """Each kind of crowd in front of one node."""
     table: dict[str, dict[str, list[float | None]]] = {}
     with tempfile.TemporaryDirectory(prefix="crowd") as name, contextlib.ExitStack() as stack:
@@ -232,7 +256,10 @@ def measure(kinds: list[str], count: int, seconds: float, rsa_bits: int) -> dict
             made.rename(home.home / "tls" / path)
         config = home.home / "config.yaml"
         line = f'    - "{home.address}"\n'
-        text = config.read_text().replace(line, line + line.replace('"\n', '/tls/ws"\n'))
+        both = line + line.replace('"\n', '/tls/ws"\n')
+        if ipv6:
+            both += line.replace("/ip4/127.0.0.1", "/ip6/::1")
+        text = config.read_text().replace(line, both)
         text = text.replace("  # tls:\n  #   certificate_file", "  tls:\n    certificate_file")
         text = text.replace("  # tls:\n  #  ", "  tls:\n   ").replace("\n  #   key_file", "\n    key_file")
         config.write_text(text)
@@ -245,9 +272,12 @@ def measure(kinds: list[str], count: int, seconds: float, rsa_bits: int) -> dict
         honest = Honest(key, PeerId.from_text(home.peer_id), trust)
         for kind in ["none", *kinds]:
             address = Multiaddr(f"{home.address}{'/tls/ws' if kind.startswith('tls') else ''}")
-            trio.run(honest.connect, address, port, KNOWN)
+            if ipv6:
+                address = Multiaddr(f"/ip6/::1/tcp/{port}")
+            trio.run(honest.connect, address, port, KNOWN_IPV6 if ipv6 else KNOWN)
             command = [sys.executable, "-m", "tests.abuse.measure_silent_callers", "--crowd", kind]
             options = ["--port", str(port), "--sources", str(count), "--seconds", str(seconds + LEAD + PATIENCE)]
+            options += ["--ipv6"] if ipv6 else []
             attack = subprocess.Popen([*command, *options]) if kind != "none" else None
             try:
                 time.sleep(LEAD)
@@ -269,14 +299,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--rsa-bits", type=int, default=0, help="an RSA certificate of this size instead of P-256")
+    parser.add_argument("--ipv6", action="store_true", help="callers from many /48s; no TLS")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--crowd", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.crowd:
-        crowd(arguments.crowd, arguments.port, arguments.sources, arguments.seconds)
+        host = "::1" if arguments.ipv6 else "127.0.0.1"
+        crowd(arguments.crowd, host, arguments.port, arguments.sources, arguments.seconds)
         return
-    table = measure(arguments.kinds.split(","), arguments.sources, arguments.seconds, arguments.rsa_bits)
+    kinds = [kind for kind in arguments.kinds.split(",") if not (arguments.ipv6 and kind.startswith("tls"))]
+    table = measure(kinds, arguments.sources, arguments.seconds, arguments.rsa_bits, ipv6=arguments.ipv6)
     if arguments.json:
         arguments.json.write_text(json.dumps(table))
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from actors.switchboard.admission import Admission, Limits
+from actors.switchboard.admission import HANDED_ON, Admission, Limits
 from actors.switchboard.crowd import Source, source_of
 
 
@@ -228,6 +228,23 @@ def test_known_sources_come_first_and_have_a_share_of_their_own():
     assert admission.is_known(source_of("192.0.2.1"), week - 1)
     assert not admission.is_known(source_of("192.0.2.1"), week)
     assert not admission.is_known(source_of("192.0.2.2"), 0.0)
+
+
+def test_a_successor_knows_the_sources_of_the_latest_authentications():
+    before, after = Admission(), Admission()
+    assert before.remember(source_of("192.0.2.1"), 0.0)
+    for number in range(300):
+        assert before.remember(source_of(f"2001:db8:{number:x}::1"), 10.0 + number)
+    assert not before.remember(source_of("2001:db8:64::2"), 400.0), "its subnet is known"
+    left = before.known_sources(500.0)
+    assert len(left) == HANDED_ON
+    assert sum(map(len, left)) < 12 * 1024
+    after.recall(left, 600.0)
+    assert after.is_known(source_of("2001:db8:64::3"), 600.0)
+    assert after.is_known(source_of("2001:db8:12b::3"), 600.0)
+    assert not after.is_known(source_of("2001:db8:1::3"), 600.0), "of those that came longest ago nothing is left"
+    assert not after.is_known(source_of("192.0.2.1"), 600.0)
+    assert not after.is_known(source_of("2001:db8:64::3"), 400.0 + 7 * 86400.0), "a restart does not prolong it"
 
 
 def test_one_provider_with_thousands_of_networks_is_one_in_turn():

@@ -489,6 +489,20 @@ async def test_the_listening_socket_is_inherited_with_its_backlog():
         assert connected.connection.peer == bob.peer
 
 
+async def test_where_peers_come_from_is_known_to_a_successor():
+    async with two_nodes() as (alice, bob):
+        await alice.ask("switchboard", Connect(bob.peer))
+        await until(lambda: bob.checkpoints["switchboard"].state["known"])
+        known = bob.checkpoints["switchboard"].state["known"]
+        assert set(known) == {"127.0.0.1"}
+        for _ in range(2):
+            await bob.stop("switchboard")
+            assert bob.checkpoints["switchboard"].descriptors
+            await bob.start_switchboard()
+            assert bob.checkpoints["switchboard"].state["known"] == known
+        assert not bob.connections("alice")
+
+
 async def test_who_needs_and_serves_is_forgotten_with_the_actor():
     async with two_nodes(services={"echo": None}) as (alice, bob):
         await bob.start(Server(), "service/echo")
