@@ -55,6 +55,7 @@ class ServiceServer(Actor):
         self._protocol = service_protocol(name)
         self._address = ServiceAddress.parse(address)
         self._targets = _targets_without_lookup(self._address)
+        self._looked_up_for: list[str] = []  # streams that wait for the lookup under way
         self._limit = limit
         self._serving = False
 
@@ -107,7 +108,9 @@ class ServiceServer(Actor):
         if self._targets:
             _Attempt(self, message.stream_id, self._targets)
         else:
-            self.context.nursery.start_soon(self._look_up, message.stream_id)
+            self._looked_up_for.append(message.stream_id)
+            if len(self._looked_up_for) == 1:
+                self.context.nursery.start_soon(self._look_up)
 
     @handles(StreamReport)
     async def stream_report(self, report: StreamReport) -> None:
@@ -137,7 +140,12 @@ class ServiceServer(Actor):
         except RefusedError as error:  # it was replaced between the two; its start brings another try
             self.context.log.debug("streams are connected here: {}", error)
 
-    async def _look_up(self, stream_id: str) -> None:
+    async def _look_up(self) -> None:
+        """Look the service's host up once for all streams that wait for it.
+
+        So a peer that opens many streams, or a slow name server, takes one thread and one query at a time; else the
+        streams of others would wait for those of that peer.
+        """
         targets: list[Target] = []
         reason = "no address"
         try:
@@ -150,10 +158,12 @@ class ServiceServer(Actor):
             ]
         except (OSError, UnicodeError, trio.TooSlowError) as error:
             reason = str(error) or "no answer in time"
-        if targets:
-            _Attempt(self, stream_id, targets)
-        else:
-            self.unreachable(stream_id, f"the name {self._address.host} cannot be resolved: {reason}")
+        waiting, self._looked_up_for = self._looked_up_for, []
+        for stream_id in waiting:
+            if targets:
+                _Attempt(self, stream_id, targets)
+            else:
+                self.unreachable(stream_id, f"the name {self._address.host} cannot be resolved: {reason}")
 
     # ---- what an attempt calls
 

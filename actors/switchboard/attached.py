@@ -69,7 +69,10 @@ FINISHING = 3.0
 MAX_REPORTED = 512
 """Ended streams in one report; of running ones an owner has no more than it accepts."""
 MAX_UNTOLD = 4096
-"""Ended streams that are kept for an owner; the oldest go first."""
+"""Ended streams that are kept for an owner; the oldest go first, and before others those of a peer that has more of
+them than its share."""
+TRIMMED = 256
+"""So many are dropped at a time."""
 
 
 class NotATcpSocketError(SwitchboardError):
@@ -400,8 +403,10 @@ class AttachedStreams:
         if not received:
             if not reason:
                 end = stream.connection.link.end
-                reason = "the connection ended before the peer had confirmed the end of the stream"
-                reason += f": {end.reason}" if end is not None else ""
+                if end is None:
+                    reason = "the peer has not confirmed the end of the stream"
+                else:
+                    reason = f"the connection ended before the peer had confirmed the end of the stream: {end.reason}"
             ended = dataclasses.replace(
                 ended, outcome=Outcome.STREAM_RESET.value, code=int(ResetCode.CONNECTION_LOST), reason=reason
             )
@@ -410,7 +415,8 @@ class AttachedStreams:
     def _note_end(self, stream: _Stream, ended: EndedStream) -> None:
         owner = stream.owner
         owner.ended.append((stream, ended))
-        del owner.ended[:-MAX_UNTOLD]
+        if len(owner.ended) >= MAX_UNTOLD + TRIMMED:
+            owner.ended = _most_recent(owner.ended)
         owner.news.set()
         self._plan(owner)
 
@@ -546,3 +552,18 @@ def socket_of(descriptor: Descriptor) -> socket.socket | None:
     except OSError:
         os.close(fd)
         return None
+
+
+def _most_recent(ended: list[tuple[_Stream, EndedStream]]) -> list[tuple[_Stream, EndedStream]]:
+    """The `MAX_UNTOLD` that are kept of these, in the same order."""
+    excess = len(ended) - MAX_UNTOLD
+    by_peer = Counter(stream.connection.peer for stream, _ in ended)
+    kept: list[tuple[_Stream, EndedStream]] = []
+    for each in ended:
+        peer = each[0].connection.peer
+        if excess and by_peer[peer] > share(MAX_UNTOLD):
+            by_peer[peer] -= 1
+            excess -= 1
+        else:
+            kept.append(each)
+    return kept[excess:]

@@ -31,6 +31,10 @@ from actors.reactor import Reactor
 from actors.switchboard.wire import Wire
 from supervisor.timers import Timer
 
+MOST_WAITING: Final = 4096
+"""Who waits for answers on one link at a time: beyond it the oldest are told that nobody knows. A peer that answers no
+pings could otherwise make us keep everything that it has ever opened."""
+
 PACE: Final = 0.5
 """Seconds between two pings that ask whether everything has been received: a busy connection is asked once for many
 streams, and the peer is not kept busy with answers."""
@@ -66,7 +70,7 @@ _MARK: Final = 0x8000_0000  # in the value of a ping; those that measure round t
 class _Question:
     value: int
     ends: int
-    told: list[Callable[[bool], None]]
+    told: deque[Callable[[bool], None]]
 
 
 class Confirmations:
@@ -77,7 +81,19 @@ class Confirmations:
         ends: how many ends of streams, FIN and RST, have been laid out.
     """
 
-    __slots__ = ("_asked", "_confirmed", "_count", "_ends", "_over", "_ping", "_reactor", "_sent_at", "_timer", "_told")
+    __slots__ = (
+        "_asked",
+        "_confirmed",
+        "_count",
+        "_ends",
+        "_over",
+        "_ping",
+        "_reactor",
+        "_sent_at",
+        "_timer",
+        "_told",
+        "_waiting",
+    )
 
     def __init__(self, reactor: Reactor, ping: Callable[[int], None], ends: Callable[[], int]) -> None:
         self._reactor = reactor
@@ -86,7 +102,8 @@ class Confirmations:
         self._confirmed = 0
         self._count = 0
         self._asked: deque[_Question] = deque()
-        self._told: list[Callable[[bool], None]] = []  # whom to tell of a question that has yet to be asked
+        self._told: deque[Callable[[bool], None]] = deque()  # whom to tell of a question that has yet to be asked
+        self._waiting = 0
         self._timer: Timer | None = None
         self._sent_at = reactor.clock() - PACE
         self._over: bool | None = None
@@ -102,14 +119,17 @@ class Confirmations:
             told(self._over)
             return
         self._told.append(told)
+        self._waiting += 1
         self._plan()
+        if self._waiting > MOST_WAITING:
+            self._give_up_oldest()
 
     def hurry(self) -> None:
         """Ask now, if anybody waits for it."""
         if self._told and self._over is None:
             self._count = (self._count + 1) % _MARK
             question = _Question(_MARK | self._count, self._ends(), self._told)
-            self._told = []
+            self._told = deque()
             self._asked.append(question)
             self._sent_at = self._reactor.clock()
             self._plan()
@@ -123,6 +143,7 @@ class Confirmations:
             while self._asked:
                 question = self._asked.popleft()  # an answer is one to all earlier pings, too
                 self._confirmed = question.ends
+                self._waiting -= len(question.told)
                 for told in question.told:
                     told(True)
                 if question.value == value:
@@ -134,11 +155,19 @@ class Confirmations:
         """The link is gone; `received`: the peer is known to have received everything that was asked about."""
         self._over = received
         self._stop_timer()
-        waiting = [told for question in self._asked for told in question.told] + self._told
+        waiting = [*(told for question in self._asked for told in question.told), *self._told]
         self._asked.clear()
-        self._told = []
+        self._told.clear()
+        self._waiting = 0
         for told in waiting:
             told(received)
+
+    def _give_up_oldest(self) -> None:
+        while self._asked and not self._asked[0].told:
+            self._asked.popleft()
+        self._waiting -= 1
+        told = (self._asked[0].told if self._asked else self._told).popleft()
+        told(False)
 
     def _plan(self) -> None:
         """Ask when it is time to: for those who wait, or again for those who were not answered."""

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from actors.switchboard import closing
-from actors.switchboard.closing import PACE, RETRY, Confirmations
+from actors.switchboard.closing import MOST_WAITING, PACE, RETRY, Confirmations
 from tests.actors.dataplane import Ends, no_leaks, receive_data, running, send_data, send_message, until
 from tests.actors.switchboard.test_circuits import Through
 from tests.support.slow_way import SlowWay
@@ -182,4 +182,21 @@ def test_a_ping_that_was_dropped_is_asked_again():
     assert not known
     asked.answered(pings[1])
     assert known == [True]
+    assert not reactor.timers
+
+
+def test_a_peer_that_answers_no_pings_makes_us_keep_a_bounded_number_of_ends():
+    reactor, pings, known = Planned(), [], []
+    asked = Confirmations(reactor, pings.append, lambda: 1)
+    for number in range(3 * MOST_WAITING):
+        asked.ask(lambda received, number=number: known.append((number, received)))
+        if number % 500 == 0:
+            reactor.pass_time(PACE)
+    assert known == [(number, False) for number in range(2 * MOST_WAITING)], "the oldest are told that nobody knows"
+    asked.hurry()
+    asked.answered(pings[-1])
+    assert known[2 * MOST_WAITING :] == [(number, True) for number in range(2 * MOST_WAITING, 3 * MOST_WAITING)]
+    assert not asked.pending
+    reactor.pass_time(RETRY)
+    assert len(pings) < 30
     assert not reactor.timers

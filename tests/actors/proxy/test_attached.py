@@ -8,12 +8,14 @@ import pytest
 import trio
 
 from actors.proxy import tunnels as tunnels_module
+from actors.proxy.service import ServiceServer
 from actors.proxy.tunnels import is_untouched
 from actors.switchboard import attached as attached_module
+from actors.switchboard import closing as closing_module
 from protocol.messages import Descriptor
-from protocol.messages.switchboard import AdoptStreams, AttachSocket, CloseStreams, OpenAttached
+from protocol.messages.switchboard import AdoptStreams, AttachSocket, CloseStreams, OpenAttached, PingPeer
 from supervisor.errors import RefusedError
-from tests.actors.local_node import echo, tcp_server, two_nodes, until
+from tests.actors.local_node import LocalNode, echo, tcp_server, two_nodes, until
 
 ECHO = "/peerup/echo/1.0.0"
 PROXY, SERVICE = "proxy/bob/echo", "service/echo"
@@ -50,7 +52,7 @@ async def finish(client):
 def let_attempts_never_end(monkeypatch, node):
     """From now on connections to the service are made by its actor, or rather never made."""
 
-    async def never(_):
+    async def never():
         await trio.sleep_forever()
 
     monkeypatch.setattr(node.actors[SERVICE], "_targets", ())
@@ -102,6 +104,72 @@ async def test_a_tunnel_that_ends_while_nobody_owns_it_is_still_in_the_audit_log
         await until(lambda: counted(alice, PROXY, "sent") == 1001)
         await until(lambda: not alice.switchboard._attached._owners)
         assert len(alice.gate.ended) == 1
+
+
+async def test_ends_that_nobody_was_told_of_are_kept_of_every_peer(monkeypatch):
+    monkeypatch.setattr(attached_module, "MAX_UNTOLD", 8)
+    monkeypatch.setattr(attached_module, "TRIMMED", 1)
+    monkeypatch.setattr(closing_module, "PACE", 0.0)
+    async with tcp_server(echo) as port, two_nodes(services={"echo": None}) as (alice, bob):
+        await bob.serve("echo", port)
+        async with LocalNode.open("carol") as carol, contextlib.AsyncExitStack() as stack:
+            carol.gate.publish(peers=["bob"], services={})
+            carol.config.say_where("bob", bob.address)
+            bob.gate.publish(peers=["alice", "carol"], services={"echo": None})
+            clients = []
+            for node, count in ((carol, 2), (alice, 12)):
+                address = await node.proxy("bob", "echo")
+                for _ in range(count):
+                    clients.append(await stack.enter_async_context(await trio.open_tcp_stream(*address)))
+                    await exchange(clients[-1], b"x")
+            await bob.kill(SERVICE)
+            for client in clients:
+                await finish(client)
+            await until(lambda: not bob.switchboard.describe()["streams_attached"])
+            for node in (carol, alice):  # behind the question whether they have received everything
+                await bob.ask("switchboard", PingPeer(node.peer))
+            await bob.serve("echo", port)
+            await until(lambda: len(bob.gate.ended) >= 8)
+            ended = [one.peer for one in bob.gate.ended]
+            assert len(ended) == 8
+            assert ended.count(carol.peer) == 2, "one peer's many ends do not displace those of another"
+
+
+async def test_streams_that_wait_for_the_address_of_their_service_wait_for_one_lookup():
+    class Slow(trio.abc.HostnameResolver):
+        def __init__(self):
+            self.asked, self.answer = 0, trio.Event()
+
+        async def getaddrinfo(self, host, port, *_):
+            self.asked += 1
+            await self.answer.wait()
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", int(port)))]
+
+        async def getnameinfo(self, *_):
+            raise NotImplementedError
+
+    slow = Slow()
+    async with tcp_server(echo) as port, two_nodes(services={"echo": None}) as (alice, bob):
+        before = trio.socket.set_custom_hostname_resolver(slow)
+        try:
+            await bob.start(ServiceServer("echo", f"service.test:{port}"), SERVICE)
+            address = await alice.proxy("bob", "echo")
+            async with contextlib.AsyncExitStack() as stack:
+                clients = [
+                    await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", address[1]))
+                    for _ in range(60)
+                ]
+                for client in clients:
+                    await client.send_all(b"y")
+                await until(lambda: bob.actors[SERVICE].describe()["open"] == 60)
+                assert slow.asked == 1
+                slow.answer.set()
+                for client in clients:
+                    with trio.fail_after(10):
+                        assert await client.receive_some(1) == b"y"
+                assert slow.asked == 1
+        finally:
+            trio.socket.set_custom_hostname_resolver(before)
 
 
 async def test_a_successor_adopts_later_from_a_switchboard_that_hangs(monkeypatch):
