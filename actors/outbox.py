@@ -3,8 +3,9 @@
 Theory of operation. A message that is told is lost with the process that it was told to. An outbox asks instead, one
 message after another in the order in which they came, and lets go of each when it was answered. While the other is
 gone, or does not answer, they wait here, `limit` of them at most; what comes beyond displaces the oldest and is
-counted. The other may get a message twice, if it was killed between its work and its answer; it never misses one
-of those that waited, unless this process itself is killed.
+counted. Where messages are about peers, those about one peer that has more than its share go first. The other may get a
+message twice, if it was killed between its work and its answer; it never misses one of those that waited, unless this
+process itself is killed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import trio
 
 from protocol.messages import Request
 from protocol.messages.system import Ok
+from protocol.peer_id import PeerId
+from protocol.shares import share
 from supervisor.actor import Context
 from supervisor.errors import AskError, DeadlineExceededError, RefusedError
 
@@ -47,6 +50,7 @@ class Outbox:
         self._context = context
         self._target = target
         self._limit = limit
+        self._held: collections.Counter[PeerId | None] = collections.Counter()
         self._waiting: collections.deque[Request[Ok]] = collections.deque()
         self._sending = False
         self._asking: Request[Ok] | None = None
@@ -58,9 +62,9 @@ class Outbox:
     def send(self, message: Request[Ok]) -> None:
         """Send this after all that was given before."""
         if len(self._waiting) >= self._limit:
-            self._waiting.popleft()
-            self._lost()
+            self._displace()
         self._waiting.append(message)
+        self._held[_peer_of(message)] += 1
         if not self._sending:
             self._sending = True
             self._context.nursery.start_soon(self._send_all)
@@ -68,16 +72,34 @@ class Outbox:
     def close(self) -> None:
         """The actor is stopping, and waits no longer: tell what is left, for whoever is there to hear it."""
         while self._waiting:
-            message = self._waiting.popleft()
+            message = self._take(0)
             if message is not self._asking:
                 self._context.tell(self._target, message)
+
+    def _displace(self) -> None:
+        """Drop the oldest message, that of whoever has more than its share if somebody else has any."""
+        who, count = self._held.most_common(1)[0]
+        oldest = 0
+        if len(self._held) > 1 and count >= share(self._limit):
+            oldest = next(at for at, message in enumerate(self._waiting) if _peer_of(message) == who)
+        self._take(oldest)
+        self._lost()
+
+    def _take(self, at: int) -> Request[Ok]:
+        message = self._waiting[at]
+        del self._waiting[at]
+        who = _peer_of(message)
+        self._held[who] -= 1
+        if not self._held[who]:
+            del self._held[who]
+        return message
 
     async def _send_all(self) -> None:
         try:
             while self._waiting:
                 message = self._waiting[0]
                 if await self._arrived(message) and self._waiting and self._waiting[0] is message:
-                    self._waiting.popleft()
+                    self._take(0)
         finally:
             self._sending = False
 
@@ -106,3 +128,9 @@ class Outbox:
 
     def _lost(self) -> None:
         self._context.metrics.counter("peerup_reports_lost_total", target=self._target).inc()
+
+
+def _peer_of(message: Request[Ok]) -> PeerId | None:
+    """Whose share of the places the message counts for."""
+    peer = getattr(message, "peer", None)
+    return peer if isinstance(peer, PeerId) else None

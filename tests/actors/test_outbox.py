@@ -11,14 +11,22 @@ from actors import outbox as outbox_module
 from actors.outbox import Outbox
 from protocol.messages import Request, message
 from protocol.messages.system import Ok
+from protocol.peer_id import PeerId
 from supervisor.actor import Actor, handles
 from supervisor.errors import RefusedError
+from tests.actors.local_node import key_of
 from tests.support.stage import Stage
 
 
 @message("test-outbox.news")
 class News(Request[Ok]):
     number: int
+
+
+@message("test-outbox.news-of")
+class NewsOf(Request[Ok]):
+    number: int
+    peer: PeerId
 
 
 class Reader(Actor):
@@ -95,6 +103,29 @@ async def test_what_is_sent_while_the_other_is_away_arrives_when_it_is_back(auto
         await stage.start("reader", Reader(got))
         await until(lambda: not len(outbox))
         assert got == list(range(8))
+
+
+async def test_many_messages_about_one_peer_do_not_displace_those_about_others(autojump_clock):
+    flood, other = key_of("flood").peer_id, key_of("other").peer_id
+    async with writing() as (stage, outbox):
+        got = []
+        for number in range(2):
+            outbox.send(NewsOf(number, other))
+        for number in range(30):
+            outbox.send(NewsOf(number, flood))
+        outbox.send(NewsOf(2, other))
+        assert len(outbox) == 10
+        assert lost(stage) == 23
+
+        class Listener(Actor):
+            @handles(NewsOf)
+            async def news(self, message):
+                got.append((message.peer, message.number))
+
+        await stage.start("reader", Listener())
+        await until(lambda: not len(outbox))
+        assert [number for peer, number in got if peer == other] == [0, 1, 2]
+        assert [number for peer, number in got if peer == flood] == list(range(23, 30))
 
 
 async def test_one_that_is_killed_with_a_message_in_its_hands_gets_it_again(autojump_clock):
