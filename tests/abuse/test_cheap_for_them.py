@@ -229,6 +229,42 @@ async def test_heavy_honest_use_is_not_ended(world: World) -> None:
     assert world.total("peerup_connections_closed_total", reason="yamux-flood") == before
 
 
+def ship(port: int, seconds: float, length: int, pause: float) -> int:
+    """Lines that nobody answers, as a shipper of logs or a copy of small files sends them. How many arrived."""
+    line, sent = b"x" * length, 0
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 20) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            client.sendall(line)
+            sent += 1
+            if pause:
+                time.sleep(pause)
+        client.shutdown(socket.SHUT_WR)
+        if client.recv(1) == b"":  # the service has read all of it, and hangs up
+            return sent
+    return 0
+
+
+@pytest.mark.parametrize(("length", "pause"), [(1, 0.001), (100, 0.0), (100, 0.0005), (700, 0.0)])
+async def test_what_is_sent_in_small_pieces_without_an_answer_is_not_ended(
+    world: World, length: int, pause: float
+) -> None:
+    before = world.total("peerup_connections_closed_total", reason="yamux-flood")
+    sink = int(world.laptop.run_json("proxy", "home", "sink", "0")["listen"].rpartition(":")[2])
+    work = functools.partial(ship, sink, 8.0, length, pause)
+    results: list[int] = []
+
+    def each() -> int:
+        results.append(work())
+        return results[-1]
+
+    await trio.to_thread.run_sync(functools.partial(in_threads, 8, each))
+    assert len(results) == 8
+    assert min(results) > 100, "a stream was reset"
+    assert world.total("peerup_connections_closed_total", reason="yamux-flood") == before
+
+
 async def test_clients_that_retry_a_service_that_is_down_do_not_end_the_tunnels_of_another(world: World) -> None:
     before = world.total("peerup_connections_closed_total", reason="yamux-flood")
     down = int(world.laptop.run_json("proxy", "home", "down", "0")["listen"].rpartition(":")[2])
