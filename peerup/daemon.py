@@ -122,7 +122,14 @@ def run(
         assert front is not None
         front.leave()
 
-    options = Options(home, config, service_pid=os.getpid(), started_at=time.time(), allow_faults=allow_faults)
+    options = Options(
+        home,
+        config,
+        service_pid=os.getpid(),
+        main_pid=os.getpid() if front is None else front.pid,
+        started_at=time.time(),
+        allow_faults=allow_faults,
+    )
     service = Service(
         str(home.run_dir),
         build_tree(options),
@@ -175,7 +182,7 @@ def _check_not_running(home: NodeHome) -> None:
     except ClientError:
         return
     raise Failure(
-        f"a node runs in this home already (pid {status['pid']})",
+        f"a node runs in this home already (pid {status.get('main_pid', status['pid'])})",
         "stop it with `peerup stop`, or choose another home with --home DIR",
         code="already-running",
     )

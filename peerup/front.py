@@ -23,7 +23,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from peerup import front_process
 from peerup.systemd import ServiceManager
@@ -31,9 +31,14 @@ from supervisor import linux
 
 
 class Front:
-    """The relay's end of its connection to the front."""
+    """The relay's end of its connection to the front.
 
-    def __init__(self, sock: socket.socket) -> None:
+    Attributes:
+        pid: the front's process, which is the one that was started.
+    """
+
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self.pid: Final = pid
         self._sock: socket.socket | None = sock
 
     def tell(self, *state: str) -> None:
@@ -75,7 +80,7 @@ def stand_in_front(manager: ServiceManager) -> Front:
     linux.die_with_parent(front, signal.SIGKILL)
     os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return Front(theirs)
+    return Front(theirs, front)
 
 
 def _become_front(pid: int, relay: socket.socket, manager: ServiceManager) -> NoReturn:

@@ -96,12 +96,14 @@ class Options:
 
     Attributes:
         service_pid: the process that ends the node on SIGTERM.
+        main_pid: the process that was started: `service_pid`, or the front of a relay (decision 21).
         started_at: seconds since the Unix epoch.
     """
 
     home: NodeHome
     config: NodeConfig
     service_pid: int
+    main_pid: int
     started_at: float
     allow_faults: bool
 
@@ -145,6 +147,7 @@ def build_tree(options: Options) -> SupervisorSpec:
             home=str(home.explicit or home.config_dir),
             version=__version__,
             service_pid=options.service_pid,
+            main_pid=options.main_pid,
             started_at=options.started_at,
             allow_faults=options.allow_faults,
             own_session=True,

@@ -48,7 +48,7 @@ class ApiActor(Actor):
 
     Arguments:
         socket_path: where to listen; a left-over socket there is recognised by trying it, and replaced.
-        home, version, service_pid, started_at, allow_faults: see :class:`actors.api.node.Launch`.
+        home, version, service_pid, main_pid, started_at, allow_faults: see :class:`actors.api.node.Launch`.
         own_session: whether the processes of the node have a session (setsid(2)) of their own, so that they are told
             from people's by it. They are not served: an actor gone wrong must not give orders here.
     """
@@ -63,13 +63,14 @@ class ApiActor(Actor):
         home: str,
         version: str,
         service_pid: int,
+        main_pid: int,
         started_at: float,
         allow_faults: bool = False,
         own_session: bool = False,
     ) -> None:
         self._own_session = own_session
         self._path = Path(socket_path)
-        self._launch = Launch(home, version, service_pid, started_at, allow_faults)
+        self._launch = Launch(home, version, service_pid, main_pid, started_at, allow_faults)
         self._node: Node | None = None
         self._watchers: Watchers | None = None
         self._served = 0

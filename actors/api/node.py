@@ -51,6 +51,8 @@ class Launch:
     Attributes:
         home: its directory.
         service_pid: the process that ends the whole node on SIGTERM.
+        main_pid: the process that was started, whose end a service manager waits for; `service_pid` except where a
+            relay runs behind another process (docs/decisions/0021-restart-of-a-relay.md).
         started_at: seconds since the Unix epoch.
         allow_faults: whether faults may be injected.
     """
@@ -58,6 +60,7 @@ class Launch:
     home: str
     version: str
     service_pid: int
+    main_pid: int
     started_at: float
     allow_faults: bool
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from peerup.cli.framework import Failure, Session, command
-from peerup.cli.output import good, span
+from peerup.cli.output import good, process_of, span
 from protocol.errors import PeerupError
 
 STOP_SECONDS = 40.0
@@ -33,7 +33,7 @@ def _print(data: dict[str, Any]) -> None:
     lines = [
         ("peer id", data["peer_id"] or "unknown"),
         ("home", data["home"]),
-        ("running", f"{span(data['uptime'])}, pid {data['pid']}, version {data['version']}"),
+        ("running", f"{span(data['uptime'])}, {process_of(data)}, version {data['version']}"),
         ("actors", f"{data.get('actors', '?')}, {data.get('restarts', '?')} restarts lately"),
         ("confined", _confinement(data)),
         ("peers", f"{data.get('connected_peers', '?')} connected"),

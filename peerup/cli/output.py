@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import click
@@ -89,6 +89,12 @@ def good(text: str) -> None:
 def note(text: str) -> None:
     """Say something beside the result, on standard error."""
     click.echo(text, err=True)
+
+
+def process_of(status: Mapping[str, Any]) -> str:
+    """The node's process, and the one that was started if that is another: `pid 12 (main process 11)`."""
+    main = status.get("main_pid", status["pid"])  # nodes of older versions do not tell
+    return f"pid {status['pid']}" + (f" (main process {main})" if main != status["pid"] else "")
 
 
 def span(seconds: float | None) -> str:

@@ -27,7 +27,7 @@ from peerup.cli.files import (
     tell_unauthorized,
 )
 from peerup.cli.framework import EXIT_CODES, Failure, Session, command, examples
-from peerup.cli.output import Column, good, note, short_id, size, span, table
+from peerup.cli.output import Column, good, note, process_of, short_id, size, span, table
 
 if TYPE_CHECKING:
     from actors.config.schema import NodeConfig
@@ -279,7 +279,7 @@ def _print_info(data: dict[str, Any]) -> None:
         click.echo(f"{'state':<14} not running; start it with `peerup relay serve`")
     else:
         state = "draining" if live["draining"] else "serving" if live["serving"] else "not serving yet"
-        click.echo(f"{'state':<14} {state}, up {span(live['uptime'])}, pid {live['pid']}")
+        click.echo(f"{'state':<14} {state}, up {span(live['uptime'])}, {process_of(live)}")
         click.echo(f"{'reservations':<14} {live['reservations']} (devices that can be reached through it)")
         click.echo(f"{'circuits':<14} {live['circuits']} open; {size(live['bytes'])} carried since the start")
     click.echo("limits (keys below relay_service)")
@@ -306,6 +306,7 @@ def _live(session: Session) -> dict[str, Any] | None:
     live: dict[str, Any] = relay | {
         "uptime": status["uptime"],
         "pid": status["pid"],
+        "main_pid": status.get("main_pid", status["pid"]),
         "listen_addresses": status["listen_addresses"],
         "bytes": relay["to_destination"] + relay["to_source"],
     }

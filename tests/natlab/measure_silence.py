@@ -66,6 +66,11 @@ class Stream:
         """The network is back."""
         self._mended.set()
 
+    def close(self) -> None:
+        """Nobody watches it any more."""
+        self._sock.close()
+        self._thread.join(5)
+
     def result(self, until: float) -> str:
         """How it went, in a few words."""
         self._over.wait(max(0.0, until - time.monotonic()))
@@ -221,6 +226,8 @@ def measure(
         streams = [
             Stream(kind, laptop.connect(address), busy=busy) for kind, address in addresses.items() for busy in (0, 1)
         ]
+        for stream in streams:
+            stack.callback(stream.close)
         time.sleep(2)
         away, back = ways(laptop)[way]
         away()

@@ -133,6 +133,7 @@ def serve(tmp_path):
                 home=str(tmp_path),
                 version="0.1.0",
                 service_pid=1,
+                main_pid=1,
                 started_at=time.time() - 5,
                 allow_faults=allow_faults,
             )

@@ -197,7 +197,8 @@ def test_without_confinement_the_same_attempts_succeed(open_node):
 
 def test_every_actor_of_the_tree_is_tried_and_confined(node):
     home = node_home(node.home, {})
-    options = Options(home, load_config(home.config_file), service_pid=1, started_at=0.0, allow_faults=False)
+    config = load_config(home.config_file)
+    options = Options(home, config, service_pid=1, main_pid=1, started_at=0.0, allow_faults=False)
     names = {child.name for child in build_tree(options).children if child.factory != FACTORY}
     patterns = [*names, *CHILDREN_OF_PROXIES]
     running = node.leaves()

@@ -24,9 +24,9 @@ def stack():
 
 def main_process(world):
     """The pid of the relay behind the process that was started."""
-    pid = world.relay.run_json("status")["pid"]
-    assert pid != world.relay.daemon_pid
-    return pid
+    status = world.relay.run_json("status")
+    assert status["main_pid"] == world.relay.daemon_pid != status["pid"]
+    return status["pid"]
 
 
 def terminate(world):

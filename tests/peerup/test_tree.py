@@ -24,7 +24,9 @@ def home(tmp_path):
 def tree_of(home, extra):
     config: Path = home.config_file
     config.write_text(config.read_text() + extra)
-    options = Options(home=home, config=load_config(config), service_pid=1, started_at=0.0, allow_faults=False)
+    options = Options(
+        home=home, config=load_config(config), service_pid=1, main_pid=1, started_at=0.0, allow_faults=False
+    )
     return {child.name: child for child in build_tree(options).children}
 
 

@@ -59,6 +59,7 @@ async def status(node: Node, call: Call) -> Answer:
         "version": node.launch.version,
         "home": node.launch.home,
         "pid": node.launch.service_pid,
+        "main_pid": node.launch.main_pid,
         "uptime": max(0.0, node.context.wall() - node.launch.started_at),
         "allow_faults": node.launch.allow_faults,
         "faults": len(node.watchers.faults()),
