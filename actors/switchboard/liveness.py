@@ -12,8 +12,9 @@ lasts. So two things are decided apart:
   trusted again, and used again unless something better has replaced it.
 
 Signs of life are bytes of the peer's and, where there is a kernel at the other end, that it acknowledges more of what
-was sent: an answer may have to wait behind a lot of data on a slow line. A connection through a relay has no kernel at
-its other end, so where it says something and hears nothing it is asked.
+was sent: an answer may have to wait behind a lot of data on a slow line. Once all of it is acknowledged nothing is in
+the way of an answer any more, and only a word counts: the kernel of a process that hangs acknowledges for ever. A
+connection through a relay has no kernel at its other end, so where it says something and hears nothing it is asked.
 
 After a change of network each direct connection is asked at once, and doubted `SIGN_OF_LIFE` seconds later; likewise
 one that its peer has left: who comes back over a new connection may have lost the old one. A connection whose own
@@ -99,10 +100,15 @@ class _Signs:
 
 @dataclasses.dataclass(slots=True)
 class _Watched:
-    """One connection: the signs at the last look, and since when more are awaited; None if none are."""
+    """One connection: the signs at the last look, and since when more are awaited; None if none are.
+
+    Attributes:
+        due: since when a word is awaited that nothing is in the way of; None if that is not so.
+    """
 
     signs: _Signs
     since: float | None = None
+    due: float | None = None
     deadline: float | None = None  # of a sign of life that was asked for
     why: str = ""
     word: bool = False  # only a word of the peer's counts until then
@@ -198,8 +204,12 @@ class Liveness:
         if watched is None:
             watched = self._watched[connection] = _Watched(signs)
         before, watched.signs = watched.signs, signs
+        due = watched.due
+        watched.due = _word_due(due, before, signs, now, frozen=frozen)
         silent = watched.word and watched.deadline is not None and signs.received == before.received
-        if not silent and signs.shows_life_since(before):
+        if watched.due is not None and now - watched.due >= DOUBT_UNANSWERED and connection.doubted_since is None:
+            self._doubt(connection, "all that is sent is acknowledged, but nobody answers")
+        elif not silent and (due is None or watched.due is None) and signs.shows_life_since(before):
             watched.since = now if signs.outstanding or signs.asking else None
             watched.deadline = None
             self._trust(connection)
@@ -262,6 +272,15 @@ class Liveness:
         self._context.log.info("connection to {} is dead: {}", connection.peer, reason)
         connection.link.abort(CODE, reason)
         self._keeper.retry(connection.peer)
+
+
+def _word_due(due: float | None, before: _Signs, signs: _Signs, now: float, *, frozen: bool) -> float | None:
+    """Since when a word is awaited though the peer's kernel has all that was sent, and what it waits for."""
+    if not signs.asking or signs.acknowledged < 0 or signs.received > before.received:
+        return None
+    if due is None:
+        return None if signs.outstanding else now
+    return now if frozen else due
 
 
 def _patience(connection: Connection) -> float:

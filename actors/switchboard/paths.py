@@ -81,4 +81,5 @@ class Paths:
             except PeerupError as error:
                 return None, str(error)
             return rtt, ""
+        connection.link.ask()  # whoever asked sees that it is silent: have it judged now, and not when it is idle
         return None, f"no answer within {MEASURE_DEADLINE:g} s"

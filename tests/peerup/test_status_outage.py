@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,3 +61,41 @@ def test_a_proxy_that_cannot_listen_after_a_restart(node: Node, tmp_path: Path) 
             wait_until(lambda: problem(again, "proxy/home/ssh"), what="the proxy that does not listen", within=30)
         finally:
             again.stop()
+
+
+def test_a_relay_that_held_a_reservation_and_goes_silent(tmp_path: Path) -> None:
+    """Its sockets stay open and its kernel acknowledges all, so nothing but silence tells of the outage."""
+    with contextlib.ExitStack() as stack:
+        relay, node = Node("relay", tmp_path), Node("node", tmp_path)
+        for each in (relay, node):
+            each.initialise()
+        with (relay.home / "config.yaml").open("a") as config:
+            config.write("\nrelay_service:\n  enabled: true\n")
+        relay.run("auth", "add", node.peer_id)
+        node.run("relay", "add", f"{relay.address}/p2p/{relay.peer_id}")
+        for each in (relay, node):
+            stack.callback(each.stop)
+            each.start()
+        wait_until(lambda: status(node).returncode == 0, what="the reservation", within=30)
+        processes = relay.process_ids()
+        with stopped(processes):
+            # Whoever looks at it meanwhile, which sends something that is acknowledged, does not make it seem alive.
+            wait_until(
+                lambda: node.run("paths") and problem(node, "reservation"), what="the missing reservation", within=60
+            )
+            (row,) = node.run_json("relay", "list")
+            assert row["state"] not in ("held", "renewing")
+        wait_until(lambda: status(node).returncode == 0, what="the reservation, again", within=60)
+
+
+@contextlib.contextmanager
+def stopped(processes: Iterable[int]) -> Iterator[None]:
+    """They do not run meanwhile."""
+    processes = list(processes)
+    try:
+        for pid in processes:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in processes:
+            os.kill(pid, signal.SIGCONT)

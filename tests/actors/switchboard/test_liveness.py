@@ -220,6 +220,41 @@ async def test_words_of_the_peers_do_not_show_that_ours_arrive(world, autojump_c
     assert connection.doubted_since is not None
 
 
+async def test_a_kernel_that_acknowledges_for_a_process_that_hangs_shows_no_life(world, autojump_clock):
+    connection = world.add("far")
+    link = connection.link
+    link.ask()
+
+    def acknowledged():
+        link.acknowledge()
+        link.send()
+        link.acknowledge()
+
+    await world.pass_time(DOUBT_UNANSWERED, acknowledged)
+    assert connection.doubted_since is None
+    await world.pass_time(2, acknowledged)
+    assert connection.doubted_since is not None
+    await world.pass_time(60, acknowledged)
+    assert world.judged == [("far", True)]
+    link.hear()
+    await world.pass_time(1)
+    assert world.judged == [("far", True), ("far", False)]
+
+
+async def test_an_answer_may_wait_behind_what_is_not_acknowledged_yet(world, autojump_clock):
+    connection = world.add("far")
+    link = connection.link
+    link.ask()
+
+    def some():
+        link.acknowledged += 14
+        link.sent += 14
+        link.outstanding = True
+
+    await world.pass_time(10 * DOUBT_UNANSWERED, some)
+    assert connection.doubted_since is None
+
+
 async def test_time_in_which_this_process_did_not_run_counts_for_nothing(world, autojump_clock):
     connection = world.add("far")
     connection.link.send()
