@@ -5,15 +5,20 @@ and survives the end of this process. :meth:`AuditLog.sync` brings what was writ
 from time to time. A line is written wholly or not at all: when the disk fills up in the middle of one, the file
 is cut back to its last whole line. Lost lines are counted, and the count is the first thing written when there is
 room again. Before a file grows over its limit it becomes `<name>.1`, and so on up to a number of old files.
+
+Two processes may write to one log: a relay that lets its circuits end, and its successor. Each line is written, and
+each file moved on, under a lock (flock) on the file that is at the log's path, which no process holds for longer than
+that takes. Who has not noticed yet that the file was moved on writes a little more to `<name>.1`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 MAX_BYTES = 16 * 1024 * 1024
@@ -51,7 +56,6 @@ class AuditLog:
         self._max_bytes = max_bytes
         self._keep = keep
         self._descriptor = -1
-        self._size = 0
         self._unreported = 0
         self._dirty = False
 
@@ -94,14 +98,19 @@ class AuditLog:
         if self._descriptor < 0:
             return
         try:
-            here, there = os.fstat(self._descriptor), self.path.stat()
-        except FileNotFoundError:
-            self._close()
+            if not self._is_at_path():
+                self._close()
         except OSError as error:
             self.last_error = str(error)
-        else:
-            if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
-                self._close()
+
+    def _is_at_path(self) -> bool:
+        """Whether the file that is open is the one at the log's path."""
+        here = os.fstat(self._descriptor)
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            return False
+        return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
     def close(self) -> None:
         """Sync and close."""
@@ -118,42 +127,58 @@ class AuditLog:
         try:
             if self._descriptor < 0:
                 self._open()
-            if self._size and self._size + len(line) > self._max_bytes:
+            if (size := os.fstat(self._descriptor).st_size) > 0 and size + len(line) > self._max_bytes:
                 self._rotate()
-            written = os.write(self._descriptor, line)
+            with self._locked():
+                return self._append_locked(line)
         except OSError as error:
             self.last_error = str(error)
             return False
+
+    def _append_locked(self, line: bytes) -> bool:
+        written = os.write(self._descriptor, line)
         if written == len(line):
-            self._size += written
             self._dirty = True
             return True
         self.last_error = "the disk is full"
         with contextlib.suppress(OSError):
-            os.ftruncate(self._descriptor, self._size)  # we are the only writer
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
         return False
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other process writes to the file, or moves it on, meanwhile."""
+        descriptor = self._descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing it would not do: a thread may hold a copy
 
     def _open(self) -> None:
         self._descriptor = os.open(
             self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
         )
         try:
-            self._size = os.fstat(self._descriptor).st_size
-            if self._size and os.pread(self._descriptor, 1, self._size - 1) != b"\n":
-                # A predecessor was killed, or its machine was, within a line. End that line, so that ours is whole.
-                self._size += os.write(self._descriptor, b"\n")
+            with self._locked():
+                size = os.fstat(self._descriptor).st_size
+                if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+                    # A predecessor was killed, or its machine was, within a line. End that line, so that ours is whole.
+                    os.write(self._descriptor, b"\n")
         except OSError:
             self._close()
             raise
 
     def _rotate(self) -> None:
+        with self._locked():
+            if self._is_at_path():  # otherwise another process has moved it on
+                for number in range(self._keep, 1, -1):
+                    with contextlib.suppress(FileNotFoundError):
+                        self._old(number - 1).replace(self._old(number))
+                with contextlib.suppress(FileNotFoundError):
+                    self.path.replace(self._old(1))
         os.fdatasync(self._descriptor)
         self._close()
-        for number in range(self._keep, 1, -1):
-            with contextlib.suppress(FileNotFoundError):
-                self._old(number - 1).replace(self._old(number))
-        with contextlib.suppress(FileNotFoundError):
-            self.path.replace(self._old(1))
         self._open()
 
     def _old(self, number: int) -> Path:

@@ -19,7 +19,7 @@ from tests.support.processes import is_alive, wait_until
 class Relayed:
     """`laptop` has a proxy to `home`'s echo service, through `relay`."""
 
-    def __init__(self, directory, stack, *, drain="3s"):
+    def __init__(self, directory, stack, *, drain="3s", audited=False):
         self.drain = drain
         self.server = EchoServer()
         stack.callback(self.server.stop)
@@ -28,6 +28,10 @@ class Relayed:
             node.initialise()
         self.config = self.relay.home / "config.yaml"
         self.template = self.config.read_text()
+        if audited:
+            enabled = "log/audit.jsonl. Default: false\n    enabled: {}"
+            assert enabled.format("false") in self.template
+            self.template = self.template.replace(enabled.format("false"), enabled.format("true"))
         self.configure()
         for node in (self.home, self.laptop):
             self.relay.run("auth", "add", node.peer_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -46,7 +47,7 @@ def log_of(world):
 
 
 def test_a_successor_serves_while_an_open_connection_runs_on(tmp_path, stack):
-    world = Relayed(tmp_path, stack, drain="1000s")
+    world = Relayed(tmp_path, stack, drain="1000s", audited=True)
     old = main_process(world)
     with world.connection() as terminal:
         terminate(world)
@@ -63,6 +64,9 @@ def test_a_successor_serves_while_an_open_connection_runs_on(tmp_path, stack):
     assert moved(world) == []
     assert echo_works(world.port)
     assert is_alive(new)
+    audited = [json.loads(line) for line in (world.relay.home / "log" / "audit.jsonl").read_text().splitlines()]
+    assert len(audited) >= 2
+    assert "events-lost" not in {line["event"] for line in audited}
 
 
 def test_what_is_left_ends_with_its_time(tmp_path, stack):

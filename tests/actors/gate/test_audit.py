@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -138,3 +140,44 @@ def test_a_link_or_pipe_in_the_logs_place_is_not_written_to(path):
     path.symlink_to(victim)
     assert not AuditLog(path).write("a", 0, {})
     assert victim.read_bytes() == b""
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from actors.gate.audit import AuditLog
+
+log = AuditLog(Path(sys.argv[1]), max_bytes=2_000, keep=1_000)
+for number in range(2_000):
+    assert log.write(sys.argv[2], 0, {"number": number})
+    if number % 50 == 0:
+        log.follow()
+log.close()
+"""
+
+
+def test_two_processes_may_write_to_it_while_one_relieves_the_other(path):
+    """As a relay and its successor do (decision 21): nothing is torn, lost, or counted as old before its time."""
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, name]) for name in ("old", "new")]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    files = sorted(path.parent.iterdir(), key=lambda file: -int(file.suffix[1:]) if file.suffix[1:].isdecimal() else 0)
+    found = [event for file in files for event in events(file)]
+    for name in ("old", "new"):
+        assert sorted(event["number"] for event in found if event["event"] == name) == list(range(2_000)), name
+    # Whoever has not noticed yet that the file was moved writes a little more to it, but begins none before its time.
+    sizes = sorted(file.stat().st_size for file in files if file != path)
+    assert sizes[0] > 1_500, sizes
+
+
+def test_a_line_for_which_there_was_no_room_takes_none_of_another_process(path, monkeypatch):
+    first, second = AuditLog(path), AuditLog(path)
+    assert first.write("a", 0, {})
+    assert second.write("b", 0, {})
+    real = os.write
+    monkeypatch.setattr("actors.gate.audit.os.write", lambda descriptor, data: real(descriptor, data[:10]))
+    assert not first.write("lost", 0, {})
+    monkeypatch.undo()
+    assert second.write("c", 0, {})
+    first.close()
+    second.close()
+    assert [event["event"] for event in events(path)] == ["a", "b", "c"]
