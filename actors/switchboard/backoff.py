@@ -37,6 +37,10 @@ class BackOff:
         self._failures += 1
         return wait * self._random.uniform(1 - JITTER, 1 + JITTER)
 
+    def again(self) -> float:
+        """The seconds to wait after a failure that does not count."""
+        return self._initial * self._random.uniform(1 - JITTER, 1 + JITTER)
+
     def reset(self) -> None:
         """Note a success: the next failure waits the initial time again."""
         self._failures = 0

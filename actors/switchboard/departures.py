@@ -8,7 +8,8 @@ from then on, but lets open circuits run for a while. For its clients, which are
                             they are closed, so that the relay need not wait for what carries nothing
                          -> the connection to it stays, however idle: its end tells when the relay has ended
     meanwhile -> whoever needs the relay dials it again after a short pause, at random: a successor may have its port
-                 while circuits run on in the one that leaves
+                 while circuits run on in the one that leaves; for `RETURN` seconds it is dialled every half a second,
+                 since a process takes a second or some to start, and a refusal costs nothing
     a new connection to it comes up -> the relay is there again; what was dialled before is seen off as above
 
 That a relay leaves is no failure of it.
@@ -46,6 +47,9 @@ PAUSE: Final = (0.25, 1.0)
 SUCCESSOR: Final = 0.5
 """Seconds more before a relay is dialled that is still there: so long its successor takes to start at least."""
 
+RETURN: Final = 15.0
+"""Seconds after its go away for which a relay is expected back. One that leaves again within them is not."""
+
 CODE: Final = "relay-leaving"
 
 
@@ -76,6 +80,8 @@ class Departures:
         self._random = randomness
         self._log = log
         self._leaving: dict[PeerId, Connection] = {}
+        self._waited: set[PeerId] = set()  # those that are leaving and have been given time for that
+        self._left: dict[PeerId, float] = {}
         self._late = trio.Event()  # a relayed connection has come up
 
     def __contains__(self, relay: PeerId | None) -> bool:
@@ -94,6 +100,11 @@ class Departures:
         self._table.gone_away(connection, self._now(), PATIENCE)
         if relay not in self._leaving:
             self._leaving[relay] = connection
+            self._waited.discard(relay)
+            now = self._now()
+            for returned in [each for each, since in self._left.items() if now - since >= RETURN]:
+                del self._left[returned]
+            self._left.setdefault(relay, now)
             self._log(f"the relay {relay} is shutting down; what is new goes another way")
             for each in self._through(relay):
                 self._table.gone_away(each, self._now())
@@ -109,15 +120,25 @@ class Departures:
             self._late.set()
             self._late = trio.Event()
 
+    def returning(self, peer: PeerId) -> bool:
+        """Whether this is a relay that has left a moment ago and is probably being restarted."""
+        since = self._left.get(peer)
+        return since is not None and self._now() - since < RETURN
+
     async def until_gone(self, peer: PeerId) -> None:
-        """Return when this peer is no relay that is leaving: at once, or a moment after it has ended."""
+        """Return when this peer is no relay that is leaving: at once, or a moment after it has ended.
+
+        Whoever asks again dials because that moment was too short, and does not wait.
+        """
         connection = self._leaving.get(peer)
-        if connection is None:
+        if connection is None or peer in self._waited:
             await trio.lowlevel.checkpoint()
             return
         with trio.move_on_after(SUCCESSOR):
             await connection.ended.wait()
         await trio.sleep(self._random.uniform(*PAUSE))
+        if self._leaving.get(peer) is connection:
+            self._waited.add(peer)
 
     def _matters(self, connection: Connection) -> bool:
         """Whether it is the connection over which a relay serves us."""

@@ -40,6 +40,7 @@ class Keeper:
         connect: returns once the peer is connected; raises a :class:`PeerupError` if that fails.
         until_lost: returns once the peer is no longer connected.
         now, randomness: clock and jitter.
+        returning: whether this peer is expected back in a moment, so that failures do not count.
     """
 
     def __init__(
@@ -49,12 +50,15 @@ class Keeper:
         until_lost: Callable[[PeerId], Awaitable[None]],
         now: Callable[[], float],
         randomness: random.Random,
+        *,
+        returning: Callable[[PeerId], bool] = lambda _: False,
     ) -> None:
         self._nursery = nursery
         self._connect = connect
         self._until_lost = until_lost
         self._now = now
         self._random = randomness
+        self._returning = returning
         self._needs: dict[PeerId, _Need] = {}
 
     def need(self, actor: str, peer: PeerId) -> None:
@@ -122,7 +126,7 @@ class Keeper:
                     if self._now() - began >= STABLE:
                         need.back_off.reset()
                         continue
-                wait = need.back_off.failed()
+                wait = need.back_off.again() if self._returning(peer) else need.back_off.failed()
                 need.next_dial = self._now() + wait
                 with trio.move_on_after(wait):
                     await need.wake.wait()

@@ -98,7 +98,14 @@ class Reach:
             discard=lambda late: late[0].close(),
             now=context.now,
         )
-        self.keeper = Keeper(context.nursery, self._keep_connected, table.until_lost, context.now, context.random)
+        self.keeper = Keeper(
+            context.nursery,
+            self._keep_connected,
+            table.until_lost,
+            context.now,
+            context.random,
+            returning=self.departures.returning,
+        )
         self.refusals = admittance.refusals
         self._here = here
         self._failures: Rare[PeerId] = Rare(context.now)

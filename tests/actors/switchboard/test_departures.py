@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from actors.switchboard.connections import LINGER, Connection, ConnectionTable
-from actors.switchboard.departures import PATIENCE, PAUSE, SUCCESSOR, Departures
+from actors.switchboard.departures import PATIENCE, PAUSE, RETURN, SUCCESSOR, Departures
 from actors.switchboard.wire import Way
 from protocol.messages.reachability import ConnectionLeaving, WatchConnections
 from protocol.messages.relay import DrainRelay, ServeRelay, WithdrawRelay
@@ -302,6 +302,29 @@ async def test_it_is_not_waited_for_without_end(autojump_clock):
         began = trio.current_time()
         await made.departures.until_gone(RELAY)
         assert SUCCESSOR <= trio.current_time() - began <= SUCCESSOR + PAUSE[1]
+
+
+async def test_it_is_expected_back_and_waited_for_once_but_not_one_that_leaves_again_and_again(autojump_clock):
+    async with room() as made:
+        assert not made.departures.returning(RELAY)
+        left = trio.current_time()
+        made.departures.said(made.connection(RELAY))
+        await made.departures.until_gone(RELAY)
+        first = trio.current_time()
+        for _ in range(10):
+            await made.departures.until_gone(RELAY)
+        assert trio.current_time() == first
+        for number in range(int(RETURN)):
+            made.departures.said(made.opened(made.connection(RELAY, ident=f"again {number}")))
+            assert made.departures.returning(RELAY) is (trio.current_time() - left < RETURN)
+            await made.departures.until_gone(RELAY)
+            assert trio.current_time() - first >= SUCCESSOR + PAUSE[0], "each of them is given its time"
+            first = trio.current_time()
+            if first - left > RETURN:
+                break
+        assert not made.departures.returning(RELAY)
+        made.departures.said(made.opened(made.connection(RELAY, ident="later")))
+        assert made.departures.returning(RELAY)
 
 
 async def test_a_successor_serves_while_what_went_through_the_old_one_is_seen_off(autojump_clock):

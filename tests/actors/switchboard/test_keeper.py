@@ -84,6 +84,28 @@ async def test_a_peer_that_hangs_up_at_once_is_not_dialled_without_pause(autojum
         keeper.release("a", PEER)
 
 
+async def test_a_peer_that_is_expected_back_is_dialled_often_for_a_while(autojump_clock):
+    network = Network(failures=1000)
+    async with trio.open_nursery() as nursery:
+        began = trio.current_time()
+        keeper = Keeper(
+            nursery,
+            network.connect,
+            network.until_lost,
+            trio.current_time,
+            random.Random(1),
+            returning=lambda peer: peer == PEER and trio.current_time() - began < 15,
+        )
+        keeper.need("a", PEER)
+        await trio.sleep(15)
+        waits = [later - earlier for earlier, later in zip(network.dials, network.dials[1:], strict=False)]
+        assert max(waits) < 0.7
+        assert min(waits) > 0.3
+        await trio.sleep(300)
+        assert network.dials[-1] - network.dials[-2] > 30
+        keeper.release("a", PEER)
+
+
 async def test_new_addresses_end_the_wait(autojump_clock):
     network = Network(failures=6)
     async with trio.open_nursery() as nursery:
