@@ -1,5 +1,7 @@
 """What each kind of frame or message from an authorised peer costs: `python -m tests.abuse.measure_cost_per_byte`.
 
+With `--relay` a relay is measured instead of a node, and what is sent are requests of the circuit protocol.
+
 For each kind a new insider sends as much of it as the node takes within some seconds, or at the rate given. It tells
 the CPU seconds of the whole node for each megabyte that was sent, and of its switchboard alone; the round trips of
 another peer's stream meanwhile; and whether and when the node ended the connection. A kind that is dear and is not
@@ -25,9 +27,13 @@ from typing import NamedTuple, Self
 
 import trio
 
+from protocol.circuit.messages import HopMessage, HopType
+from protocol.circuit.messages import Peer as Destination
+from protocol.circuit.messages import encode_message as encode_circuit_message
 from protocol.keys import PrivateKey
 from protocol.multistream import HEADER, encode_message
 from protocol.noise import MAX_PLAINTEXT
+from protocol.peer_id import PeerId
 from protocol.protocol_ids import CIRCUIT_HOP, CIRCUIT_STOP, IDENTIFY, IDENTIFY_PUSH
 from protocol.protocol_ids import PING as PING_PROTOCOL
 from protocol.varint import encode_varint
@@ -45,6 +51,7 @@ from tests.abuse.attacker import (
     frame,
     new_key,
 )
+from tests.abuse.relay_world import RelayWorld
 from tests.abuse.world import World
 from tests.support.nodes import Node
 
@@ -205,6 +212,37 @@ def kinds(key: PrivateKey) -> dict[str, Kind]:
     }
 
 
+RESERVE = encode_circuit_message(HopMessage(HopType.RESERVE))
+
+
+def connect(peer: PeerId) -> bytes:
+    """A request for a circuit to this peer."""
+    return encode_circuit_message(HopMessage(HopType.CONNECT, peer=Destination(peer)))
+
+
+def piecemeal(stream: int, message: bytes) -> bytes:
+    """A request in frames of one byte."""
+    pieces = [data(stream, message[at : at + 1]) for at in range(len(message))]
+    return opening(stream, CIRCUIT_HOP) + b"".join(pieces)
+
+
+def relay_kinds(served: PeerId) -> dict[str, Kind]:
+    """What may be asked of a relay; `served` has a reservation there and does not want to be called by the attacker."""
+    nobody = new_key().peer_id
+    return {
+        "reservation asked": streams(lambda n: opening(n, CIRCUIT_HOP, RESERVE, FIN)),
+        "reservation asked, stream kept": streams(lambda n: opening(n, CIRCUIT_HOP, RESERVE)),
+        "reservation asked and taken back": streams(lambda n: opening(n, CIRCUIT_HOP, RESERVE) + reset(n)),
+        "circuit to nobody": streams(lambda n: opening(n, CIRCUIT_HOP, connect(nobody), FIN)),
+        "circuit to a peer": streams(lambda n: opening(n, CIRCUIT_HOP, connect(served))),
+        "circuit to a peer, taken back": streams(lambda n: opening(n, CIRCUIT_HOP, connect(served)) + reset(n)),
+        "circuit to nobody, byte by byte": streams(lambda n: piecemeal(n, connect(nobody))),
+        "no request": streams(lambda n: opening(n, CIRCUIT_HOP)),
+        "garbage for a request": streams(lambda n: opening(n, CIRCUIT_HOP, b"GET / HTTP/1.1\r\n\r\n", FIN)),
+        "oversized request": streams(lambda n: opening(n, CIRCUIT_HOP, encode_varint(1 << 20) + bytes(400), FIN)),
+    }
+
+
 OWN_MESSAGE = {"1 byte a Noise message"}
 SEGMENTS = {"1 byte a TCP segment"}
 EMPTY = {"empty Noise messages"}
@@ -356,9 +394,12 @@ class Sender:
             scope.cancel()
 
 
-async def measure(world: World, key: PrivateKey, kind: str, make: Kind, *, seconds: float, rate: float) -> Result:
+async def measure(
+    world: World | RelayWorld, key: PrivateKey, kind: str, make: Kind, *, seconds: float, rate: float
+) -> Result:
     """One kind, from a new connection."""
-    pids, switchboard = actors_of(world.home), world.switchboard()
+    attacked = world.relay if isinstance(world, RelayWorld) else world.home
+    pids, switchboard = actors_of(attacked), world.switchboard()
     async with Attacker.connect(world.port, key, source="127.0.0.9") as attacker:
         await attacker.secure()
         sender = Sender(kind, attacker, seconds=seconds, rate=rate)
@@ -394,29 +435,41 @@ def sink(stack: contextlib.ExitStack) -> int:
     return int(listener.getsockname()[1])
 
 
+def node(directory: Path, stack: contextlib.ExitStack) -> tuple[World, Callable[[PrivateKey], dict[str, Kind]]]:
+    """A node with services, and what can be sent to it."""
+    world = World(directory, stack, log_level="warning")
+    down = socket.create_server(("127.0.0.1", 0))
+    world.home.run("service", "add", "sink", f"127.0.0.1:{sink(stack)}")
+    world.home.run("service", "add", "down", f"127.0.0.1:{down.getsockname()[1]}")
+    down.close()
+    return world, kinds
+
+
+def relay(directory: Path, stack: contextlib.ExitStack) -> tuple[RelayWorld, Callable[[PrivateKey], dict[str, Kind]]]:
+    """A relay, and what can be asked of it."""
+    world = RelayWorld(directory, stack, log_level="warning")
+    return world, lambda _: relay_kinds(PeerId.from_text(world.home.peer_id))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="CPU for each byte of what an authorised peer may send")
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds of each kind, at most")
     parser.add_argument("--rate", type=float, default=0.0, help="bytes a second; as many as are taken if not given")
+    parser.add_argument("--relay", action="store_true", help="what may be asked of a relay")
     parser.add_argument("--json", type=Path, help="write the results to this file, too")
     parser.add_argument("kind", nargs="*", help="kinds whose names contain one of these; all if none is given")
     chosen = parser.parse_args()
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        world = World(directory, stack, log_level="warning")
-        down = socket.create_server(("127.0.0.1", 0))
-        world.home.run("service", "add", "sink", f"127.0.0.1:{sink(stack)}")
-        world.home.run("service", "add", "down", f"127.0.0.1:{down.getsockname()[1]}")
-        down.close()
+        world, make = relay(directory, stack) if chosen.relay else node(directory, stack)
         print(TITLE, flush=True)
         results = []
-        for kind in kinds(new_key()):
+        for kind in make(new_key()):
             if chosen.kind and not any(part in kind for part in chosen.kind):
                 continue
-            key = new_key()  # a peer of its own, so that no debt of another kind's is left
-            world.home.run("auth", "add", str(key.peer_id), "--comment", f"insider {len(results)}")
+            key = world.another_insider()  # so that no debt of another kind's is left
             measured = functools.partial(measure, seconds=chosen.seconds, rate=chosen.rate)
-            result = trio.run(measured, world, key, kind, kinds(key)[kind])
+            result = trio.run(measured, world, key, kind, make(key)[kind])
             results.append(result)
             print(result.line(), flush=True)
         if chosen.json:
