@@ -50,6 +50,8 @@ MESSAGE: Final = 2.0
 """A Noise message."""
 READING: Final = 5.0
 """A call that reads from the connection."""
+FRAGMENT: Final = 25.0
+"""One that brings a few bytes from the middle of a Noise message; what is there of the message is copied each time."""
 BYTE: Final = 1 / 200
 """Earned: a byte of data."""
 PROPOSAL: Final = 100.0

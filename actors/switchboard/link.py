@@ -95,6 +95,7 @@ CONTAIN_DEFECTS = True
 """Whether an error that nobody foresaw, in what is made of a peer's bytes, costs that peer its connection; otherwise
 it ends the process, and with it all connections. Tests want the latter."""
 
+_FRAGMENT: Final = 256  # bytes of one recv that are too few for the middle of a message
 _PREFIX: Final = 2  # length of a Noise message
 _HEADER: Final = yamux.HEADER_LENGTH
 _FRAME: Final = MAX_FRAME
@@ -470,6 +471,8 @@ class Link:
             if start:
                 received[:start] = self._tail
             self._open_messages(received[: start + length])
+            if start and length < _FRAGMENT and len(self._tail) == start + length:
+                self.session.charge(costs.FRAGMENT)
             frames = self.session.frames_received - frames
             dear = left - allowance.level(now) > _DEAR
             if dear or (frames > _MANY and frames * _TINY > length):
@@ -503,6 +506,8 @@ class Link:
             room[start + stop : start + missing] = data[stop:missing]
             stop = missing
         self._open_messages(room[: start + stop], data[stop:])
+        if stop < _FRAGMENT and len(self._tail) == start + stop:
+            self.session.charge(costs.FRAGMENT)
 
     def _open_first(self) -> None:
         """Take what came with the handshake, unless it was taken with what came after it."""
@@ -563,10 +568,9 @@ class Link:
             self._refuse_later()
 
     def _hear(self, end: int, now: float) -> None:
-        """Give what was opened to yamux."""
+        """Give what was opened to yamux. Where nothing was, it charges the peer for that all the same."""
         try:
-            if end > _OPENED:
-                self.session.receive(self._opened, _OPENED, end, now)
+            self.session.receive(self._opened, _OPENED, end, now)
         except (PeerupError, OSError):
             raise
         except Exception as error:

@@ -209,6 +209,7 @@ def kinds(key: PrivateKey) -> dict[str, Kind]:
         "1 byte a Noise message": on_one(opening(1, SINK), data(1, b"x")),
         "empty Noise messages": on_one(opening(1, SINK), b""),
         "1 byte a TCP segment": on_one(opening(1, SINK), data(1, b"x")),
+        "1 byte a TCP segment, long messages": on_one(opening(1, SINK), data(1, bytes(60_000))),
     }
 
 
@@ -244,7 +245,7 @@ def relay_kinds(served: PeerId) -> dict[str, Kind]:
 
 
 OWN_MESSAGE = {"1 byte a Noise message"}
-SEGMENTS = {"1 byte a TCP segment"}
+SEGMENTS = {"1 byte a TCP segment", "1 byte a TCP segment, long messages"}
 EMPTY = {"empty Noise messages"}
 
 
@@ -402,6 +403,7 @@ async def measure(
     pids, switchboard = actors_of(attacked), world.switchboard()
     async with Attacker.connect(world.port, key, source="127.0.0.9") as attacker:
         await attacker.secure()
+        attacker.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sender = Sender(kind, attacker, seconds=seconds, rate=rate)
         with Prober(world.tunnel) as prober:
             await trio.sleep(0.3)

@@ -138,6 +138,25 @@ async def test_it_ends_the_connection_with_a_reason_and_others_go_on(
     assert witness.failed == 0
 
 
+async def test_messages_with_nothing_in_them_end_the_connection(world: World, insider: PrivateKey) -> None:
+    """Though there is never a frame with which what they cost could be charged."""
+    codes: list[int | None] = []
+    async with Attacker.connect(world.port, insider) as attacker:
+        await attacker.secure()
+        async with trio.open_nursery() as nursery:
+
+            async def hear() -> None:
+                codes.append(await attacker.until_gone_away(MOST))
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(hear)
+            with contextlib.suppress(ClosedError):
+                while True:
+                    await attacker.send(b"".join(attacker.seal_empty() for _ in range(500)))
+                    await trio.lowlevel.checkpoint()
+    assert codes == [ResetCode.RATE_LIMITED], "the peer was not told why"
+
+
 async def test_whoever_was_ended_and_comes_back_at_once_still_owes(world: World, insider: PrivateKey) -> None:
     async with Attacker.connect(world.port, insider, source="127.0.0.20") as attacker:
         await attacker.secure()

@@ -12,7 +12,9 @@ from actors.switchboard import channel as channel_module
 from actors.switchboard import link as link_module
 from actors.switchboard.link import LinkClosedError
 from actors.switchboard.wire import SocketWire
+from protocol import allowance as costs
 from protocol import yamux
+from protocol.allowance import Allowance
 from protocol.errors import LimitExceededError
 from protocol.noise_cipher import CipherState
 from protocol.stream_descriptor import ResetCode, reset_message
@@ -359,6 +361,75 @@ async def test_bytes_that_came_with_the_handshake_are_not_lost():
             link.abort()
             await until(lambda ended=ended: ended)
             near.close()
+
+
+@contextlib.asynccontextmanager
+async def charged(burst):
+    """A link with an allowance of so many units: (link, the peer's socket, its cipher, how the link ended)."""
+    async with no_leaks(), running() as reactor:
+        near, far = tcp_pair()
+        ended = []
+        link = link_module.Link(
+            reactor,
+            SocketWire(reactor, far),
+            role=Role.SERVER,
+            send_cipher=CipherState(b"2" * 32),
+            receive_cipher=CipherState(b"1" * 32),
+            received=b"",
+            on_stream=lambda _: None,
+            on_end=ended.append,
+            allowance=Allowance(reactor.clock(), burst=burst, rate=1e-6),
+        )
+        with near:
+            yield link, near, CipherState(b"1" * 32), ended
+            link.abort()
+            await until(lambda: ended)
+
+
+def message(cipher, plain):
+    sealed = cipher.encrypt(plain)
+    return len(sealed).to_bytes(2, "big") + sealed
+
+
+async def arrive(link, near, ended, piece):
+    """The piece is read on its own."""
+    expected = link.received + len(piece)
+    near.send(piece)
+    await until(lambda: ended or link.received == expected)
+
+
+async def test_a_message_byte_by_byte_is_charged_before_it_is_whole():
+    async with charged(burst=20_000.0) as (link, near, cipher, ended):
+        near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        whole = message(cipher, bytes(60_000))
+        for at in range(1500):
+            await arrive(link, near, ended, whole[at : at + 1])
+            if ended:
+                break
+        assert [end.code for end in ended] == ["yamux-flood"]
+
+
+async def test_messages_with_nothing_in_them_are_charged():
+    async with charged(burst=20_000.0) as (link, near, cipher, ended):
+        for _ in range(30):
+            await arrive(link, near, ended, b"".join(message(cipher, b"") for _ in range(50)))
+            if ended:
+                break
+        assert [end.code for end in ended] == ["yamux-flood"]
+
+
+async def test_messages_whose_length_comes_on_its_own_cost_no_more_than_two_reads():
+    """Some implementations write the length and the message one after the other, so that they travel so."""
+    async with charged(burst=20_000.0) as (link, near, cipher, ended):
+        near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        before = link.allowance.level(link.reactor.clock())
+        frame = struct.pack(">BBHII", 0, 2, 1, 0, 7)  # a ping, which costs IDLE
+        for _ in range(20):
+            whole = message(cipher, frame)
+            await arrive(link, near, ended, whole[:2])
+            await arrive(link, near, ended, whole[2:])
+        spent = before - link.allowance.level(link.reactor.clock())
+        assert spent <= 20 * (costs.IDLE + costs.MESSAGE + 2 * costs.READING)
 
 
 @contextlib.asynccontextmanager
