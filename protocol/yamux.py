@@ -76,7 +76,9 @@ _PARKED: Final = 512  # streams of the peer's that are refused later
 _RECALLED: Final = 4096  # streams of one session that are refused if they come
 _CHARGED_AT: Final = 10_000.0  # units that small frames may cost before the allowance is charged
 _UPDATES_AT_FIRST: Final = 16  # window updates that need no data: peers announce their windows, which grow
-_ROUND_TRIPS: Final = 8  # of which the shortest counts as the one without queues; a path may change
+_ROUND_TRIPS: Final = 8  # that all have to be so long before a path counts as another one than before
+_LONGER: Final = 4.0  # times the least round trip, and
+_LONGER_BY: Final = 0.05  # seconds: what a queue of our own does not make of it where windows are bounded
 _SMALL_UPDATE: Final = 512  # bytes; a window that moves by less makes more work than it is worth
 _NO_ROOM: Final = frozenset({ResetCode.NONE, ResetCode.LIMIT_EXCEEDED})  # why a stream that got no word is reset
 _UPDATES_DUE: Final = 4096  # small updates that may be waited for: more than frames are under way
@@ -273,8 +275,7 @@ class Session:
     """One end of a yamux session.
 
     Attributes:
-        rtt: seconds; whoever measures it keeps it here, it tells how fast a fast reader is.
-        least_rtt: seconds; the same without what waits on the way, as far as is known (:meth:`measured`).
+        least_rtt: seconds; a round trip without what waits on the way, as far as is known (:meth:`measured`).
         remote_gone, local_gone: who said go away.
         frames_received: counts headers.
         ends: counts the ends of streams, FIN and RST, that were laid out.
@@ -293,7 +294,6 @@ class Session:
         """A session that begins. `allowance` is the peer's, shared by all its sessions; `next_id` that of our first
         stream, if not the usual one.
         """
-        self.rtt = 0.0
         self.least_rtt = 0.0
         self._round_trips: deque[float] = deque(maxlen=_ROUND_TRIPS)
         self.remote_gone = False
@@ -482,7 +482,7 @@ class Session:
             return False
         elapsed = now - stream.refilled_at
         stream.refilled_at = now
-        if not stream.stalled and elapsed < max(4 * self.rtt, self._limits.fast):
+        if not stream.stalled and elapsed < max(4 * self.least_rtt, self._limits.fast):
             growth = min(stream.window, self._limits.stream_window - stream.window)
             growth = min(growth, self._limits.session_window - self._grown)
             if growth > 0:
@@ -514,7 +514,13 @@ class Session:
     def measured(self, rtt: float) -> None:
         """A ping of ours took so many seconds."""
         self._round_trips.append(rtt)
-        self.least_rtt = min(self._round_trips)
+        lately = min(self._round_trips)
+        if (
+            not self.least_rtt
+            or lately < self.least_rtt
+            or (len(self._round_trips) == _ROUND_TRIPS and lately > _LONGER * self.least_rtt + _LONGER_BY)
+        ):
+            self.least_rtt = lately
 
     def ping(self, value: int) -> None:
         """Ask for an answer that carries this 32-bit value back."""

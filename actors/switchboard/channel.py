@@ -27,6 +27,7 @@ from typing import Final, Protocol
 from actors.draining import give_up_without_progress
 from actors.reactor import HANG_UP, READ, WRITE, Reactor
 from actors.switchboard.budget import Budget
+from actors.switchboard.inflow import FAST, Inflow
 from protocol import yamux
 from protocol.errors import LimitExceededError, PeerupError, ProtocolError
 from protocol.stream_descriptor import (
@@ -71,6 +72,11 @@ class Carrier(Protocol):
     @property
     def budget(self) -> Budget:
         """What the peer may make us keep."""
+        ...
+
+    @property
+    def inflow(self) -> Inflow:
+        """What goes on to sockets of what comes from the peer."""
         ...
 
     def enqueue(self, channel: Channel) -> None:
@@ -489,6 +495,21 @@ class Channel:
         """So many delivered bytes have gone on; `behind`: they had to wait. Grants the peer more in due course."""
         if self._link.session.consumed(self.stream, length, now, behind=behind):
             self._link.plan_flush()
+
+    def keep_queue_short(self, inflow: Inflow, length: int, now: float) -> None:
+        """As `consumed` of bytes that have gone on at once, but grant a sender of much little more than it needs."""
+        session, stream = self._link.session, self.stream
+        whole = self._link.inflow
+        whole.came(length, now)
+        inflow.came(length, now)
+        window = inflow.window(session.least_rtt) if session.streams > 1 and whole.rate < FAST else None
+        if window is not None and window < 2 * stream.window:
+            # Gradually: half of what has gone on is granted again. A sender that is let run dry sends all of the next
+            # grant as one message, which can be read when all of it is there, and so goes on in lumps with pauses.
+            session.resize(stream, max(window, stream.window - length // 2))
+            self.consumed(length, now, behind=True)  # it does not grow either
+        else:
+            self.consumed(length, now)
 
     def resize_window(self, rate: float, queue: float, least: int) -> None:
         """What the peer sends goes on at `rate` bytes a second: grant so much that about `queue` seconds of it wait.

@@ -52,6 +52,7 @@ from actors.switchboard.batch import LEAST, Ahead
 from actors.switchboard.budget import Budget
 from actors.switchboard.channel import Channel, LinkClosedError, SettlingEnd
 from actors.switchboard.closing import Closing, Confirmations
+from actors.switchboard.inflow import Inflow
 from actors.switchboard.wire import MAX_FRAME, Acknowledgement, Wire, network_failed
 from protocol import allowance as costs
 from protocol import yamux
@@ -196,6 +197,7 @@ class Link:
         allowance: what it may make us do for nothing.
         sent, received: bytes on the wire since the link was made.
         rtt: seconds, smoothed; None until measured.
+        inflow: what goes on to sockets of what comes from the peer.
         end: why the link ended; None while it lives.
         closed: its wire is closed, too.
         on_closed: called when that happens; to be set by whoever needs it.
@@ -229,11 +231,11 @@ class Link:
         self.sent = 0
         self.received = len(received) + len(plaintext)
         self.rtt: float | None = None
+        self.inflow = Inflow()
         self.end: LinkEnd | None = None
         self.closed = False
         self.on_closed: Callable[[], None] = lambda: None
-        self._clock = reactor.clock
-        self._wire = wire
+        self._clock, self._wire = reactor.clock, wire
         self._received, self._opened, self._outgoing = reactor.rooms[wire.depth]
         self._rounds = 1 if wire.depth else _SEND_ROUNDS
         self._send_cipher = send_cipher
@@ -816,7 +818,6 @@ class Link:
             if sample >= INTERRUPTED and self.rtt is not None:
                 return
             self.rtt = sample if self.rtt is None else 0.875 * self.rtt + 0.125 * sample
-            self.session.rtt = self.rtt
             self.session.measured(sample)
 
     def gone_away(self, code: int) -> None:

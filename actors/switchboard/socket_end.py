@@ -53,6 +53,7 @@ from actors.sockets import (
     send_at_once,
 )
 from actors.switchboard.channel import Channel
+from actors.switchboard.inflow import Inflow
 from protocol.stream_descriptor import ResetCode
 
 _GATHER: Final = 16  # pieces of one send
@@ -93,6 +94,7 @@ class SocketEnd:
         "_fd",
         "_fresh",
         "_heard_end",
+        "_inflow",
         "_kept",
         "_large_at",
         "_on_done",
@@ -141,6 +143,7 @@ class SocketEnd:
         self._done = False
         self._outcome = Outcome.STREAM_RESET  # what a reset means
         self._broken = False  # the socket is; what it holds has yet to go to the peer
+        self._inflow = Inflow()
         self._heard_end = False  # its other end had finished before it broke
         self._draining = False  # the stream was reset; what came before has yet to be taken by the socket's other end
         self._code = int(ResetCode.NONE)  # with which it was reset
@@ -288,7 +291,7 @@ class SocketEnd:
             self._lost(error.errno)
             return
         if taken:
-            self._channel.consumed(taken, now)
+            self._channel.keep_queue_short(self._inflow, taken, now)
         if self.received > self._large_at:
             self._enlarge(socket.SO_SNDBUF)
         for piece in fresh:

@@ -68,6 +68,7 @@ class Network:
 NETWORKS: Final = {
     "10M": Network(10e6, 0.02),
     "10M-1MiB": Network(10e6, 0.02, queue=1024 * 1024),
+    "4M": Network(4e6, 0.02),
     "1M": Network(1e6, 0.02),
     "150ms-1%": Network(10e6, 0.075, loss=0.01),
 }
@@ -94,10 +95,10 @@ class Cell:
 class Service:
     """In a host: what a connection's first byte asks for: `e` echoes, `d` sends without end, `u` reads without end."""
 
-    def __init__(self, host: Machine) -> None:
+    def __init__(self, host: Machine, address: str = "127.0.0.1") -> None:
         self.taken = 0  # bytes that were read for `u`
         self._listener = host.socket(socket.SOCK_STREAM)
-        self._listener.bind(("127.0.0.1", 0))
+        self._listener.bind((address, 0))
         self._listener.listen(64)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
