@@ -373,10 +373,13 @@ def test_a_message_whose_descriptor_does_not_arrive_is_refused_at_once(path: str
 
     def starved() -> None:
         with Visitor(path, "starved") as own:
-            own.exchange.on(Echo, lambda ask, envelope: own.exchange.answer(envelope, Echoed(ask.text, os.getpid(), 1)))
+
+            def starve_and_answer(ask: Echo, envelope: Envelope) -> None:
+                starve()  # before the answer: the tester sends the next message as soon as it has it
+                own.exchange.answer(envelope, Echoed(ask.text, os.getpid(), 1))
+
+            own.exchange.on(Echo, starve_and_answer)
             own.exchange.on(TakeDescriptor, lambda _, envelope: own.exchange.answer(envelope, Ok()))
-            own.run(lambda: bool(own.exchange.journal()), timeout=20)
-            starve()
             own.run(lambda: False, timeout=60)
 
     with forked(starved):
