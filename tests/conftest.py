@@ -1,11 +1,37 @@
 """Options of the whole test suite."""
 
+import gc
+import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest_plugins = ["tests.natlab.plugin", "tests.support.deadlines"]
+
+_BYTECODE = pytest.StashKey[str]()
+_FAILED = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the processes that tests start share compiled modules where the environment forbids them to be kept.
+
+    Otherwise each of many hundred processes compiles every module anew, which takes two fifths of its start. They are
+    kept beside the repository, as the environment asks, and go with the run.
+    """
+    if os.environ.get("PYTHONDONTWRITEBYTECODE") and not hasattr(config, "workerinput"):
+        config.stash[_BYTECODE] = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="peerup-bytecode-")
+        Path(config.stash[_BYTECODE]).chmod(0o755)
+        del os.environ["PYTHONDONTWRITEBYTECODE"]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what was compiled for this run."""
+    if _BYTECODE in config.stash:
+        shutil.rmtree(config.stash[_BYTECODE], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +54,21 @@ def _no_defect_is_contained(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a test an error that nobody foresaw is the test's failure, and not a peer's lost connection."""
     if (link := sys.modules.get("actors.switchboard.link")) is not None:
         monkeypatch.setattr(link, "CONTAIN_DEFECTS", False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
+    return report
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Let go at once of what a test that failed has left open, so that no later test is blamed for it."""
+    if item.stash.get(_FAILED, False):
+        for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+            vars(sys).pop(name, None)
+        gc.collect()
 
 
 @pytest.hookimpl(trylast=True)
