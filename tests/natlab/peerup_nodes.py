@@ -27,6 +27,9 @@ from tests.support.nodes import run_here
 READY = 60.0
 """Seconds for a daemon to be up on a busy machine."""
 
+ORDERLY = 3.0
+"""Seconds for a daemon to stop in good order. It may want half a minute for a peer that a lost network has cut off."""
+
 STOP = 40.0
 """Seconds for a daemon to stop on a busy machine, where it takes one alone; one that hangs fails its test."""
 
@@ -124,6 +127,9 @@ class Peerup:
         self.begin_stop()
         daemon, self.daemon = self.daemon, None
         if daemon is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(ORDERLY)
+            daemon.terminate()  # the second time it means at once
             try:
                 daemon.wait(STOP)
             except subprocess.TimeoutExpired:

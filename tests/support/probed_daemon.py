@@ -48,6 +48,9 @@ _SYSCALLS = {
     "process_madvise": (440, 440),
 }
 
+PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4206, 0x4207
+WALL = 0x40000000  # __WALL: also for processes that are no children of ours
+
 
 def syscall(name: str, *arguments: int | None) -> None:
     """Make a system call; OSError says why it failed."""
@@ -138,8 +141,11 @@ def peek(pid: int) -> None:
 
 
 def attach(pid: int) -> None:
-    """Become the tracer of another process (PTRACE_SEIZE, which does not stop it), and let go."""
-    syscall("ptrace", 0x4206, pid, 0, 0)
+    """Become the tracer of another process and let go: else that one stops for good at the next signal to it."""
+    syscall("ptrace", PTRACE_SEIZE, pid, 0, 0)
+    syscall("ptrace", PTRACE_INTERRUPT, pid, 0, 0)  # one can only let go of a process that is stopped
+    os.waitpid(pid, WALL)
+    syscall("ptrace", PTRACE_DETACH, pid, 0, 0)
 
 
 def absent_is_ok(function: Callable[[], None], *allowed: int) -> None:
