@@ -16,6 +16,8 @@ import socket
 from collections.abc import Callable
 from typing import TypeVar
 
+import trio
+
 from actors.local_user import user_of_caller
 from actors.proxy.listening import address_of, inherit, listen, remove_file
 from actors.proxy.tunnels import (
@@ -51,6 +53,8 @@ OPEN_DEADLINE = 30.0
 """Seconds for the switchboard to connect and open a stream; its own deadlines are shorter."""
 LEND_DEADLINE = 2.0
 """Seconds for the switchboard to take over accepting; else it is asked again."""
+LEND_PAUSE = 2.0
+"""Seconds until it is asked again where this process had no descriptor left for that."""
 RESTART_PATIENCE = 5.0
 """Seconds that a new connection waits for a switchboard that is being restarted."""
 ACCEPT_BATCH = 16
@@ -219,17 +223,14 @@ class ProxyClient(Actor):
     async def _lend(self) -> None:
         """Let the switchboard accept. If it is not there, its start brings another try."""
         listener = self._listener
-        if listener is None or listener.family == socket.AF_UNIX:  # the switchboard takes TCP sockets only
+        if listener is None or listener.fileno() < 0 or listener.family == socket.AF_UNIX:  # it takes TCP sockets only
             return
-        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        request = LendListener(
-            Descriptor(os.dup(listener.fileno())),
-            Descriptor(reading),
-            self._peer,
-            self._protocol,
-            self._limit,
-            self._only_user,
-        )
+        try:
+            request, writing = self._offer(listener)
+        except OSError as error:  # no descriptor is left; connections are accepted here meanwhile
+            self.context.log.debug("accepting here: {}", error.strerror)
+            self.context.nursery.start_soon(self._lend_later)
+            return
         try:
             await self.context.ask(SWITCHBOARD, request, timeout=LEND_DEADLINE)
         except AskError as error:
@@ -247,6 +248,27 @@ class ProxyClient(Actor):
         self._end_lease()
         self._lease = writing
         self._reactor.modify(listener.fileno(), 0)
+
+    def _offer(self, listener: socket.socket) -> tuple[LendListener, int]:
+        """What asks the switchboard to accept, and the descriptor that ends that when it is closed.
+
+        Raises:
+            OSError: no descriptor is left.
+        """
+        copy = Descriptor(os.dup(listener.fileno()))
+        try:
+            reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            copy.close()
+            raise
+        lent = LendListener(copy, Descriptor(reading), self._peer, self._protocol, self._limit, self._only_user)
+        return lent, writing
+
+    async def _lend_later(self) -> None:
+        """Try again after a while, unless that has become needless."""
+        await trio.sleep(LEND_PAUSE)
+        if self._lease is None:
+            await self._lend()
 
     def _end_lease(self) -> None:
         """Accept here again."""

@@ -9,6 +9,7 @@ import socket
 import pytest
 import trio
 
+from actors.proxy import client as client_module
 from actors.switchboard import doors as doors_module
 from actors.switchboard.doors import Doors
 from protocol.errors import LimitExceededError
@@ -19,6 +20,7 @@ from protocol.yamux import BacklogError
 from supervisor.errors import RefusedError
 from tests.actors.dataplane import running
 from tests.actors.local_node import echo, peer_of, tcp_server, two_nodes, until
+from tests.support.processes import descriptors
 
 ECHO = "/peerup/echo/1.0.0"
 PROXY, SERVICE = "proxy/bob/echo", "service/echo"
@@ -166,6 +168,36 @@ async def test_a_new_switchboard_is_lent_the_listener_and_meanwhile_the_proxy_ac
             with trio.fail_after(10):
                 assert await client.receive_some(1) == b"x"
         await until(lambda: alice.actors[PROXY].describe()["accepted_by"] == "switchboard")
+        await exchange(address)
+
+
+async def test_a_proxy_without_descriptors_accepts_by_itself_and_lends_later(monkeypatch):
+    """That it cannot lend its listener costs neither its life nor a descriptor."""
+    monkeypatch.setattr(client_module, "LEND_PAUSE", 0.05)
+    async with tunnel() as (alice, _, address):
+        proxy = alice.actors[PROXY]
+        real, starved = os.pipe2, True
+        failures = []
+
+        def pipe2(flags):
+            if starved:
+                failures.append(len(descriptors(os.getpid())))
+                raise OSError(errno.EMFILE, "Too many open files")
+            return real(flags)
+
+        await alice.stop("switchboard")
+        await until(lambda: proxy.describe()["accepted_by"] == PROXY)
+        monkeypatch.setattr(os, "pipe2", pipe2)
+        await alice.start_switchboard()
+        await exchange(address)
+        await until(lambda: len(failures) >= 3)
+        assert alice.actors[PROXY] is proxy
+        assert proxy.describe()["accepted_by"] == PROXY
+        count = len(failures)
+        await until(lambda: len(failures) >= count + 5)
+        assert len(set(failures[count:])) == 1, "each attempt costs a descriptor"
+        starved = False
+        await until(lambda: proxy.describe()["accepted_by"] == "switchboard")
         await exchange(address)
 
 
