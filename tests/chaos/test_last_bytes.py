@@ -141,7 +141,8 @@ class World:
         return wait_until(self._last_outcome, within=40, what="a record of the tunnel")
 
     def _last_outcome(self) -> str | None:
-        lines = (self.laptop.home / "log" / "audit.jsonl").read_text().splitlines()
+        log = self.laptop.home / "log" / "audit.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []  # it begins with the first tunnel that is over
         for each in map(json.loads, lines):
             if each.get("sent", 0) > len(HELLO):
                 return str(each["outcome"])
