@@ -11,7 +11,8 @@ SYN travels with the first frame of whoever opened the stream, ACK with the firs
 SYN at once. Each side may send as many bytes on a stream as the other granted: 256 KiB at the start, more by window
 updates. Who sends more has broken the protocol. Bytes are granted anew only after the consumer reported them delivered
 (:meth:`Session.consumed`), so what waits for a slow reader is never more than one window. A window starts at 256 KiB
-and doubles while its reader empties it quickly, up to a limit for the stream and a budget for all of the session. A
+and doubles while its reader empties it quickly, up to a limit for the stream and a budget for all of the session; and
+while its reader empties it as quickly as another one a larger window, up to that, so that streams share evenly. A
 consumer that would rather have less under way says so (:meth:`Session.resize`); what was granted stays granted, and the
 next grants wait until so much has been consumed.
 
@@ -75,6 +76,7 @@ _NO_GREETING: Final = 1 << 62  # bytes; until it is known how many there were
 _PARKED: Final = 512  # streams of the peer's that are refused later
 _RECALLED: Final = 4096  # streams of one session that are refused if they come
 _CHARGED_AT: Final = 10_000.0  # units that small frames may cost before the allowance is charged
+_WIDEST_LASTS: Final = 2.0  # seconds for which the stream with the largest window is one that others share with
 _UPDATES_AT_FIRST: Final = 16  # window updates that need no data: peers announce their windows, which grow
 _ROUND_TRIPS: Final = 8  # that all have to be so long before a path counts as another one than before
 _LONGER: Final = 4.0  # times the least round trip, and
@@ -313,6 +315,9 @@ class Session:
         self._updates_due = 0  # small window updates that data frames of ours are worth
         self._large_updates_due = _UPDATES_AT_FIRST  # and others
         self._grown = 0  # bytes by which windows have grown, all streams
+        self._widest = 0  # bytes; the largest window that was refilled lately,
+        self._widest_took = 0.0  # seconds since it was refilled before that,
+        self._widest_at = 0.0  # and when that was
         self._answers = bytearray()  # pings, their answers, and refusals: ready frames
         self._frames: dict[int, tuple[int, int]] = {}  # one frame of each stream: flags and length
         self._resets = 0  # of them, those of the peer's streams that we have reset
@@ -482,16 +487,35 @@ class Session:
             return False
         elapsed = now - stream.refilled_at
         stream.refilled_at = now
-        if not stream.stalled and elapsed < max(4 * self.least_rtt, self._limits.fast):
-            growth = min(stream.window, self._limits.stream_window - stream.window)
+        if not stream.stalled:
+            most = stream.window
+            if elapsed < max(4 * self.least_rtt, self._limits.fast):
+                most = self._limits.stream_window
+            elif self._is_held_back(stream, elapsed, now):
+                most = self._widest
+            growth = min(stream.window, most - stream.window)
             growth = min(growth, self._limits.session_window - self._grown)
             if growth > 0:
                 self._set_window(stream, stream.window + growth)
                 grant += growth
         stream.stalled = False
+        if stream.window >= self._widest or now - self._widest_at > _WIDEST_LASTS:
+            self._widest, self._widest_took, self._widest_at = stream.window, elapsed, now
         stream.receive_window += grant
         self._stream_control(stream, 0, grant)
         return True
+
+    def _is_held_back(self, stream: Stream, elapsed: float, now: float) -> bool:
+        """Whether only its window makes a stream slower than another: each uses up its own in about the same time.
+
+        Otherwise streams would for ever share a connection in the proportion of the windows that they happened to have
+        when it became busy.
+        """
+        return (
+            INITIAL_WINDOW <= stream.window < self._widest
+            and elapsed < 2 * self._widest_took
+            and now - self._widest_at < _WIDEST_LASTS
+        )
 
     def resize(self, stream: Stream, window: int) -> None:
         """Let the window be of this size from now on, but no larger than it is, or was at the start.

@@ -207,6 +207,32 @@ def test_window_does_not_grow_for_a_slow_reader(behind, later):
     assert stream.receive_window + stream.undelivered == stream.window == INITIAL_WINDOW
 
 
+@pytest.mark.parametrize(
+    ("took", "grown"),
+    [(0.1, 4 * INITIAL_WINDOW), (0.19, 4 * INITIAL_WINDOW), (0.21, INITIAL_WINDOW)],
+)
+def test_streams_that_use_up_their_windows_in_the_same_time_come_to_have_equal_ones(took, grown):
+    """Else they would for ever share the connection in the proportion of windows that they once happened to have."""
+    server = End(Role.SERVER)
+    for stream_id in (1, 3):
+        server.feed(data(stream_id, b"", SYN))
+    wide, narrow = server.opened
+
+    def take_half(stream, now):
+        server.feed(data(stream.id, bytes(stream.window // 2)))
+        assert server.session.consumed(stream, stream.window // 2, now)
+
+    take_half(wide, 0.001)
+    take_half(wide, 0.002)
+    assert wide.window == 4 * INITIAL_WINDOW
+    take_half(narrow, 0.1)
+    assert narrow.window == INITIAL_WINDOW, "it took long"
+    for _ in range(4):
+        take_half(wide, wide.refilled_at + 0.1)
+        take_half(narrow, narrow.refilled_at + took)
+    assert (wide.window, narrow.window) == (4 * INITIAL_WINDOW, grown)
+
+
 def test_what_has_yet_to_come_of_a_frame_is_not_granted_again():
     end = End(Role.SERVER)
     begun, most = 150_000, 200_000
