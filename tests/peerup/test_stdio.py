@@ -81,6 +81,8 @@ class Stage(World):
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with contextlib.ExitStack() as stack:
+        # A shell lets what it starts in the background ignore SIGINT, and what that starts inherits it.
+        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
         yield Stage(tmp_path_factory.mktemp("s"), stack)
 
 
