@@ -164,11 +164,22 @@ func (n *node) exchanges(ctx context.Context, id int, to peer.ID, name string, c
 	return all, nil
 }
 
+// awaitIdentify returns when the peer has told what it speaks, which replaces what was noted of it before.
+func (n *node) awaitIdentify(ctx context.Context, of peer.ID) {
+	for ctx.Err() == nil {
+		if known, err := n.host.Peerstore().GetProtocols(of); err == nil && len(known) > 0 {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
 // exchange opens a stream, sends and reads at the same time, and reports both sides of it.
 func (n *node) exchange(ctx context.Context, to peer.ID, name string, o exchangeOptions, p *progress) answer {
 	result := answer{}
 	started := time.Now()
 	if o.Lazy { // as with a protocol that the peer has once said it speaks
+		n.awaitIdentify(ctx, to)
 		if err := n.host.Peerstore().AddProtocols(to, protocol.ID(name)); err != nil {
 			return answer{"opened": false, "error": err.Error()}
 		}
