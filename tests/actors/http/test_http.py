@@ -416,7 +416,7 @@ async def test_a_request_that_gets_no_place_in_time_is_told_so(tmp_path):
         await trio.sleep_forever()
 
     async with trio.open_nursery() as nursery:
-        limits = HttpLimits(connections=1, waiting=1, request_seconds=0.1)
+        limits = HttpLimits(connections=1, waiting=1, request_seconds=1.0)
         await serve(nursery, tmp_path / "s", stuck, limits=limits)
         clients = [await trio.open_unix_socket(tmp_path / "s") for _ in range(2)]
         for client in clients:
