@@ -414,6 +414,8 @@ class SocketEnd:
         sock, pending = self._socket, self._pending
         assert sock is not None
         now = self._channel.reactor.clock()
+        if self.received > self._large_at:
+            self._enlarge(socket.SO_SNDBUF)
         try:
             while pending:
                 self._taken(sock.sendmsg(list(itertools.islice(pending, _GATHER))), now)
