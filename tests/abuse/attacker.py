@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -242,6 +242,33 @@ class Attacker:
                 if heard.kind == GO_AWAY:
                     code = heard.length
         return code
+
+    async def flood(self, portions: Iterator[bytes], seconds: float) -> int | None:
+        """Send portions of frames, many in each message, until the node closes the connection.
+
+        An empty portion makes messages with nothing in them. The code of the node's go-away; None if it said none.
+        """
+        codes: list[int | None] = []
+        async with trio.open_nursery() as nursery:
+
+            async def hear() -> None:
+                codes.append(await self.until_gone_away(seconds))
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(hear)
+            with contextlib.suppress(ClosedError):
+                while True:
+                    await self.send(self._batch(portions))
+                    await trio.lowlevel.checkpoint()
+        return codes[0]
+
+    def _batch(self, portions: Iterator[bytes]) -> bytes:
+        batch = b""
+        while len(batch) < noise.MAX_PLAINTEXT // 4:
+            if not (portion := next(portions)):
+                return b"".join(self.seal_empty() for _ in range(500))
+            batch += portion
+        return self.seal(batch)
 
     async def negotiate(self, stream: int, protocol: str) -> bytes:
         """Open a stream and propose; all that is answered up to `na` or the protocol. Ends with the first answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import socket
 import threading
@@ -15,7 +16,6 @@ import trio
 
 from protocol.keys import PrivateKey
 from protocol.multistream import HEADER, encode_message
-from protocol.noise import MAX_PLAINTEXT
 from protocol.protocol_ids import IDENTIFY, IDENTIFY_PUSH
 from protocol.protocol_ids import PING as PING_PROTOCOL
 from protocol.stream_descriptor import ResetCode
@@ -107,27 +107,11 @@ async def test_it_ends_the_connection_with_a_reason_and_others_go_on(
     world: World, insider: PrivateKey, attack: str
 ) -> None:
     before = world.total("peerup_connections_closed_total", reason="yamux-flood")
-    codes: list[int | None] = []
     with Witness(world.tunnel) as witness:
         async with Attacker.connect(world.port, insider) as attacker:
             await attacker.secure()
-            async with trio.open_nursery() as nursery:
-
-                async def hear() -> None:
-                    codes.append(await attacker.until_gone_away(MOST))
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(hear)
-                stream = 1
-                with contextlib.suppress(ClosedError):
-                    while True:
-                        batch = b""
-                        while len(batch) < MAX_PLAINTEXT // 4:
-                            batch += ATTACKS[attack](stream)
-                            stream += 2
-                        await attacker.say(batch)
-                        await trio.lowlevel.checkpoint()
-        assert codes == [ResetCode.RATE_LIMITED], "the peer was not told why"
+            code = await attacker.flood(map(ATTACKS[attack], itertools.count(1, 2)), MOST)
+        assert code == ResetCode.RATE_LIMITED, "the peer was not told why"
         wait_until(lambda: len(witness.times) > 3, within=20, what="others to be served")
     wait_until(
         lambda: world.total("peerup_connections_closed_total", reason="yamux-flood") == before + 1,
@@ -140,21 +124,9 @@ async def test_it_ends_the_connection_with_a_reason_and_others_go_on(
 
 async def test_messages_with_nothing_in_them_end_the_connection(world: World, insider: PrivateKey) -> None:
     """Though there is never a frame with which what they cost could be charged."""
-    codes: list[int | None] = []
     async with Attacker.connect(world.port, insider) as attacker:
         await attacker.secure()
-        async with trio.open_nursery() as nursery:
-
-            async def hear() -> None:
-                codes.append(await attacker.until_gone_away(MOST))
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(hear)
-            with contextlib.suppress(ClosedError):
-                while True:
-                    await attacker.send(b"".join(attacker.seal_empty() for _ in range(500)))
-                    await trio.lowlevel.checkpoint()
-    assert codes == [ResetCode.RATE_LIMITED], "the peer was not told why"
+        assert await attacker.flood(itertools.repeat(b""), MOST) == ResetCode.RATE_LIMITED, "the peer was not told why"
 
 
 async def test_whoever_was_ended_and_comes_back_at_once_still_owes(world: World, insider: PrivateKey) -> None:
