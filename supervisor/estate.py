@@ -72,11 +72,21 @@ class Estate:
         self._kept: dict[str, _Kept] = {}
         self._branches: dict[str, _Total] = {}
 
-    def keep(self, name: str, path: tuple[str, ...], checkpoint: Checkpoint, size: int, *, own: bool = False) -> None:
+    def keep(
+        self,
+        name: str,
+        path: tuple[str, ...],
+        checkpoint: Checkpoint,
+        size: int,
+        *,
+        own: bool = False,
+        handed_down: bool = False,
+    ) -> None:
         """Keep this, in place of what was kept for the name.
 
         `path` names the supervisors from the child that leads to the actor down to the actor's own; empty for a child.
-        `size` is that of the state, in bytes; `own` says that the name is a child's, so that nobody else may bring it.
+        `size` is that of the message that brought it, in bytes; `own` says that the name is a child's, so that nobody
+        else may bring it, `handed_down` that the supervisor above has kept it, which added to it on its way.
 
         Raises:
             RefusedError: it is beyond a bound, or the name came by another way before; what was kept stays.
@@ -84,7 +94,7 @@ class Estate:
         before = self._kept.get(name)
         try:
             self._check_way(name, path, before, own=own)
-            self._check_size(path, checkpoint, size, before)
+            self._check_size(path, checkpoint, size, before, steps=len(path) + handed_down)
         except RefusedError:
             _close(checkpoint)
             raise
@@ -97,8 +107,10 @@ class Estate:
         if (own and path) or (before is not None and before.path[:1] != path[:1]):
             raise RefusedError("not-its-own", f"{name} leaves its checkpoints by another way")
 
-    def _check_size(self, path: tuple[str, ...], checkpoint: Checkpoint, size: int, before: _Kept | None) -> None:
-        if size > CHECKPOINT_BYTES + len(path) * PATH_BYTES or len(checkpoint.descriptors) > CHECKPOINT_DESCRIPTORS:
+    def _check_size(
+        self, path: tuple[str, ...], checkpoint: Checkpoint, size: int, before: _Kept | None, *, steps: int
+    ) -> None:
+        if size > CHECKPOINT_BYTES + steps * PATH_BYTES or len(checkpoint.descriptors) > CHECKPOINT_DESCRIPTORS:
             reason = f"a checkpoint has at most {CHECKPOINT_BYTES} bytes and {CHECKPOINT_DESCRIPTORS} descriptors"
             raise RefusedError(TOO_LARGE, reason)
         if not path:

@@ -506,7 +506,8 @@ class Exchange:
         try:
             self._port.send(envelope, descriptors)
         except NotDeliveredError as error:
-            self.undelivered(envelope, str(error))
+            # Later: whoever asks is told nothing before `ask` has returned.
+            self.call_at(self.now(), functools.partial(self.undelivered, envelope, str(error)))
         finally:
             for descriptor in descriptors:
                 descriptor.close()

@@ -287,9 +287,17 @@ class Overseer:
     def _on_keep_checkpoint(self, message: KeepCheckpoint, envelope: Envelope) -> None:
         checkpoint = Checkpoint(message.state, message.descriptors, message.version)
         if envelope.sender == self._exchange.supervisor and message.path[:1] == (self.name,):
-            self._estate.keep(message.name, message.path[1:], checkpoint, len(envelope.body))
+            self._keep_handed_down(message, checkpoint, len(envelope.body))
         elif message.path[:1] == (envelope.sender,):
             self._keep(message.name, message.path, checkpoint, envelope)
+
+    def _keep_handed_down(self, message: KeepCheckpoint, checkpoint: Checkpoint, size: int) -> None:
+        """What a predecessor of this supervisor had kept. Whatever it is, it must not end this one, too."""
+        try:
+            self._estate.keep(message.name, message.path[1:], checkpoint, size, handed_down=True)
+        except RefusedError as refusal:
+            self._log.warning("{} starts without what it left: {}", message.name, refusal)
+            self._exchange.metrics.counter("peerup_checkpoints_refused_total", reason=refusal.code).inc()
 
     def _on_drop_checkpoint(self, message: DropCheckpoint, envelope: Envelope) -> None:
         if message.name in self._estate.names_below(envelope.sender):

@@ -393,7 +393,7 @@ class World:
             raise NotDeliveredError(f"{name} is being restarted")
         early = envelope.reply_to is not None or sender.name == target.supervisor or sender.supervisor == name
         if state is NameState.STARTING and not early:
-            raise NotDeliveredError(f"{name} is starting")
+            raise NotDeliveredError(f"{name} is being restarted")
         channel = (sender.name, name)
         if self._under_way.get(channel, 0) >= QUEUE_LIMIT:
             raise NotDeliveredError(f"the queue from {sender.name} to {name} is full")

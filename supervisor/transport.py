@@ -136,7 +136,7 @@ class Transport:
         self._serial = 0  # of registrations; a descriptor's number may be used again while events are handled
         self._registered: dict[int, int] = {}
         self._starved = False
-        self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._spare_fd = _spare()
         self._changes: Changes | None = None
         self._watched: dict[str, tuple[int, int] | None] = {}
         self._gone: collections.deque[tuple[str, int, int]] = collections.deque(maxlen=256)
@@ -298,15 +298,18 @@ class Transport:
             # Only its own supervisor may speak first to one that is starting.
             reachable = entry.state is NameState.READY or (entry.owner == self.name and entry.pid > 0)
             if not reachable or (name, entry.incarnation, entry.pid) in self._gone:
-                raise NotDeliveredError(f"{name} is being started")
-            link = self._connect(entry.pid)
+                raise NotDeliveredError(f"{name} is being restarted")
+            # One that was ready has listened; one that starts may only not listen yet.
+            who = (name, entry.incarnation, entry.pid) if entry.state is NameState.READY else None
+            link = self._connect(entry.pid, who)
         elif link.broken:
             raise NotDeliveredError(f"{name} has just ended")
         link.name, link.incarnation = name, entry.incarnation
         self._by_name[name] = link
         return link
 
-    def _connect(self, pid: int) -> _Link:
+    def _connect(self, pid: int, who: tuple[str, int, int] | None = None) -> _Link:
+        """A new link to this process; if it has ended, `who` (name, incarnation, pid) is known to be gone."""
         try:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         except OSError as error:
@@ -316,8 +319,11 @@ class Transport:
             peer, uid = linux.peer_credentials(sock)
         except OSError as error:
             sock.close()
-            reason = "has ended" if error.errno in (errno.ECONNREFUSED, errno.ENOENT) else f"no link: {error.strerror}"
-            raise NotDeliveredError(f"process {pid}: {reason}") from error
+            if error.errno not in (errno.ECONNREFUSED, errno.ENOENT):
+                raise NotDeliveredError(f"process {pid}: no link: {error.strerror}") from error
+            if who is not None:
+                self._gone.append(who)
+            raise NotDeliveredError(f"process {pid}: has ended") from error
         if peer != pid or uid != self._uid:
             sock.close()
             self.refusals["foreign-listener"] += 1
@@ -369,11 +375,12 @@ class Transport:
         entry = None if link.name is None else self.directory.read(link.name)
         if entry is not None and entry.pid != link.pid:
             return True
-        os.close(self._spare_fd)  # it may be the last that this process can have
+        if self._spare_fd >= 0:
+            os.close(self._spare_fd)  # it may be the last that this process can have
         try:
             return _ends_within(END_PATIENCE, link.pid)
         finally:
-            self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            self._spare_fd = _spare()
 
     def _broke(self, link: _Link, reason: str) -> None:
         """A link came to its end."""
@@ -661,6 +668,14 @@ def _ends_within(seconds: float, pid: int) -> bool:
         return bool(poll.poll(seconds * 1000))
     finally:
         os.close(pidfd)
+
+
+def _spare() -> int:
+    """A descriptor to be given up when one is needed; -1 if there is none."""
+    try:
+        return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def _close_all(descriptors: Sequence[Descriptor]) -> None:

@@ -30,7 +30,7 @@ from supervisor import authority, estate
 from supervisor.actor import Actor, Checkpoint, handles
 from supervisor.authority import RULES, Authority, Role
 from supervisor.errors import AskError, RefusedError
-from supervisor.estate import Estate
+from supervisor.estate import Estate, keep_message
 from supervisor.exchange import Exchange
 from supervisor.overseer import FACTORY, Overseer, supervisor_arguments
 from supervisor.port import NameState
@@ -262,6 +262,33 @@ def test_a_checkpoint_over_the_bounds_is_refused_and_the_one_before_it_stays(ove
     assert refusals(overseer) == {estate.TOO_LARGE: 1.0}
     arrive(overseer, "b", SaveCheckpoint({"good": 2}, ()))
     assert overseer._estate.get("b").state == {"good": 2}
+
+
+def test_a_checkpoint_of_the_greatest_size_comes_back_to_a_supervisor_that_was_restarted(overseer):
+    """On its way up and down it becomes a little longer each time."""
+    longest = longest_checkpoint()
+    above, kept = Estate(), keep_message("b", ("root",), longest)
+    above.keep("b", kept.path, longest, len(encode_body(kept)[0]))
+    (handed_down,) = above.messages_below("root")
+    arrive(overseer, "main", handed_down)
+    assert overseer._estate.get("b").state == longest.state
+    assert refusals(overseer) == {}
+
+
+def test_a_checkpoint_that_cannot_be_taken_back_costs_nothing_else(overseer):
+    arrive(overseer, "main", KeepCheckpoint("b", ("root",), {"huge": bytes(2 * estate.CHECKPOINT_BYTES)}, ()))
+    assert overseer._estate.get("b") is None
+    assert refusals(overseer) == {estate.TOO_LARGE: 1.0}
+    arrive(overseer, "main", KeepCheckpoint("b", ("root",), {"good": 1}, ()))
+    assert overseer._estate.get("b").state == {"good": 1}
+
+
+def longest_checkpoint():
+    """One whose message from the actor itself is as long as may be."""
+    around = len(encode_body(SaveCheckpoint({"x": bytes(70_000)}, ()))[0]) - 70_000
+    checkpoint = Checkpoint({"x": bytes(estate.CHECKPOINT_BYTES - around)}, ())
+    assert len(encode_body(SaveCheckpoint(checkpoint.state, ()))[0]) == estate.CHECKPOINT_BYTES
+    return checkpoint
 
 
 def test_nobody_leaves_a_checkpoint_for_another(overseer):

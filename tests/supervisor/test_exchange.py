@@ -546,6 +546,21 @@ def test_a_delayed_request_that_cannot_be_delivered_then_fails(bench):
     assert isinstance(answers[0], NoSuchActorError)
 
 
+@pytest.mark.parametrize("action", [FaultAction.DUPLICATE, FaultAction.CORRUPT, FaultAction.REORDER])
+def test_nothing_is_answered_before_the_request_has_been_made(bench, action):
+    """Whoever asks may not know yet what it waits for."""
+    bench.port.full.add("you")
+    bench.arrive(SetFaults((fault(action, delay=1.0),)), sender="boss")
+    bench.said()
+    order = []
+    for _ in range(2):  # the second one lets go of what a reordering has held back
+        bench.exchange.ask("you", Query(1), timeout=5, answer=order.append)
+        order.append("asked")
+    assert order[0] == order[1] == "asked"
+    bench.pass_time(6.0)
+    assert [type(one) for one in order[2:]] == [RefusedError, RefusedError]
+
+
 def test_duplicate(bench):
     bench.arrive(SetFaults((fault(FaultAction.DUPLICATE, nth=1),)))
     assert tell_many(bench, 2) == ["0", "0", "1"]

@@ -21,6 +21,7 @@ import pytest
 from thespian.actors import ActorExitRequest, ActorSystem, InvalidActorSpecification
 from thespian.system.messages.admin import PendingActor, SystemShutdown
 
+from protocol.messages import encode_body
 from protocol.messages.system import (
     ChildSpec,
     Describe,
@@ -28,6 +29,7 @@ from protocol.messages.system import (
     ProcessFault,
     ReadTree,
     Restart,
+    SaveCheckpoint,
     StartChild,
     StopChild,
     Strategy,
@@ -36,12 +38,13 @@ from protocol.messages.system import (
 from supervisor import control, thespian_base
 from supervisor.boot import Boot
 from supervisor.errors import ActorRestartingError, AskError, DeadlineExceededError, NoSuchActorError, RefusedError
+from supervisor.estate import CHECKPOINT_BYTES
 from supervisor.overseer import FACTORY, supervisor_arguments
 from supervisor.port import NameState
 from supervisor.registry import RunDirectory
 from supervisor.service import FAILED_STARTS
 from tests.supervisor.process_harness import ROOT, TOY, ToyService, forked, run_directory, spec, toy
-from tests.supervisor.toy_actors import Block, Crash, Echo, ReadSeen, Relay, Sleep, Watch
+from tests.supervisor.toy_actors import Block, Crash, Echo, Keep, Kept, ReadKept, ReadSeen, Relay, Sleep, Watch
 from tests.support.listeners import listeners
 from tests.support.processes import descriptors, is_alive, read_process, tree, wait_until
 
@@ -438,6 +441,28 @@ def test_a_listening_socket_outlives_the_supervisors_above_its_process(start: St
         with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
             assert client.recv(64)
     assert listening_port(service) == port
+
+
+@pytest.mark.parametrize("victim", ["below", "root"])
+def test_a_checkpoint_of_the_greatest_size_outlives_the_supervisors_above_its_actor(start: Start, victim: str) -> None:
+    """On its way up and down again it becomes a little longer with each supervisor."""
+    inner = ChildSpec("below", FACTORY, supervisor_arguments(spec(toy("a"))))
+    service = start(spec(inner))
+    around = len(encode_body(SaveCheckpoint({"kept": bytes(70_000)}, ()))[0]) - 70_000
+    size = CHECKPOINT_BYTES - around
+    service.visitor.tell("a", Keep(size, 7))
+    service.visitor.tell("a", Keep(size + 1, 8))  # one byte too many: refused, and the one before it stays
+    pid = service.echo("a").pid
+    wait_until(lambda: "a checkpoint of a was not kept" in service.errors(), within=5, what="the refusal")
+    service.visitor.ask("root", ReadTree())  # what `below` has answered came to the root after the checkpoint
+    for kills in range(1, 3):
+        os.kill(service.entry_pid(victim), signal.SIGKILL)
+        if victim == "root":
+            service.leave()
+            service.wait_ready(kills + 1)
+        pid = service.echo_from_another("a", pid).pid
+        assert service.visitor.ask("a", ReadKept()) == Kept(size, 7)
+    assert "starts without what it left" not in service.errors()
 
 
 def listening_port(service: ToyService) -> int:

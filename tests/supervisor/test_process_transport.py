@@ -19,9 +19,18 @@ from collections.abc import Iterator
 import pytest
 
 from protocol.messages import Descriptor, Envelope, Message, encode_body
-from protocol.messages.system import CollectMetrics, Ok, ReadDeadLetters
+from protocol.messages.system import (
+    CollectMetrics,
+    EdgeFilter,
+    FaultAction,
+    FaultRule,
+    Ok,
+    ReadDeadLetters,
+    SetFaults,
+)
 from supervisor import linux
-from supervisor.errors import AskError, RefusedError
+from supervisor.authority import Authority
+from supervisor.errors import ActorNotReadyError, AskError, RefusedError
 from supervisor.port import NameState, NotDeliveredError
 from supervisor.registry import Entry, RunDirectory
 from supervisor.transport import INLINE_LIMIT, QUEUE_BYTES, QUEUE_LIMIT, Transport
@@ -171,7 +180,7 @@ def test_unknown_and_starting_names(path: str, visitor: Visitor) -> None:
         visitor.transport.send(envelope("tester", "nobody"), ())
     assert visitor.transport.state("nobody") is NameState.UNKNOWN
     visitor.directory.write("slow", Entry(NameState.STARTING, 3, 0, "root"))
-    with pytest.raises(NotDeliveredError, match="is being started"):
+    with pytest.raises(NotDeliveredError, match="is being restarted"):
         visitor.transport.send(envelope("tester", "slow"), ())
     assert visitor.transport.state("slow") is NameState.STARTING
 
@@ -328,6 +337,41 @@ def test_more_descriptors_than_a_message_may_have_are_closed(path: str, visitor:
     assert len(descriptors(os.getpid())) == here
 
 
+def test_a_process_that_is_dead_and_not_yet_waited_for_is_being_restarted(path: str, visitor: Visitor) -> None:
+    """The registry calls it ready until its supervisor has noticed."""
+    with server(path) as pid:
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert RunDirectory(path).read("server").state is NameState.READY  # type: ignore[union-attr]
+        for _ in range(2):
+            with pytest.raises(ActorNotReadyError):
+                visitor.ask("server", Echo(b"anybody"))
+
+
+@pytest.mark.parametrize("action", [FaultAction.DUPLICATE, FaultAction.CORRUPT, FaultAction.REORDER])
+def test_nobody_is_answered_before_it_has_asked(path: str, visitor: Visitor, action: FaultAction) -> None:
+    """Also where a fault is in force, and it turns out only then that the request cannot be delivered."""
+    rule = FaultRule("f", EdgeFilter(target="server"), action, 1.0, None, 1, time.monotonic() + 60, 0.1)
+
+    def boss() -> None:
+        with Visitor(path, "boss") as own:
+            own.tell("tester", SetFaults((rule,)))
+            own.run(lambda: False, timeout=60)
+
+    visitor.exchange.allow_faults, visitor.exchange.authority = True, Authority("boss")
+    with server(path) as pid, forked(boss):
+        visitor.run(lambda: bool(visitor.exchange.faults), timeout=10)
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        order: list[object] = []
+        for _ in range(2):  # the second one lets go of what a reordering has held back
+            visitor.exchange.ask("server", Echo(b"anybody"), timeout=30, answer=order.append)
+            order.append("asked")
+        assert order == ["asked", "asked"]
+        visitor.run(lambda: len(order) == 4, timeout=10)
+        assert [type(one) for one in order[2:]] == [ActorNotReadyError, ActorNotReadyError]
+
+
 def starve() -> None:
     """Let this process have no further descriptor, nor one that garbage of the parent's gives up later."""
     gc.collect()
@@ -366,6 +410,33 @@ def test_who_connects_to_a_process_without_descriptors_waits_and_is_served_later
         assert isinstance(answers[0], Echoed), answers
         assert downs == []
         assert visitor.ask("starved", Echo(b"again")).text == b"again"
+
+
+def test_an_end_that_is_noticed_without_descriptors_ends_nobody_else(path: str, visitor: Visitor) -> None:
+    """Not even the descriptor that is spared for looking whether it is one can be had again."""
+
+    def starved() -> None:
+        with Visitor(path, "starved") as own:
+            assert own.ask("victim", Echo(b"")).text == b""
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            own.directory.write("starved", Entry(NameState.READY, 2, os.getpid(), "starved"))
+            own.run(lambda: own.transport.refusals["link-lost"] > 0, timeout=20)
+            with pytest.raises(AskError):
+                own.ask("victim", Echo(b""))
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            own.exchange.on(Echo, lambda ask, envelope: own.exchange.answer(envelope, Echoed(ask.text, os.getpid(), 1)))
+            assert own.ask("successor", Echo(b"")).text == b""
+            own.run(lambda: False, timeout=60)
+
+    with server(path, "successor"), server(path, "victim") as victim, forked(starved):
+        wait_until(
+            lambda: (entry := visitor.directory.read("starved")) is not None and entry.incarnation == 2,
+            within=10,
+            what="it has no descriptors left",
+        )
+        os.kill(victim, signal.SIGKILL)
+        assert visitor.ask("starved", Echo(b"alive")).text == b"alive"
 
 
 def test_a_message_whose_descriptor_does_not_arrive_is_refused_at_once(path: str, visitor: Visitor) -> None:

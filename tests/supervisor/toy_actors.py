@@ -94,6 +94,27 @@ class ReadCount(Request[Counted]):
     pass
 
 
+@message("toy.keep")
+class Keep(Message):
+    """Leave a checkpoint of so many bytes, all of them this one."""
+
+    size: int
+    byte: int
+
+
+@message("toy.kept")
+class Kept(Message):
+    """What the predecessor has left, and which byte that was."""
+
+    size: int
+    byte: int
+
+
+@message("toy.read-kept")
+class ReadKept(Request[Kept]):
+    pass
+
+
 @message("toy.measured")
 class Measured(Message):
     seconds: tuple[float, ...]
@@ -129,6 +150,7 @@ class Toy(Actor):
         self._count = 0
         self._in_order = True
         self._listener: trio.SocketListener | None = None
+        self._kept = b""
 
     async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
         if self._fail_start:
@@ -136,6 +158,8 @@ class Toy(Actor):
         if self._start_delay:
             await trio.sleep(self._start_delay)
         state: dict[str, Data] = {"pid": os.getpid(), "incarnation": self.context.incarnation}
+        if checkpoint is not None and isinstance(kept := checkpoint.state.get("kept"), bytes):
+            self._kept = kept
         if self._port is not None:
             sock = self._listening_socket(checkpoint)
             self.context.checkpoint({"port": sock.getsockname()[1]}, [sock.fileno()])
@@ -213,6 +237,14 @@ class Toy(Actor):
     @handles(ReadCount)
     async def read_count(self, request: ReadCount) -> Counted:
         return Counted(self._count, self._in_order)
+
+    @handles(Keep)
+    async def keep(self, notice: Keep) -> None:
+        self.context.checkpoint({"kept": bytes([notice.byte]) * notice.size})
+
+    @handles(ReadKept)
+    async def read_kept(self, request: ReadKept) -> Kept:
+        return Kept(len(self._kept), self._kept[0] if self._kept else 0)
 
     @handles(Measure, concurrent=True)
     async def measure(self, request: Measure) -> Measured:
