@@ -26,6 +26,7 @@ from actors.config.proxies_file import DesiredProxy, ProxiesFileError, load_prox
 from actors.config.reconciler import KEEPER, Reconciler, proxy_child, service_child
 from actors.config.schema import ConfigError, NodeConfig, check_proxy_listen, parse_listen_address
 from actors.files import BusyError, FileError, digest_of, read_limited, write_atomic
+from actors.publication import Publication
 from actors.watch import watch_file
 from protocol.errors import InvalidValueError
 from protocol.messages import Data
@@ -82,7 +83,6 @@ class Config(Actor):
         self._text = ""  # of the file when it was last looked at, also when it was broken
         self._problems: tuple[str, ...] = ()
         self._withdrawn: tuple[str, ...] = ()  # what a broken file has taken away, in words
-        self._subscribers: set[str] = set()
         self._desired: dict[str, DesiredProxy] = {}
         self._passing: dict[str, DesiredProxy] = {}  # without a listener; gone when the node ends
         self._proxies_problem = ""
@@ -93,6 +93,7 @@ class Config(Actor):
 
     async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
         """Read the configuration; only the first of its name gives up when it is broken."""
+        self._published = Publication(self.context)
         state = checkpoint.state if checkpoint is not None else {}
         self._config = self._first_config(restarted=checkpoint is not None)
         self._at_start = dict(state.get("at_start") or not_live(self._config))
@@ -119,6 +120,7 @@ class Config(Actor):
             "version": self._snapshot.version,
             "gating": self._snapshot.gating,
             "services": {service.name: service.address for service in self._snapshot.services if service.enabled},
+            "relays": [str(address) for address in self._snapshot.relays],
             "names": {entry.name: str(entry.peer) for entry in self._snapshot.names},
             "proxies": {actor: proxy.listen for actor, proxy in self._desired.items()},
             "problems": [
@@ -128,21 +130,21 @@ class Config(Actor):
             ],
             "warnings": [str(warning) for warning in self._config.warnings],
             "after_restart": [key for key, value in not_live(self._config).items() if self._at_start.get(key) != value],
-            "subscribers": sorted(self._subscribers),
+            "subscribers": list(self._published.subscribers),
+            "behind": list(self._published.behind),
             "children": self._reconciler.describe(),
         }
 
     @handles(SubscribeConfig)
     async def subscribe(self, request: SubscribeConfig) -> ConfigSnapshot:
         """Answer with the configuration, and tell the sender each later one."""
-        subscriber = self.context.current_sender
-        self._subscribers.add(subscriber)
-        self.context.watch(subscriber)
+        self._published.subscribe(self.context.current_sender)
         return self._snapshot
 
     @handles(ReloadConfig)
     async def reload(self, request: ReloadConfig) -> ConfigReloaded:
         """Read the file now."""
+        self._published.hurry()
         changes = self._read(force=True)
         return ConfigReloaded(
             self._snapshot.version,
@@ -220,7 +222,7 @@ class Config(Actor):
     @handles(ActorDown)
     async def actor_down(self, message: ActorDown) -> None:
         """Forget a subscriber; its successor subscribes anew."""
-        self._subscribers.discard(message.name)
+        self._published.forget(message.name)
 
     def _first_config(self, *, restarted: bool) -> NodeConfig:
         try:
@@ -307,8 +309,7 @@ class Config(Actor):
             return
         self._snapshot = dataclasses.replace(snapshot, version=self._snapshot.version + 1)
         self._save_checkpoint()
-        for subscriber in sorted(self._subscribers):
-            self.context.tell(subscriber, self._snapshot)
+        self._published.publish(self._snapshot)
         self._reconciler.wake()
 
     def _follow_names(self) -> None:

@@ -2,8 +2,8 @@
 
 Theory of operation. The policy has two sources: authorized_keys (watched, and read again on `Reload`) and the
 configuration (gating, services and their `allowed_peers`, from the actor `config`). When either changes, the merged
-policy gets the next version and is told to every subscriber. The switchboard decides with it on its own; whoever was
-never told a policy refuses everything.
+policy gets the next version and is sent to every subscriber until it has it (`actors.publication`). The switchboard
+decides with it on its own; whoever was never told a policy refuses everything.
 
 A change that narrows the policy always counts, one that widens it waits for a file that is whole
 (`protocol.narrowing`, decision 16):
@@ -31,6 +31,7 @@ from actors.files import BusyError
 from actors.gate.audit import AuditLog, sync_and_close
 from actors.gate.authorized_keys_file import Reading, inspect_authorized_keys
 from actors.gate.shares import AuditShares
+from actors.publication import Publication
 from actors.watch import watch_file
 from protocol.messages import Data
 from protocol.messages.config import ConfigSnapshot, SubscribeConfig
@@ -103,7 +104,6 @@ class Gate(Actor):
         self._withdrawn: frozenset[PeerId] = frozenset()  # who was allowed by lines that cannot be read any more
         self._waiting: tuple[PeerId, ...] = ()  # whose lines allow more than what is in force
         self._policy = Policy(0, gating=True, peers=(), services=())
-        self._subscribers: set[str] = set()
         self._told_by_config = 0
         self._config_version = 0  # of the configuration that the policy goes by
         self._policy_changed = trio.Event()
@@ -111,6 +111,7 @@ class Gate(Actor):
 
     async def start(self, checkpoint: Checkpoint | None) -> dict[str, Data]:
         """Read both sources; then the policy can be subscribed to."""
+        self._published = Publication(self.context)
         if checkpoint is not None:
             self._policy, self._begun = _unpack(checkpoint.state)
         self.context.watch(CONFIG)
@@ -152,7 +153,8 @@ class Gate(Actor):
                 for rule in self._policy.services
             },
             "problems": [*self._not_whole(), *map(_in_words, self._problems)],
-            "subscribers": sorted(self._subscribers),
+            "subscribers": list(self._published.subscribers),
+            "behind": list(self._published.behind),
             "audit": None
             if self._audit is None
             else {"file": str(self._audit.path), "written": self._audit.written, "lost": self._audit.lost},
@@ -161,14 +163,13 @@ class Gate(Actor):
     @handles(SubscribePolicy)
     async def subscribe(self, request: SubscribePolicy) -> PolicyPublished:
         """Answer with the policy, and tell the sender each later one."""
-        subscriber = self.context.current_sender
-        self._subscribers.add(subscriber)
-        self.context.watch(subscriber)
+        self._published.subscribe(self.context.current_sender)
         return PolicyPublished(self._policy)
 
     @handles(Reload)
     async def reload(self, request: Reload) -> Reloaded:
         """Read the file now."""
+        self._published.hurry()
         busy = self._read_file(publish=True)
         decision = (
             None
@@ -192,7 +193,7 @@ class Gate(Actor):
     @handles(ConfigSnapshot)
     async def config_changed(self, snapshot: ConfigSnapshot) -> None:
         """Take over what the configuration says."""
-        if self.context.current_sender == CONFIG:
+        if self.context.current_sender == CONFIG and snapshot.version >= self._config_version:
             self._told_by_config += 1
             self._publish(self._merged(snapshot))
 
@@ -205,7 +206,7 @@ class Gate(Actor):
     @handles(ActorDown)
     async def actor_down(self, message: ActorDown) -> None:
         """Forget a subscriber; its successor subscribes anew. The last configuration stays in force."""
-        self._subscribers.discard(message.name)
+        self._published.forget(message.name)
 
     @handles(Decided)
     async def decided(self, message: Decided) -> None:
@@ -365,8 +366,7 @@ class Gate(Actor):
         self.context.log.info(
             "policy {}: {} peers, {} services", self._policy.version, len(policy.peers), len(policy.services)
         )
-        for subscriber in sorted(self._subscribers):
-            self.context.tell(subscriber, PolicyPublished(self._policy))
+        self._published.publish(PolicyPublished(self._policy))
         self._policy_changed.set()
         self._policy_changed = trio.Event()
 

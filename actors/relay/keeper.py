@@ -72,6 +72,8 @@ class RelayKeeper(Actor):
         self._relays: dict[PeerId, KeptReservation] = {}
         self._inherited: dict[PeerId, Inheritance] = {}
         self._saved: dict[str, Data] = {}
+        self._config_version = 0  # of the configuration that was taken over last
+        self._in_force = 0  # of the one that the switchboard goes by as well
         self._ignored: tuple[str, ...] = ()
         self._switchboard_up = True
         self._announced: tuple[Multiaddr, ...] = ()  # as the present switchboard knows it
@@ -102,6 +104,8 @@ class RelayKeeper(Actor):
             "relays": [_describe(reservation.status()) for reservation in self._relays.values()],
             "announced": [str(address) for address in self._announced],
             "ignored": list(self._ignored),
+            "config_version": self._in_force,
+            "problem": self._refused,
         }
 
     @handles(ReadRelays, concurrent=True)
@@ -119,7 +123,7 @@ class RelayKeeper(Actor):
     @handles(ConfigSnapshot)
     async def config_changed(self, message: ConfigSnapshot) -> None:
         """Relays may have come or gone."""
-        if self.context.current_sender == CONFIG:
+        if self.context.current_sender == CONFIG and message.version >= self._config_version:
             self._apply(message)
 
     @handles(ConnectionOpened)
@@ -214,6 +218,7 @@ class RelayKeeper(Actor):
     # ---- relays
 
     def _apply(self, snapshot: ConfigSnapshot) -> None:
+        self._config_version = snapshot.version
         wanted, self._ignored = _group(snapshot.relays, self._us)
         for peer in [peer for peer in self._relays if peer not in wanted]:
             self._relays.pop(peer).stop()
@@ -284,7 +289,7 @@ class RelayKeeper(Actor):
                 await trio.sleep(ASK_AGAIN)
 
     async def _tell_switchboard(self) -> None:
-        peers = tuple(self._relays)
+        version, peers = self._config_version, tuple(self._relays)
         if peers and peers != self._watched:
             await self._watch_connections()
         announced = self._wanted_announcement()
@@ -293,6 +298,8 @@ class RelayKeeper(Actor):
             if self._switchboard_up:
                 self._announced = announced
             self._refused = ""
+        if self._switchboard_up:
+            self._in_force = version
 
     async def _watch_connections(self) -> None:
         async with self._watching:

@@ -86,6 +86,8 @@ class RelayServer(Actor):
     def __init__(self, drain: float = 30.0) -> None:
         self._drain = drain
         self._service: RelayService | None = None
+        self._config_version = 0  # of the configuration that was taken over last
+        self._in_force = 0  # of the one that the switchboard goes by as well
         self._policy = DENY_ALL
         self._discovery = AddressDiscovery()
         self._listening: tuple[Multiaddr, ...] = ()
@@ -176,6 +178,7 @@ class RelayServer(Actor):
                 {"by": str(each.peer), "address": str(each.address), "dialled": each.dialled}
                 for each in self._discovery.observations
             ],
+            "config_version": self._in_force,
             "limits": _limits(self._service.rules) if self._service is not None else None,
             "status_age": self.context.now() - self._status_at if status is not None else None,
             "addresses": [str(address) for address in status.addresses] if status is not None else [],
@@ -191,14 +194,15 @@ class RelayServer(Actor):
     @handles(ConfigSnapshot)
     async def config_changed(self, message: ConfigSnapshot) -> None:
         """Limits or addresses may be other ones."""
-        if self.context.current_sender == CONFIG:
+        if self.context.current_sender == CONFIG and message.version >= self._config_version:
             self._take_config(message)
             self._news.set()
 
     @handles(PolicyPublished)
     async def policy_published(self, message: PolicyPublished) -> None:
         """Others may be whose word about our address counts, from their next word on."""
-        if self.context.current_sender == GATE:
+        known = self._policy.policy
+        if self.context.current_sender == GATE and (known is None or message.policy.version >= known.version):
             self._policy = PolicyIndex(message.policy)
 
     @handles(ConnectionOpened)
@@ -248,6 +252,7 @@ class RelayServer(Actor):
     # ---- what should be, and what was told
 
     def _take_config(self, snapshot: ConfigSnapshot) -> None:
+        self._config_version = snapshot.version
         if snapshot.relay_service is not None:  # to be no relay any more takes effect with the next start
             self._service = snapshot.relay_service
 
@@ -314,7 +319,7 @@ class RelayServer(Actor):
                 self._discovery.forget(each)
 
     async def _tell(self) -> None:
-        service = self._service
+        version, service = self._config_version, self._service
         if service is None:
             return
         if self._told_rules != service.rules:
@@ -326,6 +331,7 @@ class RelayServer(Actor):
             addresses, instead = wanted
             await self.context.ask(SWITCHBOARD, AnnounceAddresses(addresses, instead), timeout=ANSWER_DEADLINE)
             self._told_addresses = wanted
+        self._in_force = version
 
     async def _read_status(self) -> RelayServiceStatus | None:
         try:

@@ -506,7 +506,7 @@ class Switchboard(Actor):
     @handles(ConfigSnapshot)
     async def config_changed(self, message: ConfigSnapshot) -> None:
         """Take over names and addresses."""
-        if self.context.current_sender == CONFIG:
+        if self.context.current_sender == CONFIG and message.version >= self._config_version:
             self._apply_config(message)
 
     @handles(NetworkChanged)

@@ -85,6 +85,8 @@ def remove(session: Session, peer: str, path: Path | None) -> None:
     """Let a peer connect no longer, and cut its connections.
 
     PEER is a peer id, else a name (`peerup names`), else the comment of a line. What could mean several is refused.
+    A peer that is also a relay of this node goes on relaying: the node connects to it, and refuses what it asks for
+    itself. `peerup relay remove` ends that.
     """
     from actors.gate.authorized_keys_file import remove_peer
 

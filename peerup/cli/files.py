@@ -163,7 +163,8 @@ class Told:
     @property
     def data(self) -> dict[str, Any]:
         """For programs."""
-        return {"running": self.running, "reloaded": self.reloaded, "problems": list(self.problems)}
+        told = {"running": self.running, "reloaded": self.reloaded, "problems": list(self.problems)}
+        return told | ({"notes": list(self.notes)} if self.notes else {})
 
 
 NOT_RUNNING = Told(running=False, reloaded=False)
@@ -203,14 +204,31 @@ def tell_authorized(session: Session, path: Path, peer: PeerId) -> Told:
 def tell_unauthorized(session: Session, path: Path, peer: PeerId) -> Told:
     """Have the running node take over authorized_keys; in force is that this peer may not connect any more."""
     answer = _ask_to_reload(session, AUTHORIZED_KEYS, path, peer=str(peer))
+    if answer is NOT_RUNNING:
+        return dataclasses.replace(NOT_RUNNING, notes=(_still_relay(peer),) if _is_relay(session, peer) else ())
     if isinstance(answer, Told):
         return answer
     problems = list(answer.get("not_in_force", []))
+    notes = [*_lines(answer), *([_still_relay(peer)] if answer.get("relay") else [])]
     if answer.get("rule") == "gating-off":
         problems.append("every peer may connect as a guest: security.enable_connection_gating is false")
     elif answer.get("allowed", True):
         problems.append(f"the node still lets it connect ({answer.get('rule') or 'it does not say by which rule'})")
-    return Told(running=True, reloaded=not problems, problems=tuple(problems), notes=tuple(_lines(answer)))
+    return Told(running=True, reloaded=not problems, problems=tuple(problems), notes=tuple(notes))
+
+
+def _is_relay(session: Session, peer: PeerId) -> bool:
+    """Whether the configuration has this peer as a relay."""
+    if not session.home.config_file.exists():
+        return False
+    return any(address.peer_id == peer for address in read_config(session).relay.addresses)
+
+
+def _still_relay(peer: PeerId) -> str:
+    return (
+        f"{peer} is also a relay of this node, which goes on connecting to it for that; what it asks for itself is "
+        f"refused. To use it as a relay no longer: peerup relay remove {peer}"
+    )
 
 
 def _ask_to_reload(session: Session, route: str, path: Path, **body: str) -> dict[str, Any] | Told:

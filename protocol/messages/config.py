@@ -55,8 +55,9 @@ class RelayService:
 
 
 @message("config.snapshot")
-class ConfigSnapshot(Message):
-    """What the running node needs of its configuration; told to each subscriber when it changes.
+class ConfigSnapshot(Request[Ok]):
+    """What the running node needs of its configuration: the answer to `SubscribeConfig`, and sent to each subscriber
+    when it changes. Whoever answers has taken it over.
 
     `relays` are those where this node keeps reservations, each address with its relay's `/p2p/…`. `relay_service` is
     None unless this node serves as a relay itself. `silence` is how many seconds a connection may be silent.
@@ -82,7 +83,7 @@ class ConfigReloaded(Message):
     """What a reload found.
 
     Attributes:
-        version: of the snapshot in force. It has been told to its subscribers, which does not say that it has arrived.
+        version: of the snapshot in force. It is being sent to its subscribers, which does not say that it has arrived.
         changes: what has changed, in words.
         problems: what is wrong with the file; then of what it says only that has been taken over which narrows what was
             in force before.

@@ -9,8 +9,11 @@ from protocol.policy import Policy
 
 
 @message("gate.policy")
-class PolicyPublished(Message):
-    """The policy now in force; the answer to `SubscribePolicy`, and told to each subscriber when it changes."""
+class PolicyPublished(Request[Ok]):
+    """The policy now in force: the answer to `SubscribePolicy`, and sent to each subscriber when it changes.
+
+    Whoever answers that goes by it.
+    """
 
     policy: Policy
 
@@ -33,7 +36,7 @@ class Reloaded(Message):
     """What was found in authorized_keys, and what of it is in force.
 
     Attributes:
-        version: of the policy. It has been told to whoever enforces it, which does not say that it has arrived.
+        version: of the policy. It is being sent to whoever enforces it, which does not say that it has arrived.
         peers: how many peers it lists.
         problems: what is wrong with the file, line 0 for the file as a whole.
         file: which file that is, with an absolute path.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -144,6 +145,67 @@ def test_the_configuration_of_another_directory_is_not_the_one_in_force(node: No
         done = subprocess.run([*program, *arguments], check=False, capture_output=True, text=True, timeout=60, env=env)
         assert (done.returncode, done.stdout) == (1, ""), (arguments, done.stdout, done.stderr)
         assert "the node goes by" in done.stderr
+
+
+RELAY, OTHER_RELAY = (f"/ip4/127.0.0.1/tcp/9/p2p/{peer}" for peer in PEERS[2:4])
+
+
+@contextlib.contextmanager
+def losing(node: Node, kind: str, to: str) -> Iterator[None]:
+    """Messages of this kind do not reach that actor."""
+    said(node, 0, "fault", "drop", "--to", to, "--kind", kind, "--ttl", "60s")
+    try:
+        yield
+    finally:
+        said(node, 0, "fault", "clear")
+
+
+def test_relays_that_the_keeper_does_not_have_are_not_in_force(node: Node) -> None:
+    assert "has taken it over" in said(node, 0, "relay", "add", RELAY)[0]
+    with losing(node, "config.snapshot", to="relay/keeper"):
+        for arguments in (("relay", "add", OTHER_RELAY), ("relay", "remove", OTHER_RELAY)):
+            out, err = said(node, 1, *arguments)
+            assert (out, "relay/keeper" in err) == ("", True)
+    # What got lost is sent again.
+    assert "has taken it over" in said(node, 0, "relay", "add", OTHER_RELAY)[0]
+    told = node.run_json("actors", "get", "relay/keeper")["description"]
+    assert [relay["relay"] for relay in told["relays"]] == PEERS[2:4]
+    for peer in PEERS[2:4]:
+        assert "has taken it over" in said(node, 0, "relay", "remove", peer)[0]
+    assert "relay/keeper" not in {actor["name"] for actor in node.actors()}
+
+
+def test_limits_that_the_relay_does_not_go_by_are_not_in_force(tmp_path: Path) -> None:
+    relay = Node("relay", tmp_path)
+    relay.initialise()
+    config = relay.home / "config.yaml"
+    text = config.read_text()
+    served = "\nrelay_service:\n  enabled: true\n  drain_time: 1s\n  circuits:\n    per_peer: {}\n"
+    config.write_text(text + served.format(16))
+    relay.start("--allow-faults")
+    try:
+        for kind, to, limit in (("config.snapshot", "relay/server", 8), ("relay.serve", "switchboard", 4)):
+            with losing(relay, kind, to):
+                config.write_text(text + served.format(limit))
+                out, err = said(relay, 1, "config", "reload")
+                assert "not in force: relay/server" in err
+                assert "reloaded" not in out
+        said(relay, 0, "config", "reload")
+        assert relay.run_json("actors", "get", "relay/server")["description"]["limits"]["circuits"]["per_peer"] == 4
+    finally:
+        relay.stop()
+
+
+def test_a_removed_peer_that_goes_on_as_a_relay_is_named(node: Node) -> None:
+    peer = PEERS[2]
+    said(node, 0, "auth", "add", peer)
+    said(node, 0, "relay", "add", RELAY)
+    out, err = said(node, 0, "auth", "remove", peer)
+    assert "may connect no longer" in out
+    assert f"peerup relay remove {peer}" in err
+    said(node, 0, "relay", "remove", peer)
+    said(node, 0, "auth", "add", peer)
+    assert said(node, 0, "auth", "remove", peer)[1] == ""
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import trio
 import trio.testing
 
 from protocol.messages import Descriptor, Request
-from protocol.messages.system import LastWords, Overflow, Ready, SaveCheckpoint
+from protocol.messages.system import LastWords, Ok, Overflow, Ready, SaveCheckpoint
 from supervisor.actor import Checkpoint
 from supervisor.cell import Cell
 from supervisor.errors import AskError, RefusedError
@@ -59,10 +59,12 @@ class Visitor:
     """Somebody outside of every cell: it can ask, tell, and sees what it is told in `inbox`.
 
     `answer(request)` is awaited for the answer of each request; `audience(message)` takes what is told, if it says so.
+    One that `acknowledges` answers each request with `Ok`, and keeps it in its inbox like what it is told.
     """
 
-    def __init__(self, stage, name, *, answer=None, audience=None):
+    def __init__(self, stage, name, *, answer=None, audience=None, acknowledges=False):
         self.name = name
+        self._acknowledges = acknowledges
         self.inbox = []
         self._answer = answer
         self._audience = audience
@@ -86,6 +88,8 @@ class Visitor:
                 self._stage.start_soon(self._answer_request, item)
             elif self._audience is None or not self._audience(item.message):
                 self.inbox.append(item.message)
+                if self._acknowledges and isinstance(item.message, Request):
+                    self.exchange.answer(item.envelope, Ok())
         self._arrived.set()
         self._arrived = trio.Event()
 

@@ -9,7 +9,7 @@ POST /v1/shutdown        end the node
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -40,6 +40,9 @@ FIRST_LOOK, LAST_LOOK = 0.01, 0.25
 
 KEEPER = "relay/keeper"
 """Who keeps the reservations."""
+
+RELAY_SERVER = "relay/server"
+"""Who says what this node grants as a relay; it runs only where the node is one."""
 
 HELD = frozenset(("held", "renewing"))
 """The states in which there is a reservation."""
@@ -149,34 +152,63 @@ async def reload_config(node: Node, call: Call) -> Answer:
     """
     reloaded = await node.ask("config", ReloadConfig(), timeout=RELOAD_DEADLINE)
     policy: Data = None
+    relays: Data = None
+
+    def has_it(state: dict[str, Data]) -> bool:
+        return bool(state.get("config_version", 0) >= reloaded.version)
 
     def gate_has_it(gate: dict[str, Data]) -> bool:
         nonlocal policy
         policy = gate.get("version")
-        return bool(gate.get("config_version", 0) >= reloaded.version)
+        return has_it(gate)
+
+    def switchboard_has_it(board: dict[str, Data]) -> bool:
+        return (board.get("policy_version") or 0) >= (policy or 0) and has_it(board)
 
     failed: dict[str, Data] = {}
 
     def all_is_started(config: dict[str, Data]) -> bool:
-        children = config.get("children", {})
+        nonlocal relays
+        children, relays = config.get("children", {}), config.get("relays")
         failed.clear()
         failed.update(children.get("failed", {}))
         return not children.get("pending")
 
-    reasons = [
-        await _comes_true(node, "gate", gate_has_it),
-        await _comes_true(
-            node,
-            "switchboard",
-            lambda board: (
-                (board.get("policy_version") or 0) >= (policy or 0)
-                and board.get("config_version", 0) >= reloaded.version
-            ),
-        ),
-        await _comes_true(node, "config", all_is_started),
-    ]
+    async def policy_is_in_force() -> list[str]:
+        return [
+            await _comes_true(node, "gate", gate_has_it),
+            await _comes_true(node, "switchboard", switchboard_has_it),
+        ]
+
+    async def relays_are_in_force() -> list[str]:
+        reasons = [await _comes_true(node, "config", all_is_started)]
+        if relays and KEEPER not in failed:
+            reasons.append(await _comes_true(node, KEEPER, has_it))
+        return reasons
+
+    async def limits_are_in_force() -> list[str]:
+        try:
+            served = RELAY_SERVER in {child.name for child in await node.tree()}
+        except AskError as error:
+            return [f"{ROOT}: {error}"]
+        return [await _comes_true(node, RELAY_SERVER, has_it)] if served else []
+
+    reasons = await _all(policy_is_in_force, relays_are_in_force, limits_are_in_force)
     told = plain(reloaded) | {"not_in_force": [reason for reason in reasons if reason], "failed": failed}
     return data_response(told)
+
+
+async def _all(*looks: Callable[[], Awaitable[list[str]]]) -> list[str]:
+    """What these find, each beside the others, in their order."""
+    found: list[list[str]] = [[] for _ in looks]
+
+    async def look(at: int) -> None:
+        found[at] = await looks[at]()
+
+    async with trio.open_nursery() as nursery:
+        for at in range(len(looks)):
+            nursery.start_soon(look, at)
+    return [reason for reasons in found for reason in reasons]
 
 
 @routes.on("POST", "/v1/auth/reload", Work.RESERVED)
@@ -184,15 +216,19 @@ async def reload_authorized_keys(node: Node, call: Call) -> Answer:
     """Read authorized_keys again; with problems, which are told, only what it takes away counts.
 
     Answers when that is enforced; `not_in_force` says why it is not after some seconds. With `peer`, `allowed` and
-    `rule` say whether that peer may connect now.
+    `rule` say whether that peer may connect now, and `relay` whether it is one of this node's relays, which the node
+    connects to by itself.
     """
-    peer = call.optional_text("peer")
-    reload = Reload(None if peer is None else PeerId.from_text(peer))
+    text = call.optional_text("peer")
+    peer = None if text is None else PeerId.from_text(text)
+    reload = Reload(peer)
     reloaded = await node.ask("gate", reload, timeout=RELOAD_DEADLINE)
     reason = await _comes_true(
         node, "switchboard", lambda board: (board.get("policy_version") or 0) >= reloaded.version
     )
-    return data_response(plain(reloaded) | {"not_in_force": [reason] if reason else []})
+    relays = {address.peer_id for address in node.config.relays} if node.config is not None else set()
+    is_relay = peer is not None and peer in relays
+    return data_response(plain(reloaded) | {"not_in_force": [reason] if reason else [], "relay": is_relay})
 
 
 async def _comes_true(node: Node, name: str, condition: Callable[[dict[str, Data]], bool]) -> str:
@@ -202,14 +238,15 @@ async def _comes_true(node: Node, name: str, condition: Callable[[dict[str, Data
         pause = FIRST_LOOK
         while True:
             try:
-                if condition((await node.context.ask(name, Describe(), timeout=ANSWER_DEADLINE)).state):
+                state = (await node.context.ask(name, Describe(), timeout=ANSWER_DEADLINE)).state
+                if condition(state):
                     return ""
             except NoSuchActorError:
                 return f"{name}: is not running"
             except AskError as error:
                 why = f"does not answer: {error}"
             else:
-                why = "has not taken it over"
+                why = state.get("problem") or "has not taken it over"
             await trio.sleep(pause)
             pause = min(2 * pause, LAST_LOOK)
     return f"{name}: {why} (within {IN_FORCE_SECONDS:g} seconds)"
