@@ -126,6 +126,7 @@ def build_tree(options: Options) -> SupervisorSpec:
                 max_connections=limits.connections,
                 max_streams=limits.streams_per_connection,
                 admission={"concurrent": limits.handshakes},
+                pingpong=config.ping.enabled,
                 tls=_tls_files(config),
             ),
             start_deadline=SWITCHBOARD_START_DEADLINE,

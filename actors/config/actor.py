@@ -152,6 +152,7 @@ class Config(Actor):
             self._problems,
             str(self._path),
             digest_of(self._text.encode()) if self._text else "",
+            tuple(map(str, self._config.warnings)),
         )
 
     @handles(Resolve)

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from actors.config.addresses import unused_addresses, why_undialable
 from actors.config.reader import Problem
 from actors.config.schema import (
     ConfigError,
@@ -19,7 +20,6 @@ from actors.config.schema import (
     check_peer_name,
     read_config,
     read_readable,
-    why_undialable,
 )
 from actors.config.yaml_text import YamlSyntaxError, delete_value, parse_parts, parse_yaml, set_value
 from actors.files import (
@@ -164,8 +164,8 @@ class ConfigEditor:
         for address in addresses:
             if address.peer_id not in (None, peer):
                 raise InvalidValueError(f"{address} leads to another peer, {address.peer_id}")
-            if why := why_undialable(address):
-                raise InvalidValueError(f"{address} {why}")
+        for address, why in unused_addresses(addresses):
+            raise InvalidValueError(f"{address} {why}")
         # The file may name the peer in its other text form; then that entry is the one to change.
         keys = [key for key in parse_yaml(self.text).get("addresses") or {} if _same_peer(key, peer)]
         key = keys[0] if keys else str(peer)

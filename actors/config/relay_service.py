@@ -10,6 +10,7 @@ import dataclasses
 import re
 from typing import Final
 
+from actors.config.addresses import why_undialable
 from actors.config.reader import SectionReader, parse_duration
 from protocol.circuit.messages import MAX_DURATION
 from protocol.errors import InvalidValueError
@@ -28,6 +29,9 @@ GUEST_CIRCUIT: Final = CircuitLimit(120, 128 * 1024)
 
 MAX_DRAIN_TIME: Final = 3600.0
 """The longest time for open circuits when a relay stops, in seconds."""
+
+MAX_ANNOUNCED: Final = 16
+"""Addresses of a relay: no more fit into what clients take from a reservation."""
 
 _WHY_TTL: Final = ": in less, devices lose their places before they can renew them"
 _MOST: Final = 2**53
@@ -102,6 +106,13 @@ def read_relay_service(reader: SectionReader) -> RelayServiceConfig:
         circuit=_circuit(reader.section("circuit"), default.circuit),
         guest_circuit=_circuit(reader.section("guest_circuit"), default.guest_circuit),
     )
+    for address in made.announce_addresses:
+        if why := why_undialable(address):
+            reader.warn("announce_addresses", f"{address} is of no use to clients: it {why}")
+    if len(made.announce_addresses) > MAX_ANNOUNCED:
+        reader.problem("announce_addresses", f"are more than {MAX_ANNOUNCED}, which is what clients can be told")
+    if (made.reservations.per_peer or 0) > 1:
+        reader.warn("reservations", "per_peer has no effect above 1: a peer has at most one reservation")
     reader.finish()
     return made
 

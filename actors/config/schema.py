@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from actors.config.addresses import unused_addresses, why_undialable
 from actors.config.reader import Problem, SectionReader
 from actors.config.relay_service import RelayServiceConfig, read_relay_service
 from protocol.errors import InvalidValueError, PeerupError
@@ -23,10 +24,13 @@ from protocol.keeper import MAX_RELAYS
 from protocol.messages.config import DEFAULT_SILENCE, UNIX, AddressEntry, NameEntry, ServiceEntry
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
+from protocol.protocol_ids import PINGPONG
 from protocol.service import RESERVED_NAMES, ServiceAddress, ServiceName
 
 LATEST_VERSION = 1
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+MAX_SOCKETS: Final = 16
+"""Listening sockets: as many as are handed on to a successor of the process that has them."""
 SHORTEST_SILENCE, LONGEST_SILENCE = 30.0, 24 * 3600.0
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
@@ -82,9 +86,11 @@ class NetworkConfig:
 
 
 def is_served(address: Multiaddr) -> bool:
-    """Whether a node can listen there: at an IP address, for TCP and what runs on it."""
+    """Whether a node can listen there: at an IP address, for TCP, and WebSocket or WebSocket in TLS upon it."""
     endpoint = address.endpoint
-    return endpoint is not None and endpoint.transport == "tcp" and endpoint.kind in ("ip4", "ip6")
+    if endpoint is None or endpoint.kind not in ("ip4", "ip6") or address.is_relayed:
+        return False
+    return address.transport in ("tcp", "websocket")
 
 
 def check_served(addresses: Iterable[Multiaddr]) -> None:
@@ -99,6 +105,8 @@ def check_served(addresses: Iterable[Multiaddr]) -> None:
                 f"cannot listen on {address}: give an IP address with a TCP port, such as /ip4/0.0.0.0/tcp/4001 or "
                 "/ip4/0.0.0.0/tcp/443/ws"
             )
+        if address.peer_id is not None:
+            raise InvalidValueError(f"cannot listen on {address}: leave /p2p/... out, the node has the id of its key")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +146,7 @@ class PingConfig:
     """peer-up's own ping protocol."""
 
     enabled: bool = True
-    id: str = "/pingpong/1.0.0"
+    id: str = PINGPONG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,11 +370,18 @@ def _network(reader: SectionReader) -> NetworkConfig:
         )
     foreign = [address for address in listen or () if not is_served(address)]
     if foreign:
-        words = f"{', '.join(map(str, foreign))}: no IP address with a TCP port, and nothing else is served yet"
+        words = f"{', '.join(map(str, foreign))}: only TCP and WebSocket at IP addresses are served yet"
         if len(foreign) == len(listen or ()):
             reader.problem("listen_addresses", f"cannot listen on {words}")
         else:
             reader.warn("listen_addresses", f"does not listen on {words}")
+    for address in listen or ():
+        if is_served(address) and address.peer_id is not None:
+            reader.warn("listen_addresses", f"{address}: /p2p/... is not used, the node has the id of its key")
+    if len({address.endpoint for address in listen or () if is_served(address)}) > MAX_SOCKETS:
+        reader.problem("listen_addresses", f"names more than {MAX_SOCKETS} ports and addresses to listen at")
+    if tls.certificate_file and secure is None:
+        reader.warn("tls", "has a certificate that is not used: no listen address ends with /tls/ws")
     made = NetworkConfig(
         (Multiaddr("/ip4/0.0.0.0/tcp/0"), Multiaddr("/ip6/::/tcp/0")) if listen is None else listen,
         tls,
@@ -396,15 +411,21 @@ def _tls(reader: SectionReader) -> TlsConfig:
 
 def _relay(reader: SectionReader) -> RelayConfig:
     made = RelayConfig(reader.items("addresses", _address_with_peer) or ())
-    for address in made.addresses:
-        if why := why_undialable(address):
+    for relay in dict.fromkeys(address.peer_id for address in made.addresses):
+        for address, why in unused_addresses(each for each in made.addresses if each.peer_id == relay):
             reader.warn("addresses", f"{address} is not used: it {why}")
+    for address in made.addresses:
+        if address.is_relayed and not why_undialable(address):
+            reader.warn("addresses", f"{address} is not used: it leads through a relay itself")
     if len({address.peer_id for address in made.addresses}) > MAX_RELAYS:
         reader.warn("addresses", f"names more than {MAX_RELAYS} relays, and only the first {MAX_RELAYS} are used")
     # peer-up demands it, so it must not keep a peer-up configuration from loading.
     reader.without_effect("reservation_interval", "each relay says how long a reservation lasts; it is renewed in time")
     reader.finish()
     return made
+
+
+NO_DISCOVERY = "peers are not searched for, but reached at the addresses that the node is given, and through relays"
 
 
 def _discovery(reader: SectionReader) -> DiscoveryConfig:
@@ -414,6 +435,9 @@ def _discovery(reader: SectionReader) -> DiscoveryConfig:
         network or None,
         reader.items("bootstrap_peers", _address_with_peer) or (),
     )
+    for key in ("network", "rendezvous", "bootstrap_peers"):
+        if getattr(made, key) != getattr(DiscoveryConfig(), key):
+            reader.warn(key, f"has no effect yet: {NO_DISCOVERY}")
     reader.finish()
     return made
 
@@ -431,7 +455,9 @@ def _security(reader: SectionReader) -> SecurityConfig:
 
 def _ping(protocols: SectionReader) -> PingConfig:
     reader = protocols.section("ping_pong")
-    made = PingConfig(reader.boolean("enabled", default=True), reader.parsed("id", "/pingpong/1.0.0", _protocol_id))
+    made = PingConfig(reader.boolean("enabled", default=True), reader.parsed("id", PINGPONG, _protocol_id))
+    if made.id != PINGPONG:
+        reader.warn("id", f"has no effect: the ping of peer-up is answered under {PINGPONG}")
     reader.finish()
     protocols.finish()
     return made
@@ -456,7 +482,9 @@ def _services(reader: SectionReader) -> tuple[ServiceEntry, ...]:
             reader.problem(key, "has no local_address; add one, such as local_address: localhost:22")
         enabled = entry.boolean("enabled", default=False)
         allowed = entry.items("allowed_peers", PeerId.from_text, if_empty=_ALLOWED_PEERS_EMPTY)
-        entry.ignore("protocol")  # peer-up stores it and never uses it; the protocol id follows from the name
+        entry.ignore("protocol")  # peer-up stores it and never uses it
+        if "protocol" in entry.keys() and entry.peek("protocol") != name.protocol:  # noqa: SIM118  # not a dict
+            entry.warn("protocol", f"has no effect and can be removed: the service is reached as {name.protocol}")
         entry.finish()
         found.append(ServiceEntry(str(name), address, enabled, allowed))
     reader.ignore(*reader.keys())
@@ -481,9 +509,8 @@ def _addresses(reader: SectionReader) -> tuple[AddressEntry, ...]:
             reader.ignore(key)
             continue
         addresses = reader.items(key, _dialable_by(peer)) or ()
-        for address in addresses:
-            if why := why_undialable(address):
-                reader.warn(key, f"{address} is not used: it {why}")
+        for address, why in unused_addresses(addresses):
+            reader.warn(key, f"{address} is not used: it {why}")
         if addresses:
             found.append(AddressEntry(peer, addresses))
     return tuple(found)
@@ -493,7 +520,7 @@ def _telemetry(reader: SectionReader) -> TelemetryConfig:
     metrics, audit = reader.section("metrics"), reader.section("audit")
     made = TelemetryConfig(
         metrics.boolean("enabled", default=False),
-        metrics.parsed("listen_address", "127.0.0.1:9091", _checked(parse_listen_address)),
+        metrics.parsed("listen_address", "127.0.0.1:9091", _checked(_check_metrics_address)),
         audit.boolean("enabled", default=False),
     )
     for section in (metrics, audit, reader):
@@ -573,6 +600,15 @@ def _checked(parse: Callable[[str], Any]) -> Callable[[str], str]:
     return check
 
 
+def _check_metrics_address(text: str) -> None:
+    host, _ = parse_listen_address(text)
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if host != "localhost":
+            raise InvalidValueError(f"{text}: the host must be an IP address or localhost") from None
+
+
 def _one_of(allowed: tuple[str, ...]) -> Callable[[str], str]:
     def check(text: str) -> str:
         if text.lower() not in allowed:
@@ -592,26 +628,6 @@ def _protocol_id(text: str) -> str:
     if not text.startswith("/") or not text.isprintable() or " " in text or len(text) > 200:
         raise InvalidValueError(f"{text!r} is not a protocol id such as /pingpong/1.0.0")
     return text
-
-
-def why_undialable(address: Multiaddr) -> str:
-    """Why nobody here can ever connect to this address; empty: somebody can.
-
-    Dialled are `/tcp`, `/tcp/…/ws` and `/tcp/…/tls/ws` upon an IP address or a name, and one relay that is named so.
-    """
-    circuits = sum(component.name == "p2p-circuit" for component in address.components)
-    hop = address.relay if circuits else address
-    if circuits > 1:
-        return "leads through more than one relay, and only one is dialled through"
-    if hop is None or (circuits and hop.peer_id is None):
-        return "does not say which relay: write the relay's address with its /p2p/<peer id> before /p2p-circuit"
-    if hop.endpoint is None:
-        return "has no port to connect to; write it like /ip4/192.0.2.7/tcp/4101"
-    if hop.endpoint.kind == "dnsaddr":
-        return "is a list of addresses in DNS, which is not read; write the address itself, or /dns/NAME/tcp/PORT"
-    if hop.transport not in ("tcp", "websocket"):
-        return "is no address that can be dialled: neither TCP nor WebSocket"
-    return ""
 
 
 def _address_with_peer(text: str) -> Multiaddr:

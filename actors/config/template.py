@@ -92,6 +92,8 @@ relay:
 #     duration: 2m
 #     data: 128KiB
 
+# Nothing in this section has an effect yet: peers are reached at the addresses that the node is given, and through
+# relays.
 discovery:
   # Name of the rendezvous point. Default: peerup-default-network
   rendezvous: peerup-default-network
@@ -111,9 +113,8 @@ security:
 
 protocols:
   ping_pong:
-    # Answer peer-up's own ping besides libp2p's. Default: true
+    # Answer peer-up's own ping, /pingpong/1.0.0, besides libp2p's. Default: true
     enabled: true
-    id: /pingpong/1.0.0
 
 # [live] Local TCP services that peers may use; edit with `peerup service`. For example:
 #   ssh:

@@ -219,7 +219,11 @@ class RelayKeeper(Actor):
 
     def _apply(self, snapshot: ConfigSnapshot) -> None:
         self._config_version = snapshot.version
+        before = self._ignored
         wanted, self._ignored = _group(snapshot.relays, self._us)
+        for line in self._ignored:
+            if line not in before:
+                self.context.log.warning("a relay of the configuration is not used: {}", line)
         for peer in [peer for peer in self._relays if peer not in wanted]:
             self._relays.pop(peer).stop()
             if self._switchboard_up:

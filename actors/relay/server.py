@@ -24,6 +24,7 @@ from typing import Final
 
 import trio
 
+from actors.config.relay_service import MAX_ANNOUNCED
 from actors.relay.discovery import AddressDiscovery
 from protocol.messages import Data
 from protocol.messages.config import ConfigSnapshot, RelayService, SubscribeConfig
@@ -69,8 +70,6 @@ WITHDRAW_DEADLINE = 1.0
 """Seconds for the switchboard to reset what is left when the relay stops."""
 SUCCESSION = 0.7
 """Seconds that circuits get before a successor may start beside them: those that carry nothing are closed by then."""
-MAX_ANNOUNCED = 16
-"""Addresses told at most: no more fit into what clients take from a reservation."""
 
 RESTARTED: Final = "is restarted"
 """How the reason of a stop ends that is not the node's: a sibling's restart takes this actor along."""

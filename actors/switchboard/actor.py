@@ -117,6 +117,7 @@ class Switchboard(Actor):
         max_streams: how many a peer may have open on one connection.
         admission: changes to the limits of handshakes, see `actors.switchboard.admission.Limits`.
         tls: the files of `actors.switchboard.pipes.TlsFiles`.
+        pingpong: whether to answer peer-up's ping, besides libp2p's.
     """
 
     mailbox_limit = 4096
@@ -129,7 +130,9 @@ class Switchboard(Actor):
         max_streams: int = yamux.DEFAULT_LIMITS.inbound_streams,
         admission: dict[str, float] | None = None,
         tls: dict[str, str] | None = None,
+        pingpong: bool = True,
     ) -> None:
+        self._pingpong = pingpong
         self._tls = TlsFiles(**{name: Path(path) for name, path in (tls or {}).items()})
         self._listen = tuple(Multiaddr(text) for text in listen)
         self._max_connections = max_connections
@@ -676,7 +679,8 @@ class Switchboard(Actor):
         self._protocols.serve_here(IDENTIFY_PUSH, self._identify.serve_push)
         self._protocols.serve_here(CIRCUIT_STOP, self._stops.serve_stop)
         self._protocols.serve_here(PING, pings.serve_ping)
-        self._protocols.serve_here(PINGPONG, pings.serve_pingpong)
+        if self._pingpong:
+            self._protocols.serve_here(PINGPONG, pings.serve_pingpong)
         self._protocols.serve_here(DELIVERY, delivery.DeliveryServer(self._attached).serve)
         self._protocols.serve_here(RECALL, self._recalls.serve)
 

@@ -28,6 +28,7 @@ from actors.switchboard.errors import (
     UnreachableError,
     WrongPeerError,
 )
+from protocol.dialing import MAX_ADDRESSES, MAX_RELAYED
 from protocol.errors import PeerupError
 from protocol.multiaddr import Multiaddr
 from protocol.peer_id import PeerId
@@ -38,14 +39,10 @@ RELAY_HEAD_START = 0.25
 """Seconds that direct addresses have before relays are tried beside them: what one takes across a continent."""
 MAX_WORKED = 256
 """Peers of which it is remembered what worked; the one dialled longest ago is forgotten first."""
-MAX_RELAYED = 8
-"""Relayed addresses of one dial."""
 DIAL_DEADLINE = 15.0
 """Seconds for one dial of all addresses."""
 MAX_ATTEMPTS = 8
 """Attempts of one dial that run at once."""
-MAX_ADDRESSES = 32
-"""Addresses of one dial; what is ranked lower is not tried."""
 
 _VERDICTS = (WrongPeerError, NotAuthorisedError, TooManyError)
 

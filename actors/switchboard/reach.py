@@ -271,7 +271,7 @@ class Reach:
         relay = _relay_of(address)
         if relay is None or relay in (peer, self._own):
             raise AddressError(f"{address} does not say which relay to use")
-        connection = await self._connect_relay(relay, address)
+        connection = await self._connect_relay(relay, [address, *self.book.addresses(peer)])
         ahead = self.relays.takes_early(relay)
         circuit: DialledCircuit | None = None
         try:
@@ -292,17 +292,16 @@ class Reach:
         self.relays.lost_early(relay)
         return await self._upgrade(DialledCircuit(connection, peer, ahead=False), peer)
 
-    async def _connect_relay(self, relay: PeerId, address: Multiaddr) -> Connection:
-        """A direct connection to a relay."""
+    async def _connect_relay(self, relay: PeerId, circuits: Iterable[Multiaddr]) -> Connection:
+        """A direct connection to a relay, which may also be where these addresses say; others are passed over."""
         if relay in self.departures:
             raise _leaving(relay)
         for connection in self._table.of(relay):
             if not connection.relayed and not connection.draining:
                 return connection
-        first = address.relay
-        assert first is not None
         known = [known for known in self.book.addresses(relay) if not known.is_relayed]
-        direct = tuple(dict.fromkeys([*known, first.without_peer_id()]))
+        hops = [hop.without_peer_id() for each in circuits if (hop := each.relay) is not None and hop.peer_id == relay]
+        direct = tuple(dict.fromkeys([*known, *hops]))
         try:
             dialed = await self.dialer.dial(relay, direct)
             if dialed.connection.relayed:

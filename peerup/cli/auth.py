@@ -15,6 +15,7 @@ from peerup.cli.files import (
     find_peer_id,
     in_force,
     node_keys,
+    not_this_node,
     note_in_force,
     report,
     same_file,
@@ -71,8 +72,10 @@ def add(session: Session, peer_id: str, comment: str, expires: str | None, path:
     until = expiry(expires)
     attributes = {} if until is None else {"expires": until}
     file = authorized_keys_path(session, path)
-    entry = add_peer(file, find_peer_id(peer_id), comment, attributes)
-    if _is_foreign(session, path):
+    foreign = _is_foreign(session, path)
+    peer = find_peer_id(peer_id)
+    entry = add_peer(file, peer if foreign else not_this_node(session, peer), comment, attributes)
+    if foreign:
         _report_foreign(session, f"{entry.peer} is now in {file}", present(entry))
         return
     report(session, f"{entry.peer} may connect", present(entry), tell_authorized(session, file, entry.peer))

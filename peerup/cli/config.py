@@ -88,6 +88,8 @@ def reload(session: Session) -> None:
             good("reloaded" if data["changes"] else "nothing has changed")
 
     session.show(data, human)
+    for warning in data["warnings"] if not data["problems"] else ():
+        note(f"warning: {warning}")
     if data["problems"]:
         reason = "\n".join(f"  {problem}" for problem in data["problems"])
         action = "repair it and reload; until then what it takes away counts, and all else stays as it was"

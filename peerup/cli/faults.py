@@ -46,6 +46,10 @@ _process_fault("hang", "Keep an actor from turning its event loop; its heartbeat
 
 def _message_fault(word: str, text: str) -> None:
     def run(session: Session, sender: str | None, target: str | None, **values: Any) -> None:
+        if values.get("nth") is not None and values.get("probability") is not None:
+            raise click.UsageError("--nth hits exactly one message; leave --probability out")
+        if values.get("seed") is not None and values.get("probability") is None:
+            raise click.UsageError("--seed draws by a --probability; give that, too")
         body = {"action": word, "from": sender, "to": target, **values}
         data = session.client.post("/v1/faults", {key: value for key, value in body.items() if value is not None})
         session.show(data, lambda: good(f"{data['id']}: {_describe(data)}, for {span(data['seconds_left'])}"))

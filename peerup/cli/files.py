@@ -94,6 +94,32 @@ def find_peer_id(text: str) -> PeerId:
         raise NoPeerIdError(str(error)) from error
 
 
+def find_other_peer(session: Session, text: str) -> PeerId:
+    """The peer that a peer id or a name of the configuration means, which must not be this node.
+
+    Raises:
+        InvalidValueError: it is neither, or this node itself.
+    """
+    return not_this_node(session, find_peer(session, text))
+
+
+def not_this_node(session: Session, peer: PeerId) -> PeerId:
+    """This peer, which must not be this node.
+
+    Raises:
+        InvalidValueError: it is.
+    """
+    if peer == own_peer(session):
+        raise OwnPeerError(f"{peer} is this node itself, which nobody connects to from here; name another device")
+    return peer
+
+
+class OwnPeerError(InvalidValueError):
+    """A peer was to be named, and this node was."""
+
+    action = "`peerup whoami` on the other device prints its id"
+
+
 class AmbiguousPeerError(InvalidValueError):
     """A text could mean several peers. `action` lists them."""
 

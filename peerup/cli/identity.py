@@ -6,7 +6,7 @@ import click
 
 from peerup.cli.files import key_path
 from peerup.cli.framework import Session, command, examples
-from peerup.cli.output import good
+from peerup.cli.output import good, note
 
 DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001")
 
@@ -28,13 +28,14 @@ DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001")
     metavar="MULTIADDR",
     help="Where to listen for peers (repeatable); `none` to listen nowhere and be reached through relays.",
 )
-@click.option("--network", metavar="NAME", help="A private network: its nodes find each other and nobody else.")
+@click.option("--network", metavar="NAME", help="A private network for peers to find each other in (no effect yet).")
 def init(session: Session, listen: tuple[str, ...], network: str | None, *, yes: bool) -> None:
     """Make a node's home: configuration, identity key and the list of peers that may connect.
 
     An identity key that is already there is kept. A configuration is never overwritten.
     """
     from actors.config.init import init_node
+    from actors.config.schema import NO_DISCOVERY
     from protocol.multiaddr import Multiaddr
 
     if not listen and not yes and not session.as_json and not session.home.config_file.exists():
@@ -42,6 +43,8 @@ def init(session: Session, listen: tuple[str, ...], network: str | None, *, yes:
         listen = tuple(answer.split())
     addresses = () if listen == ("none",) else tuple(Multiaddr(text) for text in listen or DEFAULT_LISTEN)
     made = init_node(session.home, listen_addresses=addresses, network=network)
+    if network is not None:
+        note(f"warning: --network is written down and has no effect yet: {NO_DISCOVERY}")
     home, peer_id = made.home, str(made.peer)
 
     def human() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from peerup.cli.files import find_peer_id, read_config, report, tell_config
+from peerup.cli.files import find_peer_id, not_this_node, read_config, report, tell_config
 from peerup.cli.framework import Session, command, examples
 from peerup.cli.output import Column, table
 
@@ -31,7 +31,7 @@ def add(session: Session, name: str, peer_id: str, addresses: tuple[str, ...], *
     from actors.config.file import edit_config
     from protocol.multiaddr import Multiaddr
 
-    peer = find_peer_id(peer_id)
+    peer = not_this_node(session, find_peer_id(peer_id))
     places = [Multiaddr(address) for address in addresses]
     with edit_config(session.home.config_file) as editor:
         editor.add_name(name, peer, replace=replace)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from peerup.cli.files import own_peer
 from peerup.cli.framework import DefaultGroup, Session, command, examples
 from peerup.cli.output import Column, good, table
 
@@ -75,6 +76,8 @@ def add(
     connection. With --fdpass, the program that started this one gets that connection as a descriptor, and no byte goes
     through here.
     """
+    if peer == str(own_peer(session)):
+        raise click.UsageError(f"{peer} is this node itself; name a peer whose service you want to reach")
     if stdio or fdpass:
         if local_port is not None or unix_path is not None or only_me:
             raise click.UsageError("--stdio and --fdpass listen on no port; leave LOCAL_PORT, --unix, --only-me out")

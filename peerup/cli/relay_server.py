@@ -19,6 +19,7 @@ from peerup.cli.files import (
     find_listed_peer,
     find_peer_id,
     node_keys,
+    not_this_node,
     note_after_restart,
     note_in_force,
     read_config,
@@ -379,7 +380,7 @@ def authorize(session: Session, peer_id: str, comment: str, expires: str | None)
     until = expiry(expires)
     attributes = {} if until is None else {"expires": until}
     path = authorized_keys_path(session)
-    entry = add_peer(path, find_peer_id(peer_id), comment, attributes)
+    entry = add_peer(path, not_this_node(session, find_peer_id(peer_id)), comment, attributes)
     told = tell_authorized(session, path, entry.peer)
     report(session, f"{entry.peer} may use this relay", present(entry), told, what="relay")
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from peerup.cli.files import find_peer, read_config, report, tell_config
+from peerup.cli.files import authorized_keys_path, find_other_peer, read_config, report, tell_config
 from peerup.cli.framework import Session, command, examples
-from peerup.cli.output import Column, short_id, table
+from peerup.cli.output import Column, note, short_id, table
 
 if TYPE_CHECKING:
     from protocol.peer_id import PeerId
@@ -39,12 +39,26 @@ def add(session: Session, name: str, address: str, allow: tuple[str, ...], *, di
     """Offer the service at HOST:PORT to peers under NAME."""
     from actors.config.file import edit_config
 
-    peers = [find_peer(session, peer) for peer in allow] or None
+    peers = list(dict.fromkeys(find_other_peer(session, peer) for peer in allow)) or None
     with edit_config(session.home.config_file) as editor:
         editor.add_service(name, address, allowed_peers=peers, enabled=not disabled)
     data = {"name": name, "address": address, "enabled": not disabled, "allowed_peers": _texts(peers)}
     told = tell_config(session, f"service/{name}")
+    _note_unauthorised(session, peers or ())
     report(session, f"peers can {'later ' if disabled else ''}reach {address} as {name}", data, told)
+
+
+def _note_unauthorised(session: Session, peers: Iterable[PeerId]) -> None:
+    """Tell a person who may use a service and cannot connect."""
+    from actors.gate.authorized_keys_file import load_authorized_keys
+
+    if not read_config(session).security.enable_connection_gating:
+        return
+    path = authorized_keys_path(session)
+    listed = {entry.peer for entry in load_authorized_keys(path).entries} if path.exists() else set()
+    for peer in peers:
+        if peer not in listed:
+            note(f"warning: {peer} may use the service and not connect: it is not in {path} (peerup auth add {peer})")
 
 
 @command("remove", json_output=True)

@@ -89,6 +89,7 @@ class ConfigReloaded(Message):
             in force before.
         file: which file that is, with an absolute path.
         digest: the SHA-256 of the text that was read, in hexadecimal; empty if none could be.
+        warnings: what is no mistake but has no effect, or is not as it may seem.
     """
 
     version: int
@@ -96,6 +97,7 @@ class ConfigReloaded(Message):
     problems: tuple[str, ...]
     file: str = ""
     digest: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @message("config.reload")

@@ -147,6 +147,17 @@ def test_the_configuration_of_another_directory_is_not_the_one_in_force(node: No
         assert "the node goes by" in done.stderr
 
 
+def test_a_reload_tells_what_is_not_used(node: Node) -> None:
+    config = node.home / "config.yaml"
+    addresses = ", ".join(f'"/ip4/127.0.0.1/tcp/9/p2p/{peer}"' for peer in MANY)
+    config.write_text(config.read_text().replace("  addresses: []", f"  addresses: [{addresses}]", 1))
+    out, err = said(node, 0, "config", "reload")
+    assert "reloaded" in out
+    assert "more than 16 relays, and only the first 16 are used" in err
+    assert "at most 16 relays" in said(node, 1, "relay", "add", RELAY)[1]
+
+
+MANY = [str(PrivateKey.from_seed(bytes([number]) * 32).peer_id) for number in range(100, 117)]
 RELAY, OTHER_RELAY = (f"/ip4/127.0.0.1/tcp/9/p2p/{peer}" for peer in PEERS[2:4])
 
 

@@ -64,6 +64,8 @@ def test_an_unknown_key_is_reported_with_its_line_and_is_not_fatal():
         "network.force_private_reachability",
         "network.resource_limits_enabled",
         "relay.reservation_interval",
+        "discovery.network",
+        "services.xrdp.protocol",
         "colour_of_the_bike_shed",
     ]
     nested = read("telemetry:\n  metrics:\n    enabled: true\n    port: 9\n").warnings
@@ -90,10 +92,11 @@ def test_relays_may_be_absent_and_gating_is_on_unless_it_is_switched_off():
 def test_the_template_is_valid_says_the_defaults_and_knows_every_key():
     config = read(render_config([Multiaddr("/ip4/127.0.0.1/tcp/4101")], "family"))
     defaults = read("version: 1\n")
-    assert config.warnings == ()
+    assert [warning.key for warning in config.warnings] == ["discovery.network"]
+    assert read(render_config()).warnings == ()
     assert [str(address) for address in config.network.listen_addresses] == ["/ip4/127.0.0.1/tcp/4101"]
     assert config.discovery.network == "family"
-    same = dataclasses.replace(config, network=defaults.network, discovery=defaults.discovery)
+    same = dataclasses.replace(config, network=defaults.network, discovery=defaults.discovery, warnings=())
     assert same == defaults
     assert read(render_config()).network == defaults.network
 

@@ -4,6 +4,7 @@ import loguru
 import pytest
 import trio
 
+from protocol.keeper import MAX_RELAYS
 from protocol.messages.reachability import ConnectionLeaving
 from protocol.messages.reservations import ReadRelays
 from protocol.messages.system import Describe
@@ -77,6 +78,21 @@ async def test_several_addresses_of_one_relay_are_one_relay(around, autojump_clo
         [status] = (await world.ask(KEEPER, ReadRelays())).relays
         assert len(status.addresses) == 2
         assert relay.granted == 1
+
+
+async def test_relays_beyond_those_that_are_used_are_named(around, autojump_clock):
+    relays = [Relay(around, f"relay {number}") for number in range(MAX_RELAYS + 1)]
+    said = []
+    loguru.logger.add(said.append, level="WARNING", format="{message}")
+    async with around.run(*relays) as world:
+        await around.until(lambda: len(around.announces) == MAX_RELAYS, 5)
+        assert len((await world.ask(KEEPER, ReadRelays())).relays) == MAX_RELAYS
+        told = (await world.ask(KEEPER, Describe())).state
+        assert told["ignored"] == [f"{relays[-1].address}: more than {MAX_RELAYS} relays"]
+        assert [str(relays[-1].address) in line for line in said] == [True]
+        around.configure(*relays[1:])
+        await around.until(lambda: relays[-1].relayed in around.announces, 5)
+        assert (await world.ask(KEEPER, Describe())).state["ignored"] == []
 
 
 async def test_a_relay_that_restarts_has_us_again_at_once(around, autojump_clock):

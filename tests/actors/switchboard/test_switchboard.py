@@ -97,6 +97,13 @@ async def test_connect_tells_who_is_there_and_how():
         assert alice.connections("bob")[0].identification.observed_address == info.local_address
 
 
+async def test_the_ping_of_peer_up_can_be_switched_off():
+    async with two_nodes(pingpong=False) as (alice, bob):
+        connected = await alice.ask("switchboard", Connect(bob.peer))
+        assert set(connected.connection.protocols) == {IDENTIFY, "/ipfs/id/push/1.0.0", PING, DELIVERY, RECALL}
+        assert (await alice.ask("switchboard", PingPeer(bob.peer))).protocol == PING
+
+
 async def test_somebody_else_at_the_address_is_wrong_peer():
     async with two_nodes() as (alice, bob):
         alice.config.say_where("carol", bob.address)

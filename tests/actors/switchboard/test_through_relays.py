@@ -235,6 +235,18 @@ async def test_no_circuit_is_asked_for_over_a_circuit():
         assert "is no relay" not in refusals[0]
 
 
+async def test_every_address_of_a_relay_is_tried_that_a_peer_is_said_to_be_behind():
+    async with relay() as middle, node("bob", middle, peers=["alice"]) as bob:
+        await reserve(bob, middle)
+        async with node("alice", peers=["bob"]) as alice:
+            with socket.socket() as nobody:
+                nobody.bind(("127.0.0.1", 0))
+                dead = f"/ip4/127.0.0.1/tcp/{nobody.getsockname()[1]}/p2p/{middle.peer}"
+                alice.config.say_where("bob", f"{dead}/p2p-circuit", f"{where(middle)}/p2p-circuit")
+                connected = await alice.ask("switchboard", Connect(bob.peer))
+            assert connected.connection.relay == middle.peer
+
+
 async def test_a_second_relay_is_used_when_the_first_has_no_reservation():
     async with (
         relay("one") as first,
